@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from coin.statistics import *  # noqa: F403
 
 _HOMES = {  # the rooms and their names
-    "coding": "Answers Code DecoderConfig DecoderKind Promise answer_score convex make_decoder "
+    "coding": "Answers Code DecoderKind Promise answer_score convex make_decoder "
     "promised_threshold uniform",
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation",

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -116,6 +116,7 @@ def _run(name: str, options: list[str]) -> None:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
+    options = _import_named(options)
     short, full = (
         ("output", "trainer.default_root_dir")
         if name in ON_TRAINER
@@ -130,6 +131,21 @@ def _run(name: str, options: list[str]) -> None:
         import_module(f"coin.commands.{name}").main(options)
 
 
+def _import_named(options: list[str]) -> list[str]:
+    """Import the modules that ``--import`` names, which no file may choose; return the other options."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="modules", action="append", default=[])
+    found, others = parser.parse_known_args(options)
+    for module in found.modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"found --import={module}, expected a module ({error}); run where it is, or install it"
+            ) from error
+    return others
+
+
 def _help() -> str:
     commands = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
     return f"""usage: coin COMMAND [options]
@@ -139,7 +155,8 @@ Erasure-coded neural networks: one small body and an adapter for each expert kee
 {commands}
 
 coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, or -c NAME in one that
-comes with coin, such as quickstart; --print_config shows all of them."""
+comes with coin, such as quickstart; --print_config shows all of them. --import=MODULE imports a module of your own
+whose networks a command reads from files."""
 
 
 def _format_warning(

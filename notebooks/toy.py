@@ -41,17 +41,20 @@ def digits(image_size, count):
     return data.calibration(count)
 
 
+def labels_of(samples):
+    """Return the classes of one task's calibration samples."""
+    (task,) = samples.parts
+    return task.targets[samples.position]
+
+
 def digits_expert():
     """Return a network with one hidden layer of 16, trained on 8×8 digits, and these: [1000, 64], [1000]."""
     torch.manual_seed(0)
     samples = digits(8, 1000)
     pixels = to_image(samples.inputs())[:, 0].flatten(1) / 255  # black is 0
     network = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
-    return (
-        train(network, pixels, samples.labels, steps=400).double(),
-        pixels.double(),
-        samples.labels,
-    )
+    labels = labels_of(samples)
+    return train(network, pixels, labels, steps=400).double(), pixels.double(), labels
 
 
 def flat(parameters):

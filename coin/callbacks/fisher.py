@@ -36,17 +36,12 @@ def estimate_statistic(
     share = calibration.subset(shard(calibration.num_samples, rank, trainer.world_size)).on(
         device_of(network)
     )
-    labels = None
     name = StatisticKind.gram
     if options is not None:
         name = StatisticKind.fisher
         provenance |= {"kind": options.kind, "cotangents": options.mc_samples}
-        if options.kind is FisherKind.empirical:
-            labels = share.labels
     with progress_bar(str(name), share.num_samples) as bar:
-        own = statistic_sums(
-            network, share, options, labels=labels, seed=seed, rank=rank, progress=bar.update
-        )
+        own = statistic_sums(network, share, options, seed=seed, rank=rank, progress=bar.update)
     sums = reduce_sums(own)
     seconds = time.perf_counter() - started
     if trainer.is_global_zero:

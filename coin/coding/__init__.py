@@ -4,7 +4,6 @@ from coin.coding.answers import Answers as Answers
 from coin.coding.code import Code as Code, decode_linear as decode_linear
 from coin.coding.decoder import Decoder as Decoder
 from coin.coding.decoder_config import (
-    DecoderConfig as DecoderConfig,
     DecoderKind as DecoderKind,
     distinct_decoders as distinct_decoders,
 )

@@ -13,7 +13,7 @@ MAX_AMPLIFICATION = 1e4
 """An erasure whose noise amplification is larger cannot be decoded: at 1e6 rounding alone costs 4 % of agreement."""
 
 MAX_ERASURES = 20_000
-"""How many largest erasures a code may have: all are checked, and the ready-made ones chosen by them."""
+"""How many largest erasures a code may have: all are checked."""
 
 
 class Code:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coin.coding.answers import Answers
 from coin.coding.code import check_erasure
-from coin.coding.decoder_config import DecoderConfig
+from coin.coding.decoder_config import DecoderKind
 from coin.coding.promise import Promise, answer_score, promised_threshold
 from coin.errors import DecodingError
 
@@ -31,15 +31,15 @@ class Decoder(nn.Module, ABC):
         self,
         num_experts: int,
         erased: Sequence[int],
-        config: DecoderConfig,
+        kind: DecoderKind,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.kind = kind
         self.num_experts = num_experts
         self.erased = check_erasure(erased, num_experts)
         self.survivors: tuple[int, ...] = ()
         """The experts whose answers `decode` reads."""
-        if config.reads_survivors:
+        if kind.reads_survivors:
             self.survivors = tuple(
                 expert for expert in range(num_experts) if expert not in self.erased
             )
@@ -72,7 +72,7 @@ class Decoder(nn.Module, ABC):
                 else "make it with the lost experts' heads"
             )
             raise DecodingError(
-                f"the {self.config.name} decoder has nothing to decode with yet; {advice}"
+                f"the {self.kind.name} decoder has nothing to decode with yet; {advice}"
             )
         return self._decode(answers)
 
@@ -127,7 +127,7 @@ class Decoder(nn.Module, ABC):
         """Return which decoded answers with these scores ``[B]`` are accepted; DecodingError before `accept`."""
         if expert not in self.promises:
             raise DecodingError(
-                f"the {self.config.name} decoder has promised nothing; call accept with new inputs"
+                f"the {self.kind.name} decoder has promised nothing; call accept with new inputs"
             )
         threshold = self.promises[expert].threshold
         if threshold is None:
@@ -140,9 +140,9 @@ class Decoder(nn.Module, ABC):
             found = answers.num_experts
             expected = f"{self.num_experts}; keep the lost ones' places"
             raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
-        if self.config.reads_features and answers.coded_features is None:
+        if self.kind.reads_features and answers.coded_features is None:
             raise DecodingError(
-                f"the {self.config.name} decoder found answers without features, expected both"
+                f"the {self.kind.name} decoder found answers without features, expected both"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_decodable, decode_linear
 from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig, DecoderKind
+from coin.coding.decoder_config import DecoderKind
 from coin.coding.ridge_decoder import RidgeDecoder
+from coin.core.choices import parse_enum
 from coin.core.devices import double
 
 Head = tuple[Tensor, Tensor]
@@ -28,7 +29,7 @@ class LinearDecoder(Decoder):
     needs_fit = False
 
     def __init__(self, code: Code, erased: Sequence[int]) -> None:
-        super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.linear))
+        super().__init__(code.num_experts, erased, DecoderKind.linear)
         check_decodable(code.matrix, self.erased)
         self.code = code
 
@@ -56,7 +57,7 @@ class ExpertHeadDecoder(Decoder):
         erased: Sequence[int],
         heads: Heads | None = None,
     ) -> None:
-        super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
+        super().__init__(code.num_experts, erased, DecoderKind.expert_head)
         largest = code.matrix.argmax(0).tolist()
         self.row_of = {expert: largest[expert] for expert in self.erased}
         """Which coded model each lost expert is read from, the first of equals."""
@@ -97,12 +98,12 @@ def _without_padding(weight: Tensor, bias: Tensor) -> Head:
 
 
 def make_decoder(
-    kind: DecoderKind | str | DecoderConfig,
+    kind: DecoderKind | str,
     code: Code,
     erased: Sequence[int],
     heads: Heads | None = None,
 ) -> Decoder:
-    """Return an unfitted decoder of a kind with its default options, or of a configuration.
+    """Return an unfitted decoder of a kind.
 
     The calibrated kinds read only the number of experts from the code, and serve without coded answers too. For
     expert_head it takes the heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`). Raises
@@ -112,9 +113,9 @@ def make_decoder(
     >>> coin.make_decoder("linear", code, erased=[0]).decode(answers)
     tensor([[[4., 4.]]])
     """
-    config = DecoderConfig.of(kind)
-    if config.kind is DecoderKind.linear:
+    kind = parse_enum(DecoderKind, "decoder", kind)
+    if kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
-    if config.kind is DecoderKind.expert_head:
+    if kind is DecoderKind.expert_head:
         return ExpertHeadDecoder(code, erased, heads)
-    return RidgeDecoder(code.num_experts, erased, config)
+    return RidgeDecoder(code.num_experts, erased, kind)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coin.coding.answers import Answers
 from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig
+from coin.coding.decoder_config import DecoderKind
 from coin.coding.ridge import fit_blocks
 from coin.core.devices import double
 from coin.errors import DecodingError
@@ -20,7 +20,7 @@ class RidgeDecoder(Decoder):
     Inputs are the logits of the coded models and of the surviving experts side by side, targets the lost experts' own
     logits on the same calibration inputs; both are centred, and each lost expert gets the ridge with the smallest
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
-    budget: something must arrive, that is all. With ``survivors: false`` the coded models alone are read.
+    budget: something must arrive, that is all.
 
     As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and the features of
     each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size.
@@ -32,8 +32,8 @@ class RidgeDecoder(Decoder):
     input_mean: Tensor
     target_mean: Tensor
 
-    def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
-        super().__init__(num_experts, erased, config)
+    def __init__(self, num_experts: int, erased: Sequence[int], kind: DecoderKind) -> None:
+        super().__init__(num_experts, erased, kind)
         for name in ("coefficients", "input_mean", "target_mean"):
             self.register_buffer(name, None)
 
@@ -69,7 +69,7 @@ class RidgeDecoder(Decoder):
                 "no survivor is read and no coded model answers; lose fewer or add models"
             )
         blocks = [torch.cat(logits, 1)]
-        if self.config.reads_features:
+        if self.kind.reads_features:
             assert answers.coded_features is not None
             assert answers.expert_features is not None
             blocks += answers.coded_features

@@ -83,7 +83,7 @@ def read_system(
         return system, _description(coded, system, method, promises=[])
     coded = read_coded(run, method, decoder, policy)
     fitted = list(coded.decoders.values())
-    default = PolicyKind.coded_hedged if fitted[0].config.reads_survivors else PolicyKind.standin
+    default = PolicyKind.coded_hedged if fitted[0].kind.reads_survivors else PolicyKind.standin
     system = System.of(coded, Policy(policy or default, quantile), keep_mib=keep_mib)
     if keep_mib > 0:
         if not coded.is_adapted or system.policy.which != "coded":
@@ -93,7 +93,7 @@ def read_system(
             )
         system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
     promises = [promise for own in fitted for promise in own.promises.values()]
-    variant = f"{coded.method}, {fitted[0].config.name}"
+    variant = f"{coded.method}, {fitted[0].kind}"
     return system, _description(coded, system, variant, promises)
 
 

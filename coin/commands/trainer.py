@@ -17,6 +17,7 @@ from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.modules import Expert
+from coin.networks.registry import check_imported
 from coin.networks.weights import read_checkpoint
 from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
@@ -50,6 +51,9 @@ class TrainerCLI(LightningCLI):
             )
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
+        named = found.get("network")
+        if named is not None and named != init_args.get("network"):
+            check_imported(named, Path(path))
         for name in ("network", "image_size", "options", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]

@@ -253,16 +253,6 @@ class Calibration:
         border = count - min(held_out, count - 1)
         return self.subset(range(border)), self.subset(range(border, count))
 
-    @property
-    def labels(self) -> Tensor:
-        """Class indices within each sample's own task, int64 [P]. Only for the `empirical` Fisher ablation."""
-        labels = torch.empty_like(self.position)
-        for number, samples in enumerate(self.parts):
-            assert isinstance(samples, Samples)
-            own = self.part == number
-            labels[own] = samples.targets[self.position[own]]
-        return labels
-
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     """Several tasks' calibration data as one, evenly interleaved: every batch mixes the tasks, as BatchNorm needs."""

@@ -15,7 +15,6 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from coin.coding import (
     Answers,
     Decoder,
-    DecoderConfig,
     DecoderKind,
     Promise,
     answer_score,
@@ -49,10 +48,10 @@ def server_answers(
 
 
 def with_heads(
-    decoders: list[DecoderConfig], experts: Iterable[nn.Module], inputs: Batch, needed: bool
-) -> tuple[list[DecoderConfig], list[Head] | None]:
+    decoders: list[DecoderKind], experts: Iterable[nn.Module], inputs: Batch, needed: bool
+) -> tuple[list[DecoderKind], list[Head] | None]:
     """Return the decoders, and the heads if one needs these; expert_head, unless needed, only if heads are linear."""
-    others = [config for config in decoders if config.kind is not DecoderKind.expert_head]
+    others: list[DecoderKind] = [kind for kind in decoders if kind is not DecoderKind.expert_head]
     if len(others) == len(decoders):
         return decoders, None
     try:
@@ -76,11 +75,12 @@ class Scores:
     def update(
         self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None
     ) -> None:
-        """Add a batch of logits ``[B, C]`` with C ≥ C_j; see `DecodingAccuracy`."""
+        """Add a batch of logits ``[B, C]`` with C ≥ C_j (`DecodingAccuracy`); NaN is counted for no class."""
         self.accuracy.update(decoded, expert, labels, accepted)
-        answered = decoded[:, : self.num_classes].argmax(1)
-        own = expert[:, : self.num_classes].argmax(1)
-        self.confusion.update(answered, own)
+        answered = decoded[:, : self.num_classes]
+        own = expert[:, : self.num_classes]
+        is_finite = torch.isfinite(answered).all(1)
+        self.confusion.update(answered[is_finite].argmax(1), own[is_finite].argmax(1))
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class FittedDecoder:
 
     def decodes(self, erased: Sequence[int]) -> bool:
         """Return whether this is the decoder for the loss of these experts."""
-        if self.decoder.config.reads_survivors:
+        if self.decoder.kind.reads_survivors:
             return self.decoder.erased == tuple(erased)
         return True
 
@@ -125,21 +125,21 @@ class Evaluation:
     def __init__(
         self,
         variants: Sequence[Variant],
-        configs: Sequence[DecoderConfig],
+        kinds: Sequence[DecoderKind],
         class_counts: Sequence[int],
         heads: Sequence[Head] | None = None,
         replicas: Sequence[Replica] = (),
     ) -> None:
         self.variants = list(variants)
-        self.configs = list(configs)
+        self.kinds = list(kinds)
         self.class_counts = list(class_counts)
         everyone = tuple(range(len(class_counts)))
         self.fitted: list[FittedDecoder] = []
         for variant in variants:
-            for config in variant.decoders(configs):
-                erasures = variant.erasures() if config.reads_survivors else [everyone]
+            for kind in variant.decoders(kinds):
+                erasures = variant.erasures() if kind.reads_survivors else [everyone]
                 for erased in erasures:
-                    decoder = make_decoder(config, variant.code, erased, heads)
+                    decoder = make_decoder(kind, variant.code, erased, heads)
                     scores = {expert: Scores(class_counts[expert]) for expert in erased}
                     self.fitted.append(FittedDecoder(variant, decoder, scores))
         self.residuals: dict[Variant, list[Residual]] = {}
@@ -147,9 +147,7 @@ class Evaluation:
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
             has_output = variant.method != NONE and not variant.adapted
             of_sum = [
-                config
-                for config in variant.decoders(configs)
-                if config.kind is not DecoderKind.expert_head
+                kind for kind in variant.decoders(kinds) if kind is not DecoderKind.expert_head
             ]
             if has_output and of_sum:  # the sum takes every expert's answers
                 self.residuals[variant] = [Residual() for _ in class_counts]
@@ -200,7 +198,7 @@ class Evaluation:
             seen = each.variant.seen(answers)
             started = time.perf_counter()
             each.decoder.fit(seen)
-            losses = 1 if each.decoder.config.reads_survivors else len(each.decoder.erased)
+            losses = 1 if each.decoder.kind.reads_survivors else len(each.decoder.erased)
             each.seconds = (time.perf_counter() - started) / losses
 
     def promise(self, answers: Answers, alpha: float, confidence: float) -> None:
@@ -234,8 +232,8 @@ class Evaluation:
         found = []
         for variant in self.variants:
             for erased in variant.erasures():
-                for config in variant.decoders(self.configs):
-                    found += self._of_decoder(variant, erased, config, tasks)
+                for kind in variant.decoders(self.kinds):
+                    found += self._of_decoder(variant, erased, kind, tasks)
         for (variant, task, _), scores in self.replicas:
             columns = {
                 "decoder": REPLICA,
@@ -253,21 +251,21 @@ class Evaluation:
         return found
 
     def _of_decoder(
-        self, variant: Variant, erased: tuple[int, ...], config: DecoderConfig, tasks: Sequence[str]
+        self, variant: Variant, erased: tuple[int, ...], kind: DecoderKind, tasks: Sequence[str]
     ) -> list[Measurement]:
         """Return the results of a decoder for the loss of these experts, one for each of them."""
         of_variant = [each for each in self.fitted if each.variant is variant]
-        own = [each for each in of_variant if each.decoder.config == config]
+        own = [each for each in of_variant if each.decoder.kind is kind]
         fitted = next(each for each in own if each.decodes(erased))
         kept = sum(each.decoder.nbytes for each in own)
         passes = fitted.decoder.passes(len(variant.networks), erased)
         seconds = fitted.seconds + self.network_seconds * passes
         columns = {
-            "decoder": config.name,
+            "decoder": kind.name,
             "erased": "+".join(tasks[lost] for lost in erased),
             "decoder_seconds": seconds if passes else 0.0,
             "decoder_passes": float(passes),
-            **variant.costs(config, kept, len(erased)),
+            **variant.costs(kind, kept, len(erased)),
         }
         found = []
         for lost in erased:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind
+from coin.coding import Answers, Code, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network
@@ -51,33 +51,33 @@ class Variant:
     lost: tuple[tuple[int, ...], ...] | None = None
     adapted: bool = False
 
-    def decoders(self, every: Sequence[DecoderConfig]) -> Sequence[DecoderConfig]:
+    def decoders(self, every: Sequence[DecoderKind]) -> Sequence[DecoderKind]:
         """Return those of the decoders that apply; ``none`` has ``ridge`` at least where any reads survivors."""
-        linear = [config for config in every if config.kind is DecoderKind.linear]
+        linear = [kind for kind in every if kind is DecoderKind.linear]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
-            return [config for config in every if config.kind is DecoderKind.expert_head]
+            return [kind for kind in every if kind is DecoderKind.expert_head]
         if self.method == ORACLE:
             return linear
         if self.method == NONE:
-            with_survivors = [config for config in every if config.reads_survivors]
-            regressions = [config for config in with_survivors if config not in linear]
+            with_survivors = [kind for kind in every if kind.reads_survivors]
+            regressions = [kind for kind in with_survivors if kind not in linear]
             if with_survivors and not regressions:
-                return [DecoderConfig(DecoderKind.ridge)]
+                return [DecoderKind.ridge]
             return regressions
         return every
 
-    def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
+    def costs(self, kind: DecoderKind, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
         num_experts = self.code.num_experts
-        losses = config.losses(num_experts, self.code.num_coded)
+        losses = kind.losses(num_experts, self.code.num_coded)
         if self.method == NONE:
             losses = min(losses, num_experts - 1)
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "resident_mib": (self.resident + kept) / 2**20,
-            "forwards": config.forwards(num_experts, len(self.networks), num_lost),
+            "forwards": kind.forwards(num_experts, len(self.networks), num_lost),
             "losses": losses,
         }
 
@@ -194,7 +194,15 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code
             memory=memory,
             resident=memory + largest[label],  # all as stored, and one of them whole to answer
         )
+        # Of equal experts each has a copy.
+        without_copy = list(fingerprints)
         for file in files:
-            task = fingerprints.index(file.provenance["of"])
+            of = file.provenance["of"]
+            if of not in without_copy:
+                raise FileError(
+                    f"'{file.path}' is a second copy of an expert, expected one of each; leave it out"
+                )
+            task = without_copy.index(of)
+            without_copy[task] = ""
             found.append(Replica(variant, task, file.path))
     return found

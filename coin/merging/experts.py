@@ -276,10 +276,6 @@ class Experts:
         samples: Sequence[Iterable[Batch]],
     ) -> Sequence[State]:
         """Return every network's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes."""
-        if kind is FisherKind.empirical:
-            raise ConfigurationError(
-                "found no labels for the empirical Fisher; compute it and give it as fishers"
-            )
         options = None if kind is None else FisherOptions(kind)
         means = []
         for network, batches in zip(networks, samples, strict=True):

@@ -14,7 +14,6 @@ from coin.coding import (
     Answers,
     Code,
     Decoder,
-    DecoderConfig,
     DecoderKind,
     Promise,
     answer_score,
@@ -199,7 +198,7 @@ class Coded(LightningModule):
         self,
         calibration: Iterable[Any],
         erased: Erased,
-        kind: DecoderKind | str | DecoderConfig,
+        kind: DecoderKind | str,
     ) -> Self:
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
@@ -207,9 +206,9 @@ class Coded(LightningModule):
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and
                 expert_head need none, but expert_head's first batch checks heads and features.
             erased: The lost experts, by index or by name.
-            kind: The decoder: a kind with its default options, or a configuration.
+            kind: The decoder.
         """
-        if self.is_adapted and DecoderConfig.of(kind).kind is not DecoderKind.expert_head:
+        if self.is_adapted and kind != DecoderKind.expert_head:
             raise ConfigurationError(
                 f"the decoder {kind} cannot read a body with adapters, expected expert_head"
             )
@@ -220,7 +219,7 @@ class Coded(LightningModule):
             self.count_classes(first)
             batches = chain([first], batches)
         if isinstance(decoder, ExpertHeadDecoder):
-            decoder = make_decoder(decoder.config, self.code, decoder.erased, self.heads(first))
+            decoder = make_decoder(decoder.kind, self.code, decoder.erased, self.heads(first))
         if decoder.needs_fit:
             decoder.fit(self._answers_with_own(decoder, batches, None))
         self.decoders.pop(decoder.erased, None)  # so that it becomes the last one
@@ -342,7 +341,7 @@ class Coded(LightningModule):
 
         chosen = chosen_system(Path(folder), method, decoder, survivors)
         file = SystemFile.load(chosen.path)
-        file.decoders = [each for each in file.decoders if each.config.name == chosen.decoder]
+        file.decoders = [each for each in file.decoders if each.kind == chosen.decoder]
         folder_of_experts = chosen.path.parent.parent / "experts"
         experts = [
             load_network(folder_of_experts / task / "expert.safetensors") for task in file.names
@@ -417,7 +416,7 @@ class Coded(LightningModule):
         if lost in self.decoders:
             return self.decoders[lost], lost
         for key, decoder in self.decoders.items():
-            is_one_of_many = not decoder.config.reads_survivors and set(lost) <= set(key)
+            is_one_of_many = not decoder.kind.reads_survivors and set(lost) <= set(key)
             is_same = sorted(key) == sorted(lost)
             if lost and (is_one_of_many or is_same):
                 return decoder, lost
@@ -445,7 +444,7 @@ class Coded(LightningModule):
         silent = [row for row in range(len(self.coded)) if row not in rows]
         return self.answers(
             inputs,
-            features=decoder.config.reads_features,
+            features=decoder.kind.reads_features,
             erased=erased,
             silent=silent,
             tasks=tasks,

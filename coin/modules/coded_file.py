@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.coding import Code, Decoder, DecoderConfig, Promise, make_decoder
+from coin.coding import Code, Decoder, Promise, make_decoder
 from coin.core.devices import device_of
 from coin.errors import FileError, StateError
 from coin.files.atomic import sha256_of
@@ -81,7 +81,7 @@ class SystemFile:
     code: Code
     names: Sequence[str]  # the experts' tasks
     classes: list[int] | None  # how many classes every expert has, if known
-    decoders: Sequence[Decoder]  # all fitted decoders, of several configurations and erasures
+    decoders: Sequence[Decoder]  # all fitted decoders, of several kinds and erasures
     experts: Sequence[str]  # the fingerprints of the experts' states
     # Every coded model's parameters and buffers; none if they are in files of their own.
     coded: Sequence[State] = ()
@@ -105,7 +105,7 @@ class SystemFile:
             }
             decoders.append(
                 {
-                    "name": decoder.config.name,
+                    "kind": decoder.kind,
                     "erased": list(decoder.erased),
                     "promises": promises,
                 }
@@ -149,8 +149,7 @@ class SystemFile:
             files.append(file)
         decoders = []
         for place, each in enumerate(told["decoders"]):
-            config = DecoderConfig.named(each["name"])
-            decoder = make_decoder(config, code, each["erased"])
+            decoder = make_decoder(each["kind"], code, each["erased"])
             own = _below(f"decoder.{place}.", state)
             try:
                 decoder.load_state_dict(own)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from coin.core.batches import Batch
+from coin.core.batches import Batch, map_tensors
 from coin.core.devices import device_of
 from coin.core.lightning import plot_against_epochs
 from coin.data import Augmentation
@@ -125,7 +125,11 @@ class DistillationModule(LightningModule):
 
     def expert_outputs(self, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]``."""
-        return torch.stack([network(inputs) for network in self.teachers])
+        logits = []
+        for network in self.teachers:
+            own = map_tensors(torch.clone, inputs)  # which it may change in place
+            logits.append(network(own))
+        return torch.stack(logits)
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − Σ_i β_i f_i(x)‖² of one batch of positions and inputs."""

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from coin.coding import Answers, Code, DecoderConfig, distinct_decoders, uniform
+from coin.coding import Answers, Code, DecoderKind, distinct_decoders, uniform
 from coin.data import Calibration
 from coin.data.tasks import Tasks, tasks_of
 from coin.errors import ConfigurationError
@@ -21,7 +21,7 @@ from coin.evaluation.scores import Evaluation, Measurement, server_answers, with
 from coin.evaluation.variants import NONE, ORACLE, Variant, read_coded, read_replicas
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile
-from coin.networks import load_network
+from coin.networks import load_network, run_network
 from coin.networks.calling import as_input
 from coin.networks.files import open_network
 from coin.reporting.results import requested_policy
@@ -42,7 +42,7 @@ class DecodingEvaluator(LightningModule):
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: Kinds, or sections of a kind and its options; by default all kinds, but expert_head only if head and
+        decoders: Their kinds; by default all, but expert_head only if head and
             features give the experts' logits.
         code: The code of the references, R×N; by default the first coded model's.
         replicas: The files of compressed experts, each of which replaces its own expert.
@@ -60,7 +60,7 @@ class DecodingEvaluator(LightningModule):
         self,
         experts: dict[str, str],
         coded: list[str] | None = None,
-        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
+        decoders: list[str] | None = None,
         code: list[list[float]] | None = None,
         replicas: list[str] | None = None,
         alpha: float = 0.02,
@@ -96,7 +96,7 @@ class DecodingEvaluator(LightningModule):
         self.coded_files = [Path(path) for path in coded or []]
         coded_networks, self.variants = read_coded(self.coded_files, self.fingerprints)
         self.coded = nn.ModuleList(coded_networks)
-        expert_head = DecoderConfig.of("expert_head")
+        expert_head = DecoderKind.expert_head
         has_bodies = any(each.adapted for each in self.variants)
         if has_bodies and expert_head not in self.decoders:
             self.decoders.append(expert_head)  # the only one that reads bodies with adapters
@@ -231,8 +231,8 @@ class DecodingEvaluator(LightningModule):
         self.evaluation.update(task, answers, labels)
         for replica, scores in self.evaluation.replicas:
             if replica.task == task:
-                decoded = self.networks[replica.path](inputs).cpu()
-                scores.update(decoded, answers.experts[task], labels)
+                run = run_network(self.networks[replica.path], inputs, features=False)
+                scores.update(run.logits.cpu(), answers.experts[task], labels)
         self.progress.update(len(labels))
 
     def on_test_epoch_end(self) -> None:

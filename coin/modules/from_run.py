@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from coin.coding import DecoderConfig
+from coin.coding import DecoderKind
 from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance
 from coin.reporting.choice import recommended
@@ -37,7 +37,7 @@ def chosen_system(
     for each in systems:
         has_method = method in (None, each.method, each.path.stem)
         has_decoder = decoder in (None, each.decoder)
-        reads_survivors = DecoderConfig.named(each.decoder).reads_survivors
+        reads_survivors = DecoderKind(each.decoder).reads_survivors
         if has_method and has_decoder and survivors in (None, reads_survivors):
             fitting.append(each)
     if not fitting:

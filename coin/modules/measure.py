@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from coin.coding import Answers, DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import Answers, DecoderKind, distinct_decoders
 from coin.coding.code import check_erasure
 from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import Evaluation, with_heads
@@ -35,7 +35,7 @@ def evaluate(
     system: Coded,
     loaders: Sequence[Iterable[Any]],
     *,
-    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] | None = None,
+    decoders: Sequence[DecoderKind | str] | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     erasures: Sequence[Sequence[int]] | None = None,
 ) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def evaluate(
     Args:
         system: The code, its experts and its coded models.
         loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
-        decoders: Kinds or configurations; by default all kinds, but expert_head only if head and features give the
+        decoders: Their kinds; by default all, but expert_head only if head and features give the
             experts' logits.
         calibration: For every expert the batches of its own task's samples, on which decoders are fitted; linear and
             expert_head need none.
@@ -85,12 +85,12 @@ def evaluate(
     start = min(tests)
     first = next(tests[start])
     tests[start] = chain([first], tests[start])
-    configs = distinct_decoders(decoders)
+    kinds = distinct_decoders(decoders)
     with eval_mode(system.experts):
         inputs = as_input(first[0], system.coded[0])
         is_asked = decoders is not None
-        configs, heads = with_heads(configs, list(system.experts), inputs, needed=is_asked)
-    features = any(config.reads_features for config in configs)
+        kinds, heads = with_heads(kinds, list(system.experts), inputs, needed=is_asked)
+    features = any(kind.reads_features for kind in kinds)
     variant = Variant(
         "coded",
         system.code,
@@ -100,7 +100,7 @@ def evaluate(
         lost=lost,
         adapted=system.is_adapted,
     )
-    evaluation = Evaluation([variant], configs, system.count_classes(first[0]), heads)
+    evaluation = Evaluation([variant], kinds, system.count_classes(first[0]), heads)
     if not evaluation.fitted:
         raise ConfigurationError(
             "found no decoder that reads a body with adapters, expected expert_head"
@@ -125,7 +125,7 @@ def evaluate(
                 task_of_each = torch.full((answers.num_samples,), task)
                 parts.append(replace(answers, tasks=task_of_each))
         if not parts:
-            name = to_fit[0].decoder.config.name
+            name = to_fit[0].decoder.kind.name
             raise ConfigurationError(
                 f"found no calibration samples to fit the decoder {name} on; give them"
             )
@@ -134,7 +134,7 @@ def evaluate(
         read = evaluation.read_of_task(task)
         for inputs, labels in pairs:
             evaluation.update(task, answers_of(inputs, task, read), labels.cpu())
-    names = [config.name for config in configs]
+    names = [kind.name for kind in kinds]
     measured = evaluation.measurements(system.names)
     measured.sort(key=lambda each: names.index(each.columns["decoder"]))
     return pd.DataFrame([each.columns for each in measured], columns=_COLUMNS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.core.batches import Batch, joined, size_of
+from coin.core.batches import Batch, joined, map_tensors, size_of
 from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
@@ -163,7 +163,7 @@ def recalibrate(
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
             for batch in chain([first], joined_batches):
                 samples += size_of(batch)
-                network(batch)
+                network(map_tensors(torch.clone, batch))  # which it may change in place
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum

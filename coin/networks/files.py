@@ -22,7 +22,7 @@ from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
 from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace, local_place
-from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.registry import NetworkConfig, build_network, check_imported
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 # A task's prompts and class names, for a zero-shot head.
@@ -198,6 +198,7 @@ def load_network(path: Path) -> NetworkFile:
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
     """Return the architecture and the number of classes that a file's metadata describe."""
     try:
+        check_imported(provenance["network"]["name"], path)
         # Pretrained weights are about to be overwritten: never download them to read a file.
         config = NetworkConfig(**{**provenance["network"], "weights": None})
         return config, operator.index(provenance["num_classes"])

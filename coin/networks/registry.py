@@ -1,13 +1,15 @@
 """Networks by name, from wherever they come."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from coin.core.batches import channels_last
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
@@ -70,16 +72,32 @@ class NetworkConfig:
     @property
     def source(self) -> NetworkSource:
         """The network of its family, which builds it."""
-        kind: type[NetworkSource] = Torchvision
-        if self.name.startswith("timm/"):
-            kind = Timm
-        elif self.name.startswith(PREFIX):
-            kind = HuggingFace
-        elif self.name in Own.kinds:
-            kind = Own
-        elif "." in self.name.strip(".") and "/" not in self.name:
-            kind = ImportPath
-        return kind(self.name, self.image_size, self.weights, self.options)
+        return _family(self.name)(self.name, self.image_size, self.weights, self.options)
+
+
+def _family(name: str) -> type[NetworkSource]:
+    if name.startswith("timm/"):
+        return Timm
+    if name.startswith(PREFIX):
+        return HuggingFace
+    if name in Own.kinds:
+        return Own
+    if "." in name.strip(".") and "/" not in name:
+        return ImportPath
+    return Torchvision
+
+
+def check_imported(name: str, path: Path) -> None:
+    """Raise FileError where a file's network is a class of a module that the caller has not imported.
+
+    Whoever wrote the file would otherwise choose what is run here.
+    """
+    module = name.rpartition(".")[0]
+    if _family(name) is ImportPath and module not in sys.modules:
+        raise FileError(
+            f"'{path}' holds a '{name}', and files import nothing, expected its module to be imported already; "
+            f"if you trust it, write `import {module}` before, or add --import={module} to the command"
+        )
 
 
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:

@@ -145,7 +145,7 @@ def linear_heads(
     for network in networks:
         head = linear_head(network)
         if inputs is not None:
-            few = take(inputs, slice(0, _FEW))
+            few = map_tensors(torch.clone, take(inputs, slice(0, _FEW)))
             features, logits = features_and_logits(network, few)
             check_head(network, features, logits)
         weight = head.weight.detach()

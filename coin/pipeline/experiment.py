@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.coding import DecoderConfig, distinct_decoders
+from coin.coding import distinct_decoders
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import did_you_mean
 from coin.core.processes import is_rank_zero
@@ -46,7 +46,7 @@ class Experiment:
         code: R rows of N coding weights, one coded model per row; a number R for the predefined code of R coded models
             (`coin.coding.convex`); by default one coded model with equal weights.
         calibration: The unlabelled samples for merging and decoding.
-        decoders: The decoders to compare: kinds, or sections of a kind and its options; by default all kinds.
+        decoders: The decoders to compare: their kinds; by default all.
         replicas: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
             options, such as ``{bits: 3}`` or ``{bits: 3, base_bits: 8}``.
         seeds: A list of seeds, or one; the seed fixes the calibration samples and everything random after the base.
@@ -70,7 +70,7 @@ class Experiment:
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
         code: list[list[float]] | int | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
-        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
+        decoders: list[str] | None = None,
         replicas: list[dict[str, Any]] | None = None,
         seeds: int | list[int] | None = None,
         output: str = "runs",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -136,6 +137,7 @@ class System:
     features: bool  # whether replies have features
     holds_copies: bool = False  # whether replicas hold the experts' compressed copies
     keep_mib: float = 0.0  # MiB of unpacked networks that a server which stands in may keep
+    modules: Sequence[str] = ()  # in which the networks' classes are
 
     @classmethod
     def of(
@@ -149,8 +151,8 @@ class System:
 
         Replicas hold the experts' files, or their `copies`.
         """
-        decoder = next(iter(coded.decoders.values())).config
-        every_row = decoder.kind is not DecoderKind.expert_head
+        decoder = next(iter(coded.decoders.values())).kind
+        every_row = decoder is not DecoderKind.expert_head
         experts = [f"expert-{task}" for task in coded.names]
         stand_ins = StandIns(policy.which, experts, coded.code, every_row, coded.is_adapted)
         networks = [*experts, *stand_ins.coded]
@@ -170,6 +172,7 @@ class System:
             features=decoder.reads_features,
             holds_copies=bool(copies),
             keep_mib=keep_mib,
+            modules=sorted({type(each).__module__ for each in coded.modules()}),
         )
 
     def expert_of(self, name: str) -> int:
@@ -188,6 +191,10 @@ class System:
         Of compressed copies at most `keep_mib` MiB are kept unpacked, or one network if it is more: the least recently
         used one goes, and is read again when it is asked for.
         """
+        for module in (
+            self.modules
+        ):  # which the process that opened the run had imported, and no file may choose
+            import_module(module)
         read = partial(self._read, device=device)
         most = None
         if self.holds_copies and any(name.startswith(REPLICA) for name in names):
@@ -231,7 +238,7 @@ class System:
     def _decoder(self, missing: tuple[int, ...], is_whole: bool) -> Decoder | None:
         """Return the fitted decoder of missing experts, if there is one; `is_whole`: all coded models have answered."""
         for decoder in self.decoders.values():
-            if not decoder.config.reads_survivors:
+            if not decoder.kind.reads_survivors:
                 return decoder
         return self.decoders.get(missing) if is_whole else None
 

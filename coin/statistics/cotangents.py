@@ -4,16 +4,15 @@ import math
 from enum import StrEnum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError
 
 
 class FisherKind(StrEnum):
     """Which diagonal is estimated; f is the network's logits [C], θ a parameter, p = softmax(f).
 
-    All four are per-sample quantities: a gradient is squared before samples are summed, never after.
+    All three are per-sample quantities: a gradient is squared before samples are summed, never after.
 
     >>> coin.Coin(fisher_kind="categorical").fisher_kind is coin.FisherKind.categorical
     True
@@ -28,23 +27,18 @@ class FisherKind(StrEnum):
     categorical = "categorical"
     """Σ_c p_c (∂ log p_c/∂θ)²: the softmax Fisher, exact over the classes. For the ablation."""
 
-    empirical = "empirical"
-    """(∂ log p_y/∂θ)² at the true label y. For the ablation."""
-
 
 def make_cotangents(
     kind: FisherKind,
     logits: Tensor,
     *,
-    labels: Tensor | None = None,
     mc_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
     exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
-    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x). Raises ConfigurationError for
-    k > C, DataError for another number of labels than samples.
+    exact. categorical: √p_c (e_c − p). Raises ConfigurationError for k > C.
     """
     samples, classes = logits.shape
     identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
@@ -55,18 +49,9 @@ def make_cotangents(
         drawn = [_draw(classes, number, generator) for _ in range(samples)]
         return torch.stack(drawn, 1).to(logits)
     probabilities = logits.softmax(-1)
-    if kind is FisherKind.categorical:
-        roots = probabilities.T.sqrt()  # [C, B]
-        steps = identity[:, None] - probabilities  # [C, B, C]
-        return roots[..., None] * steps
-    assert labels is not None
-    if labels.shape != (samples,):
-        raise DataError(
-            f"found labels {[*labels.shape]}, expected [{samples}]: one for every sample, in their order"
-        )
-    at_logits = labels.to(logits.device)
-    truth = F.one_hot(at_logits, classes).to(logits)
-    return (truth - probabilities)[None]
+    roots = probabilities.T.sqrt()  # [C, B]
+    steps = identity[:, None] - probabilities  # [C, B, C]
+    return roots[..., None] * steps
 
 
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:

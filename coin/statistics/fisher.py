@@ -82,7 +82,6 @@ def fisher_sums(
     batches: Iterable[Any],
     options: FisherOptions | None = None,
     *,
-    labels: Tensor | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
     forward: Forward | None = None,
@@ -94,27 +93,22 @@ def fisher_sums(
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
         options: How it is computed; `FisherOptions`' defaults if None.
-        labels: True classes [P] in the order of the samples, for the empirical kind.
         generator: Of Monte Carlo's cotangents; torch's global one by default.
         progress: Called with the number of samples after every cut of a batch.
         forward: (network, batch) → logits, for other calls than with one tensor; batches may then be mappings too.
         **choices: Options by name, such as ``kind="monte_carlo"``.
 
     Raises ConfigurationError for options that do not belong together or nothing to differentiate by; DataError where
-    there are no samples, the output is not [B, C], labels do not fit or a batch holds no tensors; StateError where the
-    outputs depend on a sample's neighbours in the batch.
+    there are no samples, the output is not [B, C] or a batch holds no tensors; StateError where the outputs depend on a
+    sample's neighbours in the batch.
     """
     chosen = replace(options or FisherOptions(), **choices)
-    fisher = _Pass(called_by(network, forward), chosen, labels, generator)
+    fisher = _Pass(called_by(network, forward), chosen, generator)
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:
         raise DataError(
             "found no calibration samples, expected at least one batch; raise the number of samples"
-        )
-    if labels is not None and len(labels) != fisher.count:
-        raise DataError(
-            f"found {len(labels)} labels for {fisher.count} samples, expected one each, in their order"
         )
     totals = {name: total.contiguous() for name, total in fisher.totals.items()}
     return Sums(totals, fisher.count, fisher.passes)
@@ -140,17 +134,10 @@ class _Pass:
         self,
         network: nn.Module,
         options: FisherOptions,
-        labels: Tensor | None,
         generator: torch.Generator | None,
     ) -> None:
-        if (options.kind is FisherKind.empirical) != (labels is not None):
-            found = "no labels" if labels is None else "labels"
-            raise ConfigurationError(
-                f"found {found} for the {options.kind} Fisher; labels belong to the empirical kind, and only to it"
-            )
         self.network = network
         self.options = options
-        self.labels = labels
         self.generator = generator
         self._parameters = trainable(network)
         with torch.inference_mode(False):
@@ -186,12 +173,9 @@ class _Pass:
         long as one sample fits, since the Gram rule gains from them.
         """
         like = next(iter(self._parameters.values()))
-        if self.options.kind is FisherKind.empirical:
-            cotangents = 1
-        elif self.options.kind is FisherKind.monte_carlo:
+        cotangents = layout.outputs
+        if self.options.kind is FisherKind.monte_carlo:
             cotangents = self.options.mc_samples or 1
-        else:
-            cotangents = layout.outputs
         kept = layout.activations * _KEPT * like.element_size()
         widest = layout.widest * sum_type(like).itemsize
         available = self.options.memory_mib << 20
@@ -215,13 +199,9 @@ class _Pass:
         self.passes += samples
         if is_unchecked and samples > 1:
             check_apart(self.network, piece, output)
-        labels = None
-        if self.labels is not None:
-            labels = self.labels[self.count : self.count + samples]
         rows = make_cotangents(
             self.options.kind,
             output.detach(),
-            labels=labels,
             mc_samples=self.options.mc_samples,
             generator=self.generator,
         )

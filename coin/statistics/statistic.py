@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.fisher import FisherOptions, fisher_sums
@@ -50,7 +50,6 @@ def statistic_sums(
     batches: Iterable[Any],
     options: FisherOptions | None,
     *,
-    labels: Tensor | None = None,
     seed: int = 0,
     rank: int = 0,
     progress: Callable[[int], object] | None = None,
@@ -63,6 +62,4 @@ def statistic_sums(
         return gram_sums(network, batches, progress=progress)
     # Of the CPU, so that every device has its numbers.
     generator = torch.Generator().manual_seed(seed * 100_003 + rank)
-    return fisher_sums(
-        network, batches, options, labels=labels, generator=generator, progress=progress
-    )
+    return fisher_sums(network, batches, options, generator=generator, progress=progress)

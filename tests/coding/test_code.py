@@ -37,6 +37,16 @@ def test_a_code_that_breaks_its_promise_is_refused(matrix, experts):
         Code(matrix)
 
 
+def test_an_erasure_is_refused_from_an_amplification_of_ten_thousand_on():
+    def code(amplification):  # of the loss of both: the smaller singular value is the difference of the columns
+        half = 0.5 / amplification
+        return Code([[0.5 + half, 0.5 - half], [0.5 - half, 0.5 + half]])
+
+    assert code(9_000).worst_amplification() == pytest.approx(9_000)
+    with pytest.raises(DecodingError, match=r"would amplify noise 1\.1e\+04-fold, expected at most 1e\+04"):
+        code(11_000)
+
+
 def test_row_sums_within_the_tolerance_are_made_exact():
     code = Code([[0.3333333, 0.3333333, 0.3333333]])
     torch.testing.assert_close(code.matrix.sum(1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-15)
@@ -100,7 +110,7 @@ def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_o
     assert worst <= float(1 / smallest.max()) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4)])
+@pytest.mark.parametrize(("experts", "coded"), [(0, 1), (3, 0), (3, 4), (9, 2), (7, 5)])
 def test_sizes_are_checked(experts, coded):
     with pytest.raises(ConfigurationError, match=f"{coded} coded models for {experts} experts"):
         convex(experts, coded)

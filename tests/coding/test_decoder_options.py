@@ -1,12 +1,12 @@
-"""The options of calibrated decoders, what fits share, and decoders that are read back."""
+"""Lists of decoders, the answers that they read, and decoders that are read back."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
-from coin.errors import ConfigurationError, DecodingError, StateError
+from coin.coding import Answers, Code, DecoderKind, distinct_decoders, make_decoder
+from coin.errors import ConfigurationError, DecodingError
 
 CODE = Code([[0.2, 0.3, 0.5]])
 TWO_ROWS = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
@@ -29,56 +29,21 @@ def noisy_answers(samples, seed, code=CODE, width=5):
     return Answers(torch.stack(logits[:n]), torch.stack(logits[n:]), features[:n], features[n:], tasks)
 
 
-def decoded(config, calibration, test, erased=(1,), code=CODE):
-    return make_decoder(config, code, erased).fit(calibration).decode(test)
-
-
-NAMES = [
-    ({"kind": "linear"}, "linear"),
-    ({"kind": "feature_ridge"}, "feature_ridge"),
-    ({"kind": "feature_ridge", "survivors": False}, "feature_ridge-alone"),
-    ({"kind": "ridge", "survivors": False}, "ridge-alone"),
-    ({"kind": "expert_head"}, "expert_head"),
-]
-
-
-@pytest.mark.parametrize(("options", "name"), NAMES)
-def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
-    config = DecoderConfig.of(options)
-    assert config.name == name
-    assert type(config.name) is str  # a column of names in W&B's tables takes no enum beside strings
-    assert DecoderConfig.named(name) == config
-    decoder = make_decoder(config, CODE, [0])
-    assert (decoder.config.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
-    assert make_decoder(options["kind"], CODE, [0]).config.name == options["kind"]
-
-
-REFUSED = [
-    ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
-    ({"kind": "expert_head", "survivors": False}, "found survivors=False for expert_head, expected ridge or feature"),
-    ({"kind": "feature_ridge", "depth": 3}, "expected kind and survivors .*'depth'"),
-    ({"survivors": True}, "expected kind and survivors .*'kind'"),
-]
-
-
-def test_options_that_do_not_apply_and_names_of_nothing_are_refused_in_one_line():
-    for options, message in REFUSED:
-        with pytest.raises(ConfigurationError, match=message) as found:
-            DecoderConfig.of(options)
-        assert "\n" not in str(found.value)
-    for name in ("", "magic", "ridge-magic", "feature_ridge-alone-alone", "linear-16"):
-        with pytest.raises(ConfigurationError, match="found"):
-            DecoderConfig.named(name)
+def decoded(kind, calibration, test, erased=(1,), code=CODE):
+    return make_decoder(kind, code, erased).fit(calibration).decode(test)
 
 
 def test_a_list_of_decoders_has_no_repeats_and_is_not_empty():
-    wanted = ["ridge", {"kind": "ridge", "survivors": False}, DecoderConfig("linear")]
-    configs = distinct_decoders(wanted)
-    assert [config.name for config in configs] == ["ridge", "ridge-alone", "linear"]
-    with pytest.raises(ConfigurationError, match="expected at least one and each once"):
-        distinct_decoders(["ridge", DecoderConfig(DecoderKind.ridge)])
-    with pytest.raises(ConfigurationError, match="expected at least one"):
-        distinct_decoders([])
+    kinds = distinct_decoders(["ridge", "linear"])
+    assert kinds == [DecoderKind.ridge, DecoderKind.linear]
+    assert type(kinds[0].name) is str  # a column of names in W&B's tables takes no enum beside strings
+    for wrong, message in (
+        (["ridge", DecoderKind.ridge], "expected at least one and each once"),
+        ([], "expected at least one"),
+        (["cubic"], "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            distinct_decoders(wrong)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
@@ -93,15 +58,8 @@ def test_answers_of_other_servers_are_refused(kind):
         message = f"found answers of {found} numbers, expected {inputs}, as fitted; fit it on answers of"
         with pytest.raises(DecodingError, match=message):
             decoded(kind, calibration, other)
-
-
-def test_without_survivors_an_expert_that_is_not_lost_may_fail():
-    calibration = noisy_answers(9, 1)
-    calibration.experts[2] = torch.nan
-    config = DecoderConfig("feature_ridge", survivors=False)
-    assert make_decoder(config, CODE, [0]).fit(calibration).decode(calibration).isfinite().all()
-    with pytest.raises(StateError, match="holds a NaN"):
-        make_decoder(config, CODE, [2]).fit(calibration)
+    with pytest.raises(DecodingError, match="no survivor is read and no coded model answers"):
+        make_decoder(kind, CODE, [0, 1, 2]).fit(calibration.with_coded([]))
 
 
 def test_answers_of_servers_are_padded_and_silent_ones_have_none():
@@ -134,14 +92,14 @@ def test_answers_check_their_parts_which_join_and_split():
     assert answers.with_coded([]).coded_features == []
 
 
-@pytest.mark.parametrize("options", [options for options, name in NAMES if "ridge" in name])
+@pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
 @pytest.mark.parametrize("erased", [(1,), (2, 0)])
-def test_a_decoder_takes_the_state_of_a_fitted_one_and_answers_to_the_last_bit(options, erased):
-    decoder = make_decoder(DecoderConfig.of(options), TWO_ROWS, erased)
+def test_a_decoder_takes_the_state_of_a_fitted_one_and_answers_to_the_last_bit(kind, erased):
+    decoder = make_decoder(kind, TWO_ROWS, erased)
     assert not decoder.state_dict()
     decoder.fit(noisy_answers(90, 0, TWO_ROWS))
     assert set(decoder.state_dict()) == {"coefficients", "input_mean", "target_mean"}  # no more with more samples
-    again = make_decoder(DecoderConfig.of(options), TWO_ROWS, erased)
+    again = make_decoder(kind, TWO_ROWS, erased)
     again.load_state_dict({name: tensor.clone() for name, tensor in decoder.state_dict().items()})
     for size in (1, 2, 7, 40):
         test = noisy_answers(size, 1, TWO_ROWS)

@@ -1,16 +1,13 @@
-"""Decoders that read no survivor: the lost expert's own head, and regressions from the coded models alone."""
+"""The decoder that reads no survivor, the lost expert's own head, and what decoders cost."""
 
 import dataclasses
 
-import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from coin.coding import Answers, Code, DecoderConfig, convex, make_decoder
-from coin.errors import DecodingError
+from coin.coding import Answers, Code, DecoderKind, convex, make_decoder
 
 PAIR = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
-ALONE = [DecoderConfig("ridge", survivors=False), DecoderConfig("feature_ridge", survivors=False)]
 
 
 def linear_system(code, samples, seed=0, width=5, classes=4):
@@ -52,25 +49,6 @@ def test_a_lost_expert_is_read_from_the_coded_model_that_weighs_it_most():
     assert make_decoder("expert_head", PAIR, [2, 1], heads).rows(2) == (0,)
 
 
-@pytest.mark.parametrize("config", ALONE, ids=lambda config: config.name)
-def test_a_regression_alone_is_that_of_the_coded_models_answers(config):
-    """It reads no survivor, knows no budget, and for several experts is what it is for each."""
-    (calibration, _), (test, _) = linear_system(PAIR, 40), linear_system(PAIR, 9, seed=1)
-    gone = dataclasses.replace(
-        test,
-        experts=torch.full_like(test.experts, torch.nan),
-        expert_features=[feature[:, :0] for feature in test.expert_features],
-    )
-    every = make_decoder(config, PAIR, [2, 0, 1]).fit(calibration)
-    for place, expert in enumerate(every.erased):
-        own = make_decoder(config, PAIR, [expert]).fit(calibration)
-        torch.testing.assert_close(every.decode(gone)[place], own.decode(gone)[0], rtol=1e-9, atol=1e-9)
-    plain = make_decoder(dataclasses.replace(config, survivors=True), PAIR, [2, 0, 1]).fit(calibration)
-    assert torch.equal(plain.decode(gone), every.decode(gone))  # with all lost there is no survivor anyway
-    with pytest.raises(DecodingError, match="no survivor is read and no coded model answers"):
-        make_decoder(config, PAIR, [0]).fit(calibration.with_coded([]))
-
-
 def test_heads_are_kept_without_the_rows_that_pad_them():
     answers, heads = linear_system(PAIR, 7)
     for expert, classes in enumerate((4, 2, 0)):
@@ -88,20 +66,28 @@ def test_heads_are_kept_without_the_rows_that_pad_them():
     assert torch.equal(again.decode(answers), found)
 
 
+def test_a_last_class_with_a_bias_alone_is_no_padding():
+    answers, heads = linear_system(PAIR, 7)
+    weight, bias = heads[1]
+    weight[3] = 0
+    bias[3] = 5
+    decoded = make_decoder("expert_head", PAIR, [1], heads).decode(answers)
+    torch.testing.assert_close(decoded[0, :, 3], torch.full((7,), 5.0, dtype=torch.float64))
+
+
 def test_what_a_stand_in_costs():
     (answers, heads), names = linear_system(PAIR, 40), ("linear", "ridge", "feature_ridge", "expert_head")
-    configs = [*map(DecoderConfig.named, names), *ALONE]
-    assert [config.forwards(3, 2) for config in configs] == [4, 4, 4, 1, 2, 2]
-    assert [config.forwards(3, 2, 2) for config in configs] == [3, 3, 3, 1, 2, 2]
-    assert [config.losses(3, 2) for config in configs] == [2, 2, 2, 3, 3, 3]
-    assert DecoderConfig("ridge").forwards(3, 0) == 2  # the survivors alone
+    kinds = [*map(DecoderKind, names)]
+    assert [kind.forwards(3, 2) for kind in kinds] == [4, 4, 4, 1]
+    assert [kind.forwards(3, 2, 2) for kind in kinds] == [3, 3, 3, 1]
+    assert [kind.losses(3, 2) for kind in kinds] == [2, 2, 2, 3]
+    assert DecoderKind.ridge.forwards(3, 0) == 2  # the survivors alone
 
-    def kept(config, erased):
-        return make_decoder(config, PAIR, erased, heads).fit(answers).nbytes
+    def kept(kind, erased):
+        return make_decoder(kind, PAIR, erased, heads).fit(answers).nbytes
 
     assert kept("linear", [0]) == 0
     assert kept("expert_head", [0, 1, 2]) == 3 * kept("expert_head", [0]) == 3 * (8 * 4 * (5 + 1) + 8)
-    assert kept(ALONE[0], [0, 1, 2]) == 8 * (12 * 8 + 8 + 12)
     assert kept("ridge", [0]) == 8 * (4 * 16 + 16 + 4)
     assert kept("ridge", [0, 2]) == 8 * (8 * 12 + 12 + 8)
 

@@ -14,9 +14,9 @@ def own_folder(elsewhere: None) -> None:
 
 @pytest.fixture(scope="session")
 def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The experiment, evaluated with decoders that read no survivor beside one that does."""
+    """The experiment, evaluated with the decoder that reads no survivor beside one that does."""
     output = tmp_path_factory.mktemp("alone")
-    decoders = "[linear, expert_head, {kind: feature_ridge, survivors: false}]"
+    decoders = "[linear, expert_head]"
     body = "{class_path: Refit, init_args: {adapters: {rank: 2}}}"
     methods = f"[{{class_path: Coin, init_args: {{compress: {{bits: 8}}}}}}, {body}]"
     options = [f"--output={output}", f"--decoders={decoders}", f"--methods={methods}"]

@@ -24,7 +24,6 @@ def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
     assert set(chosen(calibration)) <= set(train.index.tolist())
     assert len(set(chosen(calibration))) == calibration.num_samples == 200
     stored = train.store[torch.tensor(chosen(calibration))]
-    assert torch.equal(calibration.labels, train.labels[torch.tensor(chosen(calibration))])
     batches = list(calibration)
     assert [len(batch) for batch in batches] == [64, 64, 64, 8]
     assert len(calibration) == 4
@@ -78,7 +77,6 @@ def test_pooled_data_mix_tasks_of_different_image_shapes():
     assert both.part.tolist() == [0, 1, 0] * 4
     assert torch.equal(both.inputs()[both.part == 0], a.inputs())
     assert torch.equal(both.inputs()[both.part == 1], b.inputs())
-    assert torch.equal(both.labels[both.part == 1], b.labels)
     assert both.split(0.25)[1].part.bincount().tolist() == [2, 1]
     more = pooled([both, numbered(3, first=200, image_size=12)])
     assert len(more.inputs().flatten(1).unique(dim=0)) == 15

@@ -212,6 +212,29 @@ def test_one_pass_for_mixed_experts_plain_networks_and_each_alone_agree(make):
     assert torch.equal(coin.networks.linear_heads([headed])[0][0], own)
 
 
+def test_taps_that_meet_no_image_count_in_the_ridge_as_zeros():
+    """Of a 3×3 kernel on one pixel the middle tap alone meets it: as a 1×1 kernel's, with a ninth of the ridge."""
+    torch.manual_seed(0)
+    narrow = [nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5, 3)) for _ in range(2)]
+    wide = [nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), *deepcopy(network[1:])) for network in narrow]
+    for network, other in zip(narrow, wide, strict=True):
+        other[0].weight.data[..., 1, 1] = network[0].weight.data[..., 0, 0]
+        other[0].bias = network[0].bias
+    inputs = [[torch.randn(40, 3, 1, 1)] for _ in narrow]
+
+    def fitted(networks, ridge):
+        adapted = fit_adapters(networks[0], networks, inputs, rank=2, ridge=ridge)
+        corrected = adapted.adapters[1].changes["0.weight"](networks[0][0].weight)
+        refitted = merge_networks(Refit(ridge=ridge), networks, [[0.5, 0.5]], calibration=inputs)[0][0].weight
+        middle = networks[0][0].kernel_size[0] // 2
+        return corrected[..., middle, middle], refitted[..., middle, middle]
+
+    torch.testing.assert_close(fitted(wide, 0.9), fitted(narrow, 0.1))
+    corrected, refitted = fitted(wide, 0.1)
+    assert not torch.allclose(corrected, fitted(narrow, 0.1)[0], rtol=1e-2)
+    assert not torch.allclose(refitted, fitted(narrow, 0.1)[1], rtol=1e-2)
+
+
 def test_equal_experts_need_no_adapters():
     experts, inputs = make_experts(convolutions, count=1)
     experts = [experts[0], deepcopy(experts[0])]

@@ -75,7 +75,11 @@ def test_experts_answer_with_padded_logits_and_all_networks_stay_in_eval_mode(ex
     module = module_of(experts)
     inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     first, second = (load_network(Path(path)).network(inputs) for path in experts)
+    before = inputs.clone()
+    for teacher in module.teachers:  # which changes its inputs, once it has its own copy
+        teacher.register_forward_pre_hook(lambda network, own: (own[0].clone(), own[0].sub_(1))[:1], prepend=True)
     torch.testing.assert_close(module.expert_outputs(inputs), torch.stack([first, F.pad(second, (0, 1))]))
+    assert torch.equal(inputs, before)
     assert module.train().training
     assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 

@@ -27,8 +27,7 @@ def batches_of(task):
 
 def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trainer):
     experts, tasks = write_experts(CLASSES), tasks_of(CLASSES)
-    alone = {"kind": "feature_ridge", "survivors": False}
-    decoders = ["linear", "ridge", "feature_ridge", alone, "expert_head"]
+    decoders = ["linear", "ridge", "feature_ridge", "expert_head"]
     paths = write_coded(PAIR, experts)
     evaluator = DecodingEvaluator(experts, paths, decoders)
     make_trainer().test(evaluator, datamodule=tasks, verbose=False)
@@ -38,7 +37,7 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     calibration = list(tasks.calibrations().values())
     alone = coin.evaluate(system, loaders, decoders=decoders, calibration=calibration)
     assert list(alone.columns) == COLUMNS
-    assert len(alone) == 5 * 3
+    assert len(alone) == 4 * 3
     options = {"calibration": calibration, "erasures": system.code.erasures()}
     found = coin.evaluate(system, loaders, decoders=decoders, **options)
     singles = found[~found.erased.str.contains("+", regex=False)].reset_index(drop=True)
@@ -55,10 +54,10 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
             for column in (*SHARED, *COSTS):
                 assert row[column] == pytest.approx(outcome.columns[column], rel=1e-4)
             checked += 1
-    assert checked == len(found) == 5 * (3 + 3 * 2)
+    assert checked == len(found) == 4 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)
     forwards = found.groupby(["decoder", "erased"]).forwards.agg(list)
-    assert [forwards[name, "task0"] for name in ("linear", "feature_ridge-alone", "expert_head")] == [[4], [2], [1]]
+    assert [forwards[name, "task0"] for name in ("linear", "expert_head")] == [[4], [1]]
     assert forwards["ridge", "task0+task1"] == [3, 3]
     linear = coin.evaluate(system, loaders, decoders=["linear"])
     assert linear.equals(alone[alone.decoder == "linear"])

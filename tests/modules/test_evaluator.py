@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from coin.coding import Answers, Code, DecoderConfig, answer_score, make_decoder
+from coin.coding import Answers, Code, answer_score, make_decoder
 from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
@@ -27,7 +27,6 @@ CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
 DECODERS = ["linear", "ridge", "feature_ridge"]
 TAKEN = {"batchnorm": "recalibrate", "fisher_data": "pooled"}
-OPTIONS = [{"kind": "feature_ridge", "survivors": False}]
 
 
 @pytest.fixture
@@ -60,8 +59,7 @@ def answers_to_tests(experts, coded, tasks):
 
 def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_coded, tasks, make_trainer):
     paths, code, files = write_coded(PAIR, experts), Code(PAIR), list(experts.values())
-    outcomes = run(DecodingEvaluator(experts, paths, [*DECODERS, *OPTIONS]), tasks, make_trainer)
-    configs = {DecoderConfig.of(each).name: each for each in (*DECODERS, *OPTIONS)}
+    outcomes = run(DecodingEvaluator(experts, paths, DECODERS), tasks, make_trainer)
     calibration = answers_of(files, paths, tasks.calibration().inputs())
     calibration = replace(calibration, tasks=tasks.calibration().part)
     every = answers_to_tests(files, paths, tasks)
@@ -78,7 +76,7 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_
             seen, fitted = answers.with_coded([]), calibration.with_coded([])
         elif method == "oracle":
             seen = Answers(answers.experts, ideal)
-        decoder = make_decoder(configs[name], code, lost).fit(fitted)
+        decoder = make_decoder(name, code, lost).fit(fitted)
         decoded = decoder.decode(seen)[lost.index(place), :, :classes].argmax(1)
         own = answers.experts[place, :, :classes].argmax(1)
         right, recovered = int((own == labels).sum()), int((decoded == labels).sum())
@@ -99,12 +97,12 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_
         assert (row["merge_passes"], row["merge_seconds"]) == ((20, 2) if method == "average" else (0, 0))
         assert (row["decoder_seconds"] > 0) == ("ridge" in name)
         if single:
-            networks = 3 if "alone" in name or method == "none" else 5
+            networks = 3 if method == "none" else 5
             assert row["decoder_passes"] == ("ridge" in name) * networks * 60
     # Three erasures of one and three of two, each lost expert measured: 3 + 6 for every variant and decoder.
-    assert len(outcomes) == 9 * (4 + 2 + 1)
+    assert len(outcomes) == 9 * (3 + 2 + 1)
     assert {(o.columns["method"], o.columns["decoder"]) for o in outcomes} == {
-        *(("average", decoder) for decoder in configs),
+        *(("average", decoder) for decoder in DECODERS),
         *(("none", decoder) for decoder in ("ridge", "feature_ridge")),
         ("oracle", "linear"),
     }
@@ -228,6 +226,46 @@ def test_with_survivors_all_are_held_whatever_the_bound_and_keep_their_type(expe
     assert next(evaluator.networks[path].parameters()).dtype == torch.float64
 
 
+def spoil(network, arguments):
+    """Change the inputs in place as soon as the network has its own copy of them."""
+    copied = arguments[0].clone()
+    arguments[0].sub_(1)
+    return (copied,)
+
+
+def test_a_network_that_changes_its_inputs_does_not_change_the_next_ones(
+    experts, write_coded, tasks, make_trainer, tmp_path
+):
+    copies = []
+    for bits in (4, 8):
+        for task, path in experts.items():
+            copies.append(str(tmp_path / f"{task}-{bits}"))
+            compress_file(Path(path), Path(copies[-1]), None, Compression(bits=bits, base_bits=0))
+    files = [Path(path) for path in [*experts.values(), *copies]]
+    numbers = []
+    for hooked in (False, True):
+        evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), [*DECODERS, "expert_head"], replicas=copies)
+        evaluator.networks.need(files)
+        networks = [*evaluator.coded, *(evaluator.networks[path] for path in files)]
+        if hooked:
+            for network in networks:
+                network.register_forward_pre_hook(spoil, prepend=True)
+        rows = [each.columns for each in run(evaluator, tasks, make_trainer)]
+        numbers.append([(row["decoder"], row["agreement"], row["decoded_accuracy"]) for row in rows])
+    assert numbers[0] == numbers[1]
+
+
+def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, tasks, make_trainer, tmp_path):
+    experts["task2"] = shutil.copy(experts["task0"], tmp_path / "equal")
+    copies = [str(tmp_path / task) for task in experts]
+    for path, copy in zip(experts.values(), copies, strict=True):
+        compress_file(Path(path), Path(copy), None, Compression(bits=8, base_bits=0))
+    measured = run(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies), tasks, make_trainer)
+    assert [each.columns["task"] for each in measured] == ["task0", "task1", "task2"]
+    with pytest.raises(FileError, match="task1' is a second copy of an expert, expected one of each"):
+        DecodingEvaluator(experts, replicas=[copies[1], copies[1]])
+
+
 def test_an_evaluation_with_nothing_to_measure_is_refused(experts, tasks, make_trainer):
     with pytest.raises(ConfigurationError, match="found nothing that the decoders expert_head can measure"):
         run(DecodingEvaluator(experts, decoders=["expert_head"]), tasks, make_trainer)
@@ -300,7 +338,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     for name, path in experts.items():
         (seed / "experts" / name).mkdir(parents=True)
         experts[name] = shutil.copy(path, seed / "experts" / name / "expert.safetensors")
-    decoders = ["linear", "ridge", OPTIONS[-1]]
+    decoders = ["linear", "ridge", "expert_head"]
     evaluator = DecodingEvaluator(experts, coded, decoders, alpha=0.5, confidence=0.8)
     run(evaluator, tasks, make_trainer)
     record_evaluation(evaluator, tasks, seed, "x", None, [])
@@ -329,20 +367,20 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert row.found == pytest.approx(float(differs[accepted].double().mean()), nan_ok=True)
 
     images = torch.rand(5, 3, 16, 16)
-    for name in ("ridge", "feature_ridge-alone"):
+    for name in ("ridge", "expert_head"):
         system = Coded.from_run(seed.parent, "average", name)
         assert (system.method, system.names, system.classes) == ("average", tuple(experts), list(CLASSES))
         assert set(system.results.decoder) == {name}
         assert list(system.decoders) == (system.code.erasures() if name == "ridge" else [(0, 1, 2)])
         for fitted in evaluator.evaluation.fitted:
-            if (fitted.variant, fitted.decoder.config.name) == (evaluator.variants[0], name):
+            if (fitted.variant, fitted.decoder.kind) == (evaluator.variants[0], name):
                 lost, whole = fitted.decoder.erased, fitted.decoder.decode(evaluator(images))
                 for j, logits, wanted in zip(lost, system.decode(images, lost), whole, strict=True):
                     pair = logits[:, : CLASSES[j]], wanted[:, : CLASSES[j]]
                     torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
                 assert system.decoders[fitted.decoder.erased].promises == fitted.decoder.promises
     best = read_results(seed).query("method == 'average'").groupby("decoder").decoded_accuracy.mean()
-    (name,) = {decoder.config.name for decoder in Coded.from_run(seed).decoders.values()}
+    (name,) = {decoder.kind for decoder in Coded.from_run(seed).decoders.values()}
     assert best[name] == best.max()
     with pytest.raises(ConfigurationError, match=r"method '\*' with decoder 'cubic', expected one .*average with"):
         Coded.from_run(seed, decoder="cubic")

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks.batchnorm import batchnorms, recalibrate
+from coin.networks.batchnorm import batchnorms, folded, recalibrate
 
 
 def network():
@@ -42,6 +42,14 @@ def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samp
         torch.testing.assert_close(layer.running_mean, means, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(layer.running_var, variances, rtol=1e-12, atol=1e-12)
         assert layer.num_batches_tracked.item() == 3
+
+
+def test_a_network_that_changes_its_inputs_leaves_the_batches_as_they_are(batches):
+    net = network()
+    net.register_forward_pre_hook(lambda module, arguments: (arguments[0].sub_(1),))
+    before = [batch.clone() for batch in batches]
+    recalibrate(net, batches)
+    assert all(map(torch.equal, batches, before))
 
 
 def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(batches):
@@ -134,3 +142,16 @@ def test_a_layer_that_stays_in_eval_mode_is_recalibrated_and_one_that_never_runs
     torch.testing.assert_close(net[0].running_var, usual[0].running_var)
     assert not net[0].training
     assert net.unused.running_mean.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=bias), nn.BatchNorm2d(3)).double().eval()
+    norm = net[1]
+    for tensor in [norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var]:
+        tensor.uniform_(0.5, 2)
+    wanted = net(batches[0])
+    state = net.state_dict()
+    net.load_state_dict(state | folded(state, "0.weight", "0.bias" if bias else None, "1", norm.eps))
+    torch.testing.assert_close(net(batches[0]), wanted, rtol=1e-12, atol=1e-12)

@@ -117,6 +117,13 @@ def test_what_no_delta_can_hold_is_kept_as_it_is():
         assert torch.equal(decode(kind, data, torch.zeros_like(odd)), odd)
 
 
+@pytest.mark.parametrize(("size_in_steps", "kind"), [(600, HALF), (400, WHOLE)])
+def test_a_vector_is_kept_in_float16_where_that_holds_it_to_a_thousandth(size_in_steps, kind):
+    step = 2.0**-24  # between the smallest numbers of float16, whose rounding costs half of one
+    tensor = torch.full((8,), (size_in_steps + 0.5) * step)
+    assert encode(tensor, torch.zeros(8), 4)[0] == kind
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_every_type_comes_back_as_itself(dtype):
     torch.manual_seed(0)

@@ -110,9 +110,9 @@ def test_vision_transformers_with_every_method_and_decoder(run_small: Run) -> No
     methods = [{"class_path": name} for name in names]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "small_vit", "image_size": 16, "options": options}
-    decoders = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "survivors": False}]
+    decoders = ["linear", "ridge", "feature_ridge"]
     run = run_small(network=network, base=base, tasks=TASKS, expert=adam, methods=methods, decoders=decoders)
-    assert set(checked(run, 8, 4).batchnorm) == {""}  # no BatchNorm, so no policy for it
+    assert set(checked(run, 8, 3).batchnorm) == {""}  # no BatchNorm, so no policy for it
 
 
 WORDS = ["[PAD]", "[UNK]", *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"]]

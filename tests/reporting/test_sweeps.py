@@ -39,7 +39,7 @@ def write_sweep(tmp_path: Path, measure) -> Write:
 
 
 def grid() -> list[dict[str, Any]]:
-    every = product(("exact", "empirical"), (0.01, 0.1), ("[0]", "[1]"))
+    every = product(("exact", "categorical"), (0.01, 0.1), ("[0]", "[1]"))
     return [dict(zip(("calibration.fisher_kind", "expert.lr", "seeds"), values, strict=True)) for values in every]
 
 
@@ -47,7 +47,7 @@ def test_points_that_differ_in_seeds_alone_are_one_experiment(write_sweep: Write
     sweep = read_sweep_table(write_sweep([*grid(), *grid()[:1]]))
     assert sweep is not None
     assert sweep.name == "kinds"
-    labels = [f"fisher_kind {kind}, lr {lr}" for kind in ("exact", "empirical") for lr in ("0.01", "0.1")]
+    labels = [f"fisher_kind {kind}, lr {lr}" for kind in ("exact", "categorical") for lr in ("0.01", "0.1")]
     assert list(sweep.options.index) == labels
     assert sweep.options.iloc[1].to_dict() == {"fisher_kind": "exact", "lr": "0.1"}
     # The point that is there twice counts once.
@@ -85,7 +85,7 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
     text = path.read_text(encoding="utf-8")
     plots = {item.name for item in (path.parent / "plots").iterdir()}
     assert plots == {f"nda_against_{name}.png" for name in ("fisher_kind", "lr", "calibration-samples_per_task")}
-    assert text.count(">empirical</td>") == 2 * 2 * 3  # two rates and two P; two methods and the survivors
+    assert text.count(">categorical</td>") == 2 * 2 * 3  # two rates and two P; two methods and the survivors
     assert "coin sweep kinds.yaml" in text
     assert choose(folder)[1] in unescape(text)
     rows, sentence = choose(folder, accuracy=0.5)

@@ -63,7 +63,7 @@ def test_the_survivors_alone_are_starred_where_they_are_best_and_the_oracle_is_n
 
 def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
     rows = [row for seed in range(3) for samples in (50, 1000) for row in measure(seed, samples=samples)[0]]
-    names = {"linear": "linear", "ridge": "ridge-alone", "feature_ridge": "feature_ridge-64-random-own"}
+    names = {"linear": "linear", "ridge": "ridge", "feature_ridge": "feature_ridge-64-random-own"}
     rows = [replace(row, decoder=names[row.decoder]) for row in rows]
     rows += [replace(row, decoder=f"ridge-{i}", nda=0.5) for row in rows if row.decoder == "linear" for i in range(9)]
     summary = summarise(frame(*rows))

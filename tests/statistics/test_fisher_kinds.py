@@ -1,4 +1,4 @@
-"""Monte Carlo, categorical and empirical Fisher diagonals, and the options that belong to them."""
+"""Monte Carlo and categorical Fisher diagonals, and the options that belong to them."""
 
 import pytest
 import torch
@@ -38,15 +38,6 @@ def test_categorical_equals_its_loop(network: nn.Module, inputs: Tensor) -> None
         expected = expected + sum(log_p[c].exp().detach() * squares(network, log_p[c]) for c in range(CLASSES))
     found = flat(fisher_diagonal(network, [inputs], kind=FisherKind.categorical))
     torch.testing.assert_close(found, expected / 5, rtol=1e-10, atol=1e-15)
-
-
-def test_empirical_equals_its_loop_over_unequal_batches(network: nn.Module, inputs: Tensor) -> None:
-    labels = torch.tensor([0, 3, 1, 1, 2])
-    expected = torch.zeros(())
-    for x, y in zip(inputs, labels, strict=True):
-        expected = expected + squares(network, network(x[None])[0].log_softmax(0)[y])
-    found = fisher_diagonal(network, [inputs[:2], inputs[2:]], kind=FisherKind.empirical, labels=labels)
-    torch.testing.assert_close(flat(found), expected / 5, rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,14 +82,9 @@ def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"kind": "empirical"}, ConfigurationError, "no labels"),
-        ({"labels": torch.zeros(5, dtype=torch.long)}, ConfigurationError, "labels belong to the empirical kind"),
         ({"mc_samples": 2}, ConfigurationError, "only monte_carlo"),
         ({"kind": "monte_carlo", "mc_samples": 0}, ConfigurationError, "mc_samples=0"),
         ({"kind": "monte_carlo", "mc_samples": 5}, ConfigurationError, "at most 4"),
-        ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 4])}, RuntimeError, "smaller than num_classes"),
-        ({"kind": "empirical", "labels": torch.tensor([0, 1])}, DataError, "one for every sample"),
-        ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 1, 1])}, DataError, "found 6 labels for 5 samples"),
         ({"memory_mib": 0}, ConfigurationError, "memory_mib=0"),
         ({"kind": "hessian"}, ValueError, "hessian"),
     ],

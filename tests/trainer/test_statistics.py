@@ -17,18 +17,14 @@ def tasks(synthetic):
     return tasks
 
 
-@pytest.mark.parametrize(
-    ("kind", "mc_samples"), [("exact", None), ("categorical", None), ("empirical", None), ("monte_carlo", 2)]
-)
+@pytest.mark.parametrize(("kind", "mc_samples"), [("exact", None), ("categorical", None), ("monte_carlo", 2)])
 def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_trainer, kind, mc_samples, tmp_path):
     network = build_network(small_config, 3).double()
     calibration = tasks.calibration()
-    labels = calibration.labels if kind == "empirical" else None
     wanted = fisher_sums(
         network,
         calibration,
         kind=FisherKind(kind),
-        labels=labels,
         mc_samples=mc_samples,
         generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
     )

@@ -60,8 +60,8 @@ def test_fisher_reads_both_kinds_of_checkpoint(tmp_path, synthetic, make_trainer
     trainer.fit(expert, datamodule=synthetic())
     (tmp_path / "checkpoint").mkdir()
     trainer.save_checkpoint(tmp_path / "checkpoint" / "last.ckpt")
-    calibration, kind = synthetic().calibration(10), "empirical"
-    wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels)
+    calibration, kind = synthetic().calibration(10), "categorical"
+    wanted = fisher_of(network, calibration, kind=kind)
     for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
         trainer = make_trainer(default_root_dir=tmp_path / kind)
         trainer.fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples_per_task=10, kind=kind)

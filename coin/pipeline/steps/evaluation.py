@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from coin.coding import Code, DecoderConfig
+from coin.coding import Code, DecoderKind
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
 from coin.data.tasks import task_with
@@ -61,7 +61,7 @@ class Evaluate(Step):
     merges: list[Merge]
     replicas: list[CompressExperts]
     code: Code = keyed_by(code_key)
-    decoders: list[DecoderConfig] | None
+    decoders: list[DecoderKind] | None
     tasks: dict[str, TaskData] = keyed_by(measured_tasks)
     calibration: CalibrationConfig = keyed_by(_key)
     trainer: dict[str, Any] = keyed_by(partial(result_options, training=False))

@@ -1,0 +1,101 @@
+"""Files of somebody else's that name a class by its import path: opening them imports nothing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.cli import main
+from coin.errors import FileError
+from coin.files.safetensors import save_state
+from coin.modules import Coded
+from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks.files import open_network
+from coin.serving.policies import Policy, PolicyKind
+from coin.serving.servers import System
+
+MODULE = """
+from pathlib import Path
+from torch import nn
+
+Path("imported").touch()
+
+class Small(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.layers(x))
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A file of a class whose module lies in the working folder, and leaves a trace when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("foreign.py").write_text(MODULE)
+    config = NetworkConfig("foreign.Small", 16)
+    save_network(Path("net.safetensors"), build_network(config, 3), config, 3, {"task": "a"})
+    forget()
+    yield Path("net.safetensors")
+    sys.modules.pop("foreign", None)
+
+
+def forget():
+    sys.modules.pop("foreign", None)
+    Path("imported").unlink()
+
+
+def test_opening_a_file_imports_nothing_until_the_caller_has(foreign):
+    for use in (open_network, load_network):
+        with pytest.raises(FileError, match=r"'foreign\.Small', .*, write `import foreign` before, or add --import="):
+            use(foreign)
+    assert not Path("imported").exists()
+    NetworkConfig("foreign.Small")  # as an experiment names it
+    assert load_network(foreign).network(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+
+
+def test_a_command_imports_what_it_is_told_to_alone(foreign, capsys):
+    command = ["compress", str(foreign), "--bits=4", "--base_bits=0", "--output=small.safetensors"]
+    assert main(command) == 2
+    assert "add --import=foreign to the command" in capsys.readouterr().err
+    assert not Path("imported").exists()
+    assert main([*command, "--import", "foreign"]) == 0
+    assert Path("small.safetensors").is_file()
+    assert Path("imported").exists()
+    assert main([*command, "--import=foreigner"]) == 2
+    assert "found --import=foreigner, expected a module" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_lightnings_imports_nothing_either(foreign, capsys):
+    torch.save({"state_dict": {}, "hyper_parameters": {"network": "foreign.Small", "num_classes": 3}}, "net.ckpt")
+    assert main(["test", "--ckpt_path=net.ckpt", "--data=Digits"]) == 2
+    assert "add --import=foreign to the command" in capsys.readouterr().err
+    assert not Path("imported").exists()
+
+
+def test_a_compressed_file_or_one_whose_base_is_foreign_imports_nothing(foreign):
+    assert main(["compress", str(foreign), "--bits=4", "--base_bits=0", "--output=small", "--import=foreign"]) == 0
+    forget()
+    with pytest.raises(FileError, match=r"'small' holds a 'foreign\.Small'"):
+        open_network(Path("small"))
+    save_state(Path("odd"), {"a": torch.zeros(1)}, {"network": {"name": 3}, "num_classes": 2})
+    with pytest.raises(FileError, match="holds no network"):
+        open_network(Path("odd"))
+    assert not Path("imported").exists()
+
+
+def test_a_process_that_serves_imports_what_the_one_that_opened_the_run_had(foreign):
+    NetworkConfig("foreign.Small")
+    experts = [load_network(foreign).network for _ in range(2)]
+    coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder([], [0], "linear")
+    coded.files = (foreign, foreign, foreign)
+    coded.classes = [3, 3]
+    system = System.of(coded, Policy(PolicyKind.coded_hedged))
+    forget()
+    network = system.reader(["expert-0"])(foreign)
+    assert network(network.probe).logits.shape == (1, 3)
