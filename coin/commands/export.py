@@ -37,7 +37,7 @@ def export(
             default those of the run whose ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``: of all
-            experts, or of that one. Adapters that were fitted with ``scales: false`` are plain LoRA.
+            experts, or of that one. It is plain LoRA: adapters must have been fitted with ``scales: false``.
     """
     file = load_network(Path(network))
     if experts:

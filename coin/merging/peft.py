@@ -28,51 +28,42 @@ def save_peft(
     base: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Write an adapter of a body, and the tensors of a head of its shape, as an adapter of peft.
+    """Write an adapter of a body, and the tensors of an expert's head, as a plain LoRA that peft loads.
 
-    Without scales it is a plain LoRA, with ``bias: none``, all of one rank: batches of several adapters take it. With
-    them it is a DoRA: peft's W ← m ⊙ (W + B A) / ‖W + B A‖, a magnitude m for each output, is the adapter's
-    (W + left right) ⊙ scale with m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353); biases
-    are peft's ``bias: all``, and normalisations are kept whole. The head is kept whole in both.
+    It has ``bias: none`` and one rank, so that batches of several adapters take it. The head is kept whole
+    (``modules_to_save``), as is every other module whose name ends with the head's.
 
     Args:
-        adapter: The adapter.
+        adapter: The adapter, fitted with ``scales: false``.
         body: The body.
         head: The head's tensors by their names in it.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
         base: peft's `base_model_name_or_path`.
         task_type: peft's, such as SEQ_CLS.
 
-    Raises ConfigurationError for other layers than Linear and Conv2d, before anything is written.
+    Raises ConfigurationError for scales or biases, and other layers than Linear and Conv2d, before anything is written.
     """
     _check_attention(body)
-    head_place = head_name(body)
-    changed = adapter.applied_to(body)
-    tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
-    whole = {head_place}  # the modules that are kept whole
-    targets: list[str] = []
-    parts = adapter.changes.values()
-    is_dora = any(change.scale is not None or change.shift is not None for change in parts)
-    rank = max((len(change.left) for change in parts if change.left is not None), default=0)
+    rank = 0
+    for name, change in adapter.changes.items():
+        if change.scale is not None or change.shift is not None:
+            raise ConfigurationError(
+                f"found a scale or bias of '{name}', expected plain LoRA for peft; fit adapters with scales: false"
+            )
+        _check_adapted(name, body)
+        if change.left is not None:
+            rank = max(rank, len(change.left))
     if rank == 0:
         raise ConfigurationError(
             "found adapters without corrections, expected rank 1 at least, as peft's LoRA has"
         )
+    head_place = head_name(body)
+    tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
+    targets: list[str] = []
     for name, change in adapter.changes.items():
-        place, _, role = name.rpartition(".")
-        layer = body.get_submodule(place)
-        parameter = changed.get_parameter(name)
-        if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
-            whole.add(place)
-            for own, tensor in changed.get_submodule(place).state_dict().items():
-                tensors[f"{place}.{own}"] = tensor
-            continue
-        _check_adapted(name, layer)
-        if role == "bias":
-            tensors[f"{place}.base_layer.bias"] = parameter
-            continue
+        place = name.removesuffix(".weight")
         targets.append(place)
-        for part, tensor in _of_layer(change, parameter, rank, is_dora).items():
+        for part, tensor in _of_layer(change, body.get_parameter(name), rank).items():
             tensors[f"{place}.{part}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -86,34 +77,26 @@ def save_peft(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "use_dora": is_dora,
-        "bias": "all" if is_dora else "none",
+        "bias": "none",
         "target_modules": _targets(targets, body),
-        "modules_to_save": sorted(_name_of_whole(place, body) for place in whole),
+        "modules_to_save": [_name_of_whole(head_place, body)],
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
 
 
-def _of_layer(change: Change, parameter: Tensor, rank: int, is_dora: bool) -> dict[str, Tensor]:
-    """Return peft's tensors of a layer, given its changed weight: the factors padded with zeros to this rank."""
-    matrix = parameter.flatten(1)  # [O, K]
-    outputs, inputs = matrix.shape
+def _of_layer(change: Change, parameter: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return peft's tensors of a layer with this weight: the factors padded with zeros to this rank."""
+    outputs, inputs = parameter.flatten(1).shape
     left, right = change.factors(outputs, inputs)  # [O, r], [r, K]
     missing = rank - left.shape[1]
     left = torch.cat([left, left.new_zeros(outputs, missing)], 1)
     right = torch.cat([right, right.new_zeros(missing, inputs)])
-    kernel = parameter.shape[2:]  # of a convolution
-    ones = [1] * len(kernel)
-    found = {
+    ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
+    return {
         "lora_A.weight": right.reshape(rank, *parameter.shape[1:]),
         "lora_B.weight": left.reshape(outputs, rank, *ones),
     }
-    if is_dora:
-        signs = change.scales().sign().flatten().to(matrix)
-        magnitude = signs * matrix.norm(dim=1)
-        found["lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
-    return found
 
 
 def _targets(names: list[str], body: nn.Module) -> list[str] | str:
@@ -198,17 +181,15 @@ def _check_attention(body: nn.Module) -> None:
             )
 
 
-def _check_adapted(name: str, layer: nn.Module) -> None:
-    """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
-    is_grouped = getattr(layer, "groups", 1) > 1
-    if is_grouped or not isinstance(layer, nn.Linear | nn.Conv2d):
-        advice = "; fit adapters with scales: false, which leave grouped convolutions to the body"
-        raise ConfigurationError(
-            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
-            f"{advice if is_grouped else ''}"
-        )
+def _check_adapted(name: str, body: nn.Module) -> None:
+    """Raise ConfigurationError for the weight of a layer that peft's LoRA does not adapt as `coin` does."""
+    layer = body.get_submodule(name.rpartition(".")[0])
     if isinstance(layer, nn.Linear):
         return
+    if not isinstance(layer, nn.Conv2d):
+        raise ConfigurationError(
+            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
+        )
     # Peft's own convolutions take the layer's kernel, stride and padding alone.
     has_plain_dilation = layer.dilation == (1, 1) or layer.kernel_size == (1, 1)
     if layer.padding_mode != "zeros" or not has_plain_dilation:

@@ -25,7 +25,7 @@ def near(body, moved, inputs):
         weight = expert.get_parameter(moved).data
         weight += 0.1 * torch.randn(weight.shape, generator=draw)
     batches = [[torch.randn(40, *inputs, generator=draw)] for _ in experts]
-    return fit_adapters(body, experts, batches, rank=1).adapters[0]
+    return fit_adapters(body, experts, batches, rank=1, scales=False).adapters[0]
 
 
 @pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
@@ -102,7 +102,7 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
         head = expert.classifier.state_dict()
         save_peft(adapter, base, head, tmp_path / name, base="body", task_type="SEQ_CLS")
     options = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    told = {"r": 4, "lora_alpha": 4, "bias": "none", "use_dora": False, "task_type": "SEQ_CLS"}
+    told = {"r": 4, "lora_alpha": 4, "bias": "none", "task_type": "SEQ_CLS"}
     assert told.items() <= options.items()
     assert options["modules_to_save"] == ["classifier"]  # vLLM refuses other names than this and `score`
     model = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "a"), adapter_name="a")
@@ -187,6 +187,10 @@ def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
 
 
 def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    scaled = coin.Adapter({"0.weight": {"scale": torch.full((4, 1), 2.0)}})
+    with pytest.raises(ConfigurationError, match=r"found a scale or bias of '0\.weight', expected plain LoRA for peft"):
+        save_peft(scaled, layers, layers[2].state_dict(), tmp_path)
     with pytest.raises(ConfigurationError, match="found rank=0, expected a whole number of at least 1"):
         coin.Refit(adapters={"rank": 0, "scales": False})
     norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
