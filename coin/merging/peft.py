@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
@@ -16,8 +17,11 @@ from coin.merging.passes import fit_adapters
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import batchnorms
 from coin.networks.calling import Forward, clone
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, linear_head
 from coin.networks.kept import Change
+
+ABSENT = -1e4  # a logit that never wins, and that float16 holds
+SEQUENCE_HEADS = ("classifier", "score")  # the heads that peft's class for SEQ_CLS looks for
 
 
 def save_peft(
@@ -27,43 +31,52 @@ def save_peft(
     folder: Path,
     base: str | None = None,
     task_type: str | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write an adapter of a body, and the tensors of an expert's head, as a plain LoRA that peft loads.
 
     It has ``bias: none`` and one rank, so that batches of several adapters take it. The head is kept whole
-    (``modules_to_save``), as is every other module whose name ends with the head's.
+    (``modules_to_save``), with as many outputs as the body's: classes that the expert lacks have logits of `ABSENT`.
 
     Args:
         adapter: The adapter, fitted with ``scales: false``.
         body: The body.
-        head: The head's tensors by their names in it.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
+        head: The tensors of a Linear head by their names in it.
+        folder: Where `adapter_config.json`, `adapter_model.safetensors` and, of labels, `labels.json` are written.
         base: peft's `base_model_name_or_path`.
         task_type: peft's, such as SEQ_CLS.
+        labels: The expert's classes in the order of its outputs.
 
-    Raises ConfigurationError for scales or biases, and other layers than Linear and Conv2d, before anything is written.
+    Raises ConfigurationError for what peft's LoRA has no place for, before anything is written.
     """
     _check_attention(body)
-    rank = 0
+    head_place = head_name(body)
+    whole = _whole_modules(body, head_place, task_type)
+    corrections: dict[str, Change] = {}  # by the layer
     for name, change in adapter.changes.items():
         if change.scale is not None or change.shift is not None:
             raise ConfigurationError(
                 f"found a scale or bias of '{name}', expected plain LoRA for peft; fit adapters with scales: false"
             )
-        _check_adapted(name, body)
-        if change.left is not None:
-            rank = max(rank, len(change.left))
-    if rank == 0:
+        place = name.removesuffix(".weight")
+        if change.left is not None and place not in whole:
+            _check_adapted(name, body)
+            corrections[place] = change
+    if not corrections:
         raise ConfigurationError(
             "found adapters without corrections, expected rank 1 at least, as peft's LoRA has"
         )
-    head_place = head_name(body)
-    tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
-    targets: list[str] = []
-    for name, change in adapter.changes.items():
-        place = name.removesuffix(".weight")
-        targets.append(place)
-        for part, tensor in _of_layer(change, body.get_parameter(name), rank).items():
+    changed = adapter.applied_to(body)
+    tensors: dict[str, Tensor] = {}
+    for place in whole:
+        for name, tensor in changed.get_submodule(place).state_dict().items():
+            tensors[f"{place}.{name}"] = tensor
+    for name, tensor in _padded(head, len(linear_head(body).weight)).items():
+        tensors[f"{head_place}.{name}"] = tensor
+    rank = max(len(change.left) for change in corrections.values() if change.left is not None)
+    for place, change in corrections.items():
+        weight = body.get_parameter(f"{place}.weight")
+        for part, tensor in _of_layer(change, weight, rank).items():
             tensors[f"{place}.{part}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -78,11 +91,51 @@ def save_peft(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _targets(targets, body),
-        "modules_to_save": [_name_of_whole(head_place, body)],
+        "target_modules": _targets([*corrections], body),
+        "modules_to_save": [head_place],
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
+    if labels:
+        named = {"id2label": dict(enumerate(labels))}
+        (folder / "labels.json").write_text(json.dumps(named, indent=2), encoding="utf-8")
+
+
+def _whole_modules(body: nn.Module, head_place: str, task_type: str | None) -> list[str]:
+    """Return the modules that peft keeps whole with the head: all whose names end so, `pre_classifier` by `classifier`.
+
+    Raises ConfigurationError where one is more than a layer, within which peft would look for layers to adapt.
+    """
+    endings = (head_place,)
+    if task_type == "SEQ_CLS":
+        endings = (head_place, *SEQUENCE_HEADS)
+    places = []
+    for name, layer in body.named_modules(remove_duplicate=False):
+        if not name.endswith(endings):
+            continue
+        if next(layer.children(), None) is not None:
+            raise ConfigurationError(
+                f"found '{name}' of several layers, whose name ends as the head's, '{head_place}', expected no such "
+                "names for peft; rename one of them, or leave out --peft"
+            )
+        places.append(name)
+    return places
+
+
+def _padded(head: Mapping[str, Tensor], outputs: int) -> dict[str, Tensor]:
+    """Return a head's tensors with so many outputs: the logits of classes that it lacks are `ABSENT`."""
+    padded = dict(head)
+    missing = outputs - len(head["weight"])
+    if missing == 0:
+        return padded
+    if "bias" not in head:
+        raise ConfigurationError(
+            f"found a head of {outputs - missing} classes without a bias for a body of {outputs}, expected as many "
+            "classes for peft; leave out --peft, which writes the expert as one network"
+        )
+    padded["weight"] = functional.pad(head["weight"], (0, 0, 0, missing))
+    padded["bias"] = functional.pad(head["bias"], (0, missing), value=ABSENT)
+    return padded
 
 
 def _of_layer(change: Change, parameter: Tensor, rank: int) -> dict[str, Tensor]:
@@ -106,17 +159,6 @@ def _targets(names: list[str], body: nn.Module) -> list[str] | str:
     if any(name.endswith(endings) for name in others):
         return "|".join(map(re.escape, names))
     return names
-
-
-def _name_of_whole(place: str, body: nn.Module) -> str:
-    """Return the name by which peft keeps one module whole, its own where no other module's name ends with it.
-
-    Peft takes every module whose name ends so, `pre_classifier` by `classifier`. vLLM reads `classifier` and `score`,
-    and refuses full names.
-    """
-    names = [name for name, _ in body.named_modules(remove_duplicate=False)]
-    is_alone = not any(name.endswith(place) for name in names if name != place)
-    return place if is_alone else f"base_model.model.{place}"
 
 
 def extract_lora(
