@@ -115,6 +115,7 @@ def fit_body(
     own_share: float = 1.0,
     rounding: Rounding | None = None,
     adapters: AdapterOptions | None = None,
+    adapter_fit: type[AdapterFit] = AdapterFit,
     memory_mib: int | None = None,
 ) -> tuple[nn.Module, list[Adapter]]:
     """Return a copy of a body, refitted to the `objective`, its matrices rounded, if so; and its adapters.
@@ -130,6 +131,7 @@ def fit_body(
         own_share: That of `objective`.
         rounding: What rounds matrices, if they are.
         adapters: Options of adapters, which are fitted in the same pass; they leave the head to the experts' own.
+        adapter_fit: What fits them.
         memory_mib: Bound on activations; by default that of `default_memory_mib`.
     """
     network = clone(body.network)
@@ -146,7 +148,7 @@ def fit_body(
         head = head_weight(network)
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
         rank = rank_of(adapters, trace.units, experts.count)
-        fit = AdapterFit(
+        fit = adapter_fit(
             network, rank, adapters, experts.source.tensors, experts.tasks[chosen], row
         )
     task = experts.tasks[chosen]

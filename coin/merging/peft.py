@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from torch.nn import functional
 
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
-from coin.merging.passes import fit_adapters
-from coin.networks.adapter import Adapter
+from coin.merging.adapter_fit import AdapterFit, Moments, columns_of
+from coin.merging.experts import Experts
+from coin.merging.passes import fit_body, folded_body
+from coin.merging.units import Unit
+from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import batchnorms
 from coin.networks.calling import Forward, clone
 from coin.networks.heads import head_name, linear_head
 from coin.networks.kept import Change
+from coin.networks.weights import to_compute
+from coin.statistics.rules import Call
 
 ABSENT = -1e4  # a logit that never wins, and that float16 holds
 SEQUENCE_HEADS = ("classifier", "score")  # the heads that peft's class for SEQ_CLS looks for
@@ -161,6 +167,39 @@ def _targets(names: list[str], body: nn.Module) -> list[str] | str:
     return names
 
 
+@dataclass(frozen=True, eq=False)
+class _Unrounded(Change):
+    """A change whose factors are as they were fitted: leftᵀ [r, O] and right [r, K]."""
+
+    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return left and right."""
+        assert self.left is not None
+        assert self.right is not None
+        return self.left.T, self.right
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it."""
+        left, right = self.factors(*value.flatten(1).shape)
+        return value + (left @ right).view_as(value).to(value.dtype)
+
+
+class LoraFit(AdapterFit):
+    """Fits plain LoRA as `AdapterFit` does, in float32 as peft keeps it: nothing is rounded."""
+
+    def _changes(
+        self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: Moments
+    ) -> dict[str, Change]:
+        if not unit.is_matrix:
+            return {}
+        body = columns_of(self._network.get_parameter(unit.weight), unit, entries, moments)
+        own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
+        damping = self._damping(unit, entries)
+        left, best = moments.low_rank(body, own, damping, self._rank)  # V [O, r], B [O, K']
+        right = best.new_zeros(left.shape[1], unit.unknowns)
+        right[:, entries] = left.T @ best
+        return {unit.weight: _Unrounded(left=left.T.float(), right=right.float())}
+
+
 def extract_lora(
     network: nn.Module,
     base: nn.Module,
@@ -168,8 +207,8 @@ def extract_lora(
     rank: int,
     folder: Path | str,
     forward: Forward | None = None,
-) -> Adapter:
-    """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads, and return the adapter.
+) -> nn.Module:
+    """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads; return what that gives.
 
     The difference of every ungrouped linear map from the base's is cut to rank r where it matters to the inputs that
     the base with the adapter so far has (`coin.merging.adapter_fit.AdapterFit`); peft's own ``convert_to_lora`` cuts
@@ -190,9 +229,9 @@ def extract_lora(
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
     >>> network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
-    >>> adapter = coin.extract_lora(network, base, [torch.randn(200, 64)], rank=4, folder="lora")
-    >>> adapter.nbytes  # 4 directions of 64 and of 32 values in 4 bits, with a scale each
-    208
+    >>> made = coin.extract_lora(network, base, [torch.randn(200, 64)], rank=4, folder="lora")
+    >>> int(torch.linalg.matrix_rank(made[0].weight - base[0].weight, rtol=1e-3))
+    4
     """
     if batchnorms(base):
         raise ConfigurationError(
@@ -200,17 +239,29 @@ def extract_lora(
             "keep a body with adapters, coin.fit_adapters(base, [network], [samples])"
         )
     _check_attention(base)
-    head = network.get_submodule(head_name(network)).state_dict()
-    found = {name: list(tensor.shape) for name, tensor in head.items()}
+    head = network.get_submodule(head_name(network))
+    found = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
     own = base.get_submodule(head_name(base)).state_dict()
     expected = {name: list(tensor.shape) for name, tensor in own.items()}
     if found != expected:
         raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
     base = clone(base).to(device_of(network))
-    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False, forward=forward)
-    (adapter,) = adapted.adapters
-    save_peft(adapter, base, head, Path(folder))
-    return adapter
+    experts = Experts(
+        to_compute([network], device_of(network)), calibration=[samples], forward=forward
+    )
+    label = "extract_lora"
+    with torch.inference_mode(False):
+        _, (adapter,) = fit_body(
+            folded_body(base, experts, label),
+            experts,
+            [1.0],
+            label,
+            ridge=None,
+            adapters=AdapterOptions(rank, scales=False),
+            adapter_fit=LoraFit,
+        )
+    save_peft(adapter, base, head.state_dict(), Path(folder))
+    return adapter.applied_to(base, head)
 
 
 def _check_attention(body: nn.Module) -> None:

@@ -158,11 +158,11 @@ def test_names_that_end_as_another_layers_are_told_apart(tmp_path):
     expert = deepcopy(base)
     expert.map.weight.data += 0.1 * torch.randn_like(expert.map.weight)
     inputs = torch.randn(60, 3, 4, 4)
-    adapter = extract_lora(expert, base, [inputs], 3, tmp_path)
+    made = extract_lora(expert, base, [inputs], 3, tmp_path)
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(inputs), adapter.applied_to(base, expert.head)(inputs), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loaded(inputs), expert(inputs), rtol=0.1, atol=0.02)
+        torch.testing.assert_close(loaded(inputs), made(inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(inputs), expert(inputs), rtol=1e-4, atol=1e-4)
 
 
 def bert():
@@ -232,11 +232,10 @@ def test_heads_of_two_layers_are_loaded(kind, tmp_path):
         if parameter.ndim == 2 and len(parameter) < 50:
             parameter.data += 0.1 * torch.randn_like(parameter)
     ids = torch.randint(3, 50, (60, 9))
-    adapter = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
+    made = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
-    head = expert.get_submodule(head_name(expert))
     with torch.no_grad():
-        expected = adapter.applied_to(base, head)(input_ids=ids).logits
+        expected = made(input_ids=ids).logits
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -289,3 +288,17 @@ def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"found a head .*3, 4.*expected the base's"):
         extract_lora(heads[1], heads[0], [torch.randn(20, 4)], 2, tmp_path)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_lora_of_full_rank_is_the_network(tmp_path):
+    """Its factors are float32, as the folder is."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    network = deepcopy(base)
+    for place in (0, 2):
+        network[place].weight.data += 0.3 * torch.randn_like(network[place].weight)
+    inputs = torch.randn(200, 12)
+    extract_lora(network, base, [inputs], 12, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), network(inputs), rtol=1e-4, atol=1e-5)
