@@ -28,9 +28,6 @@ METHODS = {
     "base": coin.Base(),
     "coin": coin.Coin(),
     "regmean": coin.RegMean(),
-    "task_arithmetic": coin.TaskArithmetic(),
-    "ties": coin.Ties(),
-    "wudi": coin.Wudi(),
     "refit": coin.Refit(),
     "refit, both": coin.Refit("both"),
     "refit, adapters": coin.Refit(adapters={"rank": 2}),
@@ -222,7 +219,6 @@ calibration: {samples_per_task: 16}
 methods:
   - {class_path: HeadFit}
   - {class_path: Coin}
-  - {class_path: Ties}
   - {class_path: Refit, init_args: {adapters: {rank: 2}, compress: {bits: 4, base_bits: 0}}}
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [ridge, expert_head]

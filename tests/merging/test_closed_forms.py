@@ -10,10 +10,9 @@ from torch.func import functional_call
 
 import coin
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
+from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, merge_networks
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
-from coin.merging.task_vectors import ties
 from coin.networks.calling import clone
 from coin.statistics import fisher_diagonal, gram_sums
 from coin.statistics.gram import linear_maps
@@ -124,29 +123,6 @@ def test_a_gram_matrix_that_rounding_hides_is_singular_all_the_same(width):
         assert torch.isfinite(regmean_parameters(experts, grams, (0.5, 0.5))["w.weight"]).all()
 
 
-def test_task_arithmetic_by_hand():
-    networks, initial = [nn.Linear(5, 3).double() for _ in WEIGHTS], nn.Linear(5, 3).double()
-    experts = Experts(networks, initial=initial)
-    made, average = (TaskArithmetic(s).make(experts, row).network for s, row in ((0.4, [1 / 3] * 3), (1 / 3, WEIGHTS)))
-    steps = sum(network.weight - initial.weight for network in networks)
-    torch.testing.assert_close(made.weight, initial.weight + 0.4 * steps)
-    torch.testing.assert_close(average.weight, sum(w * e.weight for w, e in zip(WEIGHTS, networks, strict=True)))
-
-
-def test_ties_by_hand():
-    def state(*values):
-        return {"w": torch.tensor(values, dtype=torch.float64)}
-
-    experts, initial = [state(1, 6.0, 6, 1.2), state(1, 4, -1, 7.0), state(1, -1, -2, 1.0)], state(1, 1, 1, 1)
-    # Task vectors (0, 5, 5, .2), (0, 3, −2, 6), (0, −2, −3, 0); half of four entries stay:
-    # (0, 5, 5, 0), (0, 3, 0, 6), (0, −2, −3, 0), elected signs 0, +, +, +.
-    merged = ties(experts, initial, [1 / 3] * 3, keep=0.5, scale=2)
-    assert merged["w"].tolist() == pytest.approx([1, 1 + 2 * 4, 1 + 2 * 5, 1 + 2 * 6])
-    weighted = ties(experts, initial, (0.2, 0.1, 0.7), keep=0.5, scale=1)
-    # Now 0.2·5 + 0.1·3 − 0.7·2 < 0 elects − for the second entry, and 0.2·5 − 0.7·3 < 0 for the third.
-    assert weighted["w"].tolist() == pytest.approx([1, 1 - 2, 1 - 3, 1 + 6])
-
-
 # With the statistics of networks
 
 NETWORKS = {
@@ -239,40 +215,6 @@ def mixed_networks():
     return initial, experts
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map(head):
-    initial, experts = mixed_networks()
-    (made,) = coin.merge_networks(coin.Wudi(head=head), experts, [WEIGHTS], initial=initial)
-    for name, found in made.named_parameters():
-        own, start = [expert.get_parameter(name) for expert in experts], initial.get_parameter(name)
-        average = sum(share * each for share, each in zip(WEIGHTS, own, strict=True))
-        if name not in ("first.weight", *["head.weight"] * head):
-            torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-12, msg=name)
-            continue
-        steps = [(each - start).flatten(1) for each in own]
-        # Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖² + λ ‖W − W̄‖² as one least-squares problem, a row of W an unknown vector.
-        rows = [(share**0.5 / step.norm()) * step for share, step in zip(WEIGHTS, steps, strict=True)]
-        width = steps[0].shape[1]
-        damping = (1e-4 * sum(float(each.square().sum()) for each in rows) / width) ** 0.5
-        left = torch.cat([*rows, damping * torch.eye(width, dtype=torch.float64)])
-        right = [each @ weight.flatten(1).T for each, weight in zip(rows, own, strict=True)]
-        expected = torch.linalg.lstsq(left, torch.cat([*right, damping * average.flatten(1).T])).solution.T
-        torch.testing.assert_close(found.flatten(1), expected, rtol=1e-9, atol=1e-10, msg=name)
-        assert (found - average).norm() > 0.1 * steps[0].norm()
-
-
-def test_orthogonal_task_vectors_are_all_kept_whole():
-    """No expert's inputs, as its task vector tells of them, meet another's task vector: nothing interferes."""
-    initial = nn.Linear(4, 3).double()
-    experts = [clone(initial) for _ in range(2)]
-    with torch.no_grad():
-        for place, expert in enumerate(experts):
-            expert.weight[:, 2 * place : 2 * place + 2] += torch.randn(3, 2, dtype=torch.float64)
-    (made,) = coin.merge_networks(coin.Wudi(head=True), experts, coin.uniform(2), initial=initial)
-    wanted = experts[0].weight + experts[1].weight - initial.weight
-    torch.testing.assert_close(made.weight, wanted, rtol=0.01, atol=0.01)
-
-
 def test_maps_are_found_by_their_modules():
     encoder = nn.TransformerEncoderLayer(4, 2, 8)
     names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
@@ -299,7 +241,7 @@ def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
     [
         ([Coin(), RegMean(), Refit()], "found no calibration inputs, which the merge needs; give them as calibration"),
         (
-            [Ties(), TaskArithmetic(), Base(), Wudi()],
+            [Base()],
             "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression",
         ),
     ],
@@ -359,9 +301,6 @@ def test_damaged_and_mismatched_statistics_are_named():
         (lambda: Coin(damping=-1), "damping=-1"),
         (lambda: RegMean("conv"), "expected one of linear, all"),
         (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
-        (lambda: Ties(keep=0), "keep=0, expected a number above 0 and at most 1"),
-        (lambda: TaskArithmetic(scale=math.inf), "scale=inf, expected a number that is finite"),
-        (lambda: Wudi(damping=0.0), "damping=0.0, expected a number above 0"),
         (lambda: Refit("all"), "found target='all', expected one of own, both"),
         (lambda: Refit(ridge=0.0), "found ridge=0.0, expected a number above 0"),
         (lambda: Refit(ridge=math.inf), "found ridge=inf"),

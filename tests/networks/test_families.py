@@ -29,20 +29,17 @@ METHODS: dict[str, Callable[[], Method]] = {
     "head_fit": lambda: coin.HeadFit(**KEPT),
     "refit_own": lambda: coin.Refit("own"),
     "refit_both": lambda: coin.Refit("both"),
-    "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5, **KEPT),
-    "ties": lambda: coin.Ties(keep=1.0, **KEPT),
-    "wudi": lambda: coin.Wudi(**KEPT),
     "distillation": lambda: coin.Distillation(**TRAINED),
 }
 SWAPPED = ("average", "regmean_all", "refit_own")  # one a way to depend on the order, to save time
-TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "ties", "wudi")
+TWINS = ("coin", "regmean_all", "head_fit", "refit_own")
 DECODERS: list[Any] = ["linear", "ridge", "feature_ridge", {"kind": "feature_ridge", "survivors": False}]
 HEAD = ("head_fit", "refit_own", "refit_both")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
 POSITIONS = ("hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge", "feature_ridge-alone")
 REFUSED: dict[str, dict[str, str]] = {
-    "timm/resnetv2": dict.fromkeys((*READ_FEATURES, "wudi"), "found no Linear layer"),  # its head is a convolution
+    "timm/resnetv2": dict.fromkeys(READ_FEATURES, "found no Linear layer"),  # its head is a convolution
     **{family: dict.fromkeys(READ_FEATURES, "expected one row a sample") for family in POSITIONS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }
