@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coin.core.devices import seeded
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
 from coin.files.user_code import source_of
@@ -79,10 +80,11 @@ class UserMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        seed = 0 if experts.train is None else experts.train.seed
+        with torch.inference_mode(False), torch.enable_grad():
             network = experts.empty_model().eval()
-            torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            made = self._merged_network(experts, row)
+            with seeded(seed, experts.source.device):
+                made = self._merged_network(experts, row)
             fill_network(network, made.state_dict(), f"the network that {self.function} returned")
         return CodedModel(network)
 
