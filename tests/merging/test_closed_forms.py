@@ -15,7 +15,6 @@ from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
 from coin.networks.calling import clone
 from coin.statistics import fisher_diagonal, gram_sums
-from coin.statistics.gram import linear_maps
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -181,55 +180,13 @@ def test_regmean_on_own_data_minimises_the_weighted_output_error(name):
     assert slope(merged) < 1e-9 * slope(average)
 
 
-# Task vectors
-
-
-class Mixed(nn.Module):
-    """One layer of every kind."""
-
-    head_name = "head"
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.deep = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1, groups=4)
-        self.turned = nn.ConvTranspose2d(4, 5, 1)
-        self.norm, self.words, self.place = nn.BatchNorm2d(5), nn.Embedding(7, 5), nn.Parameter(torch.randn(1, 3, 5))
-        self.frozen, self.head = nn.Linear(5, 5), nn.Linear(5, 6)
-        self.tied = nn.Linear(5, 7)
-        self.tied.weight = self.words.weight
-
-    def forward(self, x):
-        x = self.norm(self.turned(self.deep(self.first(x)))).mean((2, 3))
-        return self.head((x + self.tied(x) @ self.words.weight + self.place.mean((0, 1))).tanh() + self.frozen(x))
-
-
-def mixed_networks():
-    torch.manual_seed(0)
-    initial = Mixed().double().eval()
-    experts = [clone(initial) for _ in WEIGHTS]
-    for index, expert in enumerate(experts):
-        draw = torch.Generator().manual_seed(index)
-        for name, parameter in expert.named_parameters():
-            if name != "frozen.weight" or index:  # the first has left it as it was
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-    return initial, experts
-
-
-def test_maps_are_found_by_their_modules():
-    encoder = nn.TransformerEncoderLayer(4, 2, 8)
-    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
-    assert linear_maps(encoder) == names
-    assert linear_maps(Mixed()) == ["first.weight", "frozen.weight", "head.weight"]
-    assert linear_maps(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) == []  # no parameter of its own
-
-
 def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
-    initial, experts = mixed_networks()
+    initial, *experts = (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double() for _ in range(4))
     for index, each in enumerate([initial, *experts]):
-        each.norm.running_mean.fill_(float(index))
+        each[1].running_mean.fill_(float(index))
     for policy, mean in (("keep", 0.0), ("average", 0.2 * 1 + 0.3 * 2 + 0.5 * 3)):
         (made,) = coin.merge_networks(coin.Base(batchnorm=policy), experts, [WEIGHTS], initial=initial)
-        torch.testing.assert_close(made.norm.running_mean, torch.full((5,), mean, dtype=torch.float64))
+        torch.testing.assert_close(made[1].running_mean, torch.full((5,), mean, dtype=torch.float64))
         assert all(torch.equal(made.get_parameter(name), value) for name, value in initial.named_parameters())
 
 
