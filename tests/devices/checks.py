@@ -151,6 +151,20 @@ def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
         torch.testing.assert_close(here, own, **CLOSE)
 
 
+def test_compressed_bodies_answer_where_the_experts_are(seen):
+    experts, _, inputs = fleet()
+    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    code = coin.uniform(3)
+    found = []
+    for place in ("cpu", DEVICE):
+        networks = [deepcopy(each).to(place) for each in experts]
+        merged = coin.merge_networks(method, networks, code, calibration=inputs)
+        system = coin.Coded(code, networks, merged.compressed["refit+rank2-4bit"])
+        system.fit_decoder([batch for (batch,) in inputs], [0, 1, 2], "expert_head")
+        found.append(system.decode(inputs[1][0].to(place), [1]).cpu())
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
 def test_bodies_move_and_answer_packed(seen):
     experts, start, inputs = fleet()
     adapted = coin.fit_adapters(start, experts, inputs, rank=2)
