@@ -44,9 +44,10 @@ def make_cotangents(
 ) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
-    exact: the rows of the identity, for these `classes` alone if they are given, as categorical's. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
-    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x). Raises ConfigurationError for
-    k > C, DataError for another number of labels than samples.
+    exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
+    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x). Of exact and categorical those
+    of some `classes` alone, if they are given. Raises ConfigurationError for k > C, DataError for another number of
+    labels than samples.
     """
     samples, count = logits.shape
     chosen = range(count) if classes is None else classes
@@ -72,7 +73,7 @@ def make_cotangents(
 
 
 def blocks_by_class(kind: FisherKind, logits: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield the cotangents of a kind with one for each class, `size` at a time; those of all take C² numbers a sample."""
+    """Yield the cotangents of a kind with one a class, `size` at a time: those of all take C² numbers a sample."""
     count = logits.shape[1]
     for first in range(0, count, size):
         classes = range(first, min(first + size, count))

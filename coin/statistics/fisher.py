@@ -183,8 +183,8 @@ class _Pass:
     def _choose_cut(self, layout: _Layout) -> tuple[int, int]:
         """Choose how many samples b and cotangents v go through a pass together; one each at least.
 
-        The estimate is b·(activations kept) + b·v·(widest layer, or the outputs)·(tensors alive). All V cotangents stay together as
-        long as one sample fits, since the Gram rule gains from them.
+        The estimate is b·(activations kept) + b·v·(widest layer, or the outputs)·(tensors alive). All V cotangents
+        stay together as long as one sample fits, since the Gram rule gains from them.
         """
         like = next(iter(self._parameters.values()))
         if self.options.kind is FisherKind.empirical:

@@ -13,7 +13,6 @@ from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, merge_networks
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
-from coin.networks.calling import clone
 from coin.statistics import fisher_diagonal, gram_sums
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
