@@ -3,7 +3,7 @@
 Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coin.errors` what is raised:
 
     uniform, convex   codes: which weighted sums of the experts the coded models stand for
-    merge_networks    makes coded models by a method: Average, Coin, RegMean, Refit, Ties, Distillation, or your own
+    merge_networks    makes coded models by a method: Average, Coin, RegMean, Refit, Distillation, or your own
     Coded             experts, code and coded models: fit_decoder, decode, accept, save, load, from_run
     evaluate          measures how well lost experts are decoded
     compress          the simple rival: what an expert adds to its start, in a few bits a weight
@@ -43,7 +43,7 @@ _HOMES = {  # the rooms and their names
     "coding.metrics": "DecodingAccuracy Residual",
     "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
-    "Refit RegMean TaskArithmetic Ties UserMethod Wudi extract_lora fit_adapters merge_networks",
+    "Refit RegMean UserMethod extract_lora fit_adapters merge_networks",
     "modules": "Coded evaluate",
     "networks": "Adapted Adapter BatchNormPolicy Compressed answering compress recalibrate",
     "reporting.choice": "choose",

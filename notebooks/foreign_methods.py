@@ -1,6 +1,7 @@
-"""Methods that are no part of coin, as their authors might write them: plain PyTorch, and nothing of coin's.
+"""Methods that are no part of coin, as their authors might write them, in plain PyTorch.
 
-`coin.UserMethod` says how such functions are called; ``configs/experiment/study/foreign.yaml`` runs all.
+Some are functions of networks, with nothing of coin's, others subclasses of `coin.MergeMethod`;
+`notebooks/docs/method.md` says how both are called, and ``configs/experiment/study/foreign.yaml`` runs them.
 """
 
 from copy import deepcopy
@@ -9,6 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import coin
+from coin.networks import head_name
 
 
 def averaged(experts, row):
@@ -59,80 +63,219 @@ def distil(experts, calibration, row, steps=150, lr=1e-3, batch_size=64):
     return student
 
 
-def by_matrix(tensors, row, initial, name, layer, merge, scale):
-    """Return initial + scale · merge(N β_i times the task vectors), or the average of what is no matrix.
+def average(states, row):
+    """Return the average of the experts' parameters with the weights of the row."""
+    return {
+        name: sum(weight * state[name] for weight, state in zip(row, states, strict=True))
+        for name in states[0]
+    }
 
-    Matrices are the weights of fully connected layers, of attention and of ungrouped convolutions.
+
+def matrices(network):
+    """Return the names of the weights of fully connected layers, of attention and of ungrouped convolutions."""
+    found = []
+    for place, layer in network.named_modules():
+        is_grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        if is_grouped or not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
+            continue
+        for name, _ in layer.named_parameters(prefix=place, recurse=False):
+            if name.endswith("weight"):
+                found.append(name)
+    return found
+
+
+class TaskArithmetic(coin.MergeMethod):
+    """θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation: the average where scale is 1/N.
+
+    Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is its successors' scale
+    where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
     """
-    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-    if (
-        not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
-        or grouped
-        or not name.endswith("weight")
-    ):
-        return sum(weight * tensor for weight, tensor in zip(row, tensors, strict=True))
-    steps = [
-        (own - initial).flatten(1) * len(row) * share
-        for own, share in zip(tensors, row, strict=True)
-    ]
-    return initial + scale * merge(steps).reshape(initial.shape)
+
+    name = "task_arithmetic"
+    reads_initial = True
+
+    def __init__(self, scale: float = 0.4, **options):
+        super().__init__(**options)
+        self.scale = scale
+
+    def parameters(self, experts, row):
+        """Return the one sum."""
+        initial, _ = experts.initial()
+        means = average(experts.parameters, row)
+        steps = {name: len(row) * (means[name] - start) for name, start in initial.items()}
+        return {name: start + self.scale * steps[name] for name, start in initial.items()}
 
 
-def iso_c(tensors, row, initial, name, layer, scale=1.0):
-    """Give the sum of the task vectors, USVᵀ, one singular value: mean(S) · UVᵀ.
+class Ties(coin.MergeMethod):
+    """Trim, elect sign, disjoint merge of the task vectors τ_i = θ_i − θ_0.
+
+    1. Trim: of each τ_i only the `keep` share of entries with the largest magnitude stays, over all parameters.
+    2. Elect: an entry's sign is that of Σ_i β_i τ_i.
+    3. Merge: θ_0 + scale · Σ_{i∈A} β_i τ_i / Σ_{i∈A} β_i, A the experts whose trimmed entry has the elected sign.
+
+    Source: Yadav et al., *TIES-merging* (NeurIPS 2023), algorithm 1, and its values where nothing is held out.
+    """
+
+    name = "ties"
+    reads_initial = True
+
+    def __init__(self, keep: float = 0.2, scale: float = 1.0, **options):
+        super().__init__(**options)
+        self.keep = keep
+        self.scale = scale
+
+    def parameters(self, experts, row):
+        """Return the one merge."""
+        initial, _ = experts.initial()
+        trimmed = [self.trimmed(state, initial) for state in experts.parameters]
+        merged = {}
+        for name, start in initial.items():
+            steps = torch.stack([each[name] for each in trimmed])  # [N, …]
+            shares = steps.new_tensor(row).reshape(-1, *[1] * start.ndim)
+            elected = (shares * steps).sum(0).sign()
+            agreeing = shares * ((steps.sign() == elected) & (elected != 0))
+            step = (agreeing * steps).sum(0) / agreeing.sum(0).clamp(min=1e-12)
+            merged[name] = start + self.scale * step
+        return merged
+
+    def trimmed(self, state, initial):
+        """Return an expert's task vector without its smaller entries."""
+        steps = {name: state[name] - start for name, start in initial.items()}
+        sizes = torch.cat([step.abs().flatten() for step in steps.values()])
+        kept = max(1, round(self.keep * len(sizes)))
+        smallest, _ = sizes.kthvalue(len(sizes) - kept + 1)
+        return {name: step.masked_fill(step.abs() < smallest, 0) for name, step in steps.items()}
+
+
+class ByMatrix(coin.MergeMethod):
+    """Merges matrix after matrix, θ_0 + scale · merge(task vectors); averages the rest, and the head."""
+
+    reads_initial = True
+
+    def __init__(self, scale: float = 1.0, **options):
+        super().__init__(**options)
+        self.scale = scale
+
+    def parameters(self, experts, row):
+        """Return the one merge."""
+        initial, _ = experts.initial()
+        states = experts.parameters
+        network = experts.empty_model()
+        head = head_name(network)
+        merged = average(states, row)
+        for name in matrices(network):
+            if not name.startswith(head):
+                start = initial[name]
+                steps = [(state[name] - start).flatten(1) for state in states]
+                step = self.merge(steps, row)
+                merged[name] = start + self.scale * step.reshape(start.shape)
+        return merged
+
+    def merge(self, steps, row):
+        """Return the merged task vector of a matrix [O, K], of the experts' own."""
+        raise NotImplementedError
+
+
+def weighed(steps, row):
+    """Return N β_i times the task vectors, of which the literature's sums are."""
+    return [len(row) * share * step for share, step in zip(row, steps, strict=True)]
+
+
+class Wudi(ByMatrix):
+    """The minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖² for task vectors τ_i = W_i − W_0: RegMean without data.
+
+    The rows of τ_i span the inputs that its fine-tuning has seen, so that τ_iᵀτ_i / ‖τ_i‖² stands for the Gram matrix
+    of expert i's inputs. It is drawn to the average by `damping`, relative to the mean diagonal entry; transformers
+    that were tuned far want more, such as 0.1. A matrix that an expert has left as it was is averaged.
+
+    Source: Cheng et al., *Whoever started the interference should end it* (ICML 2025), there by gradient descent.
+    """
+
+    name = "wudi"
+
+    def __init__(self, damping: float = 1e-4, **options):
+        super().__init__(**options)
+        self.damping = damping
+
+    def merge(self, steps, row):
+        """Return the minimiser."""
+        mean = sum(weighed(steps, row)) / len(row)
+        if not all(step.any() for step in steps):
+            return mean
+        doubled = [step.double() for step in steps]
+        grams = [
+            share * step.T @ step / step.square().sum()
+            for share, step in zip(row, doubled, strict=True)
+        ]
+        pull = sum(step @ gram for step, gram in zip(doubled, grams, strict=True))
+        total = sum(grams)
+        ridge = self.damping * total.diagonal().mean()
+        eye = torch.eye(len(total)).to(total)
+        found = torch.linalg.solve(total + ridge * eye, pull + ridge * mean, left=False)
+        return found.to(mean.dtype)
+
+
+class IsoC(ByMatrix):
+    """Gives the sum of the task vectors, USVᵀ, one singular value: mean(S) · UVᵀ.
 
     Source: Marczak et al., *No task left behind: isotropic model merging with common and task-specific subspaces*
     (ICML 2025, arXiv 2502.04959), Iso-C, whose scale is chosen on validation data near 1.
     """
 
-    def isotropic(steps):
-        u, s, v = torch.linalg.svd(sum(steps), full_matrices=False)
+    name = "iso_c"
+
+    def merge(self, steps, row):
+        """Return mean(S) · UVᵀ."""
+        u, s, v = torch.linalg.svd(sum(weighed(steps, row)), full_matrices=False)
         return s.mean() * u @ v
 
-    return by_matrix(tensors, row, initial, name, layer, isotropic, scale)
 
-
-def tsv_m(tensors, row, initial, name, layer, scale=1.0):
-    """Put the top r/N singular vectors of every task vector side by side, U and V replaced by their polar factors.
+class TsvM(ByMatrix):
+    """Puts the top r/N singular vectors of every task vector side by side, U and V replaced by their polar factors.
 
     Source: Gargiulo et al., *Task singular vectors: reducing task interference in model merging* (CVPR 2025,
     arXiv 2412.00081), TSV-Merge, algorithm 1.
     """
 
-    def side_by_side(steps):
-        kept = max(1, min(steps[0].shape) // len(steps))
-        parts = [torch.linalg.svd(step, full_matrices=False) for step in steps]
-        u, s, v = (
-            torch.cat(each)
-            for each in zip(*((u.T[:kept], s[:kept], v[:kept]) for u, s, v in parts), strict=True)
-        )
-        return polar(u).T @ (s[:, None] * polar(v))
+    name = "tsv_m"
 
-    def polar(rows):
+    def merge(self, steps, row):
+        """Return U S V of all."""
+        kept = max(1, min(steps[0].shape) // len(steps))
+        left, sizes, right = [], [], []
+        for step in weighed(steps, row):
+            u, s, v = torch.linalg.svd(step, full_matrices=False)
+            left.append(u.T[:kept])
+            sizes.append(s[:kept])
+            right.append(v[:kept])
+        scaled = torch.cat(sizes)[:, None] * self.polar(torch.cat(right))
+        return self.polar(torch.cat(left)).T @ scaled
+
+    def polar(self, rows):
+        """Return the nearest matrix of orthonormal rows."""
         p, _, q = torch.linalg.svd(rows, full_matrices=False)
         return p @ q
 
-    return by_matrix(tensors, row, initial, name, layer, side_by_side, scale)
 
-
-def magic(tensors, row, initial, name, layer, scale=1.0):
-    """Give the sum of the task vectors, of each layer, the mean norm of the experts' own.
+class Magic(ByMatrix):
+    """Gives the sum of the task vectors, of each layer, the mean norm of the experts' own.
 
     Source: Li et al., *MAGIC: achieving superior model merging via magnitude calibration* (arXiv 2512.19320), the
     calibration in weight space, for task arithmetic; without its list of sensitive layers, which needs labels.
     """
 
-    def calibrated(steps):
+    name = "magic"
+
+    def merge(self, steps, row):
+        """Return the sum, rescaled."""
+        steps = weighed(steps, row)
         whole = sum(steps)
-        return (
-            whole * sum(step.norm() for step in steps) / len(steps) / whole.norm().clamp(min=1e-12)
-        )
-
-    return by_matrix(tensors, row, initial, name, layer, calibrated, scale)
+        norm = sum(step.norm() for step in steps) / len(steps)
+        return whole * norm / whole.norm().clamp(min=1e-12)
 
 
-def ace(tensors, row, initial, name, layer, ridge=1e-5, unequal=0.3, share=0.3, scale=1.0):
-    """Average task vectors Δ_i by the covariances of their inputs, as the centred rows of Δ_i show them: Σ_i = Δ_iᵀΔ_i.
+class Ace(ByMatrix):
+    """Averages task vectors Δ_i by the covariances of their inputs, as their centred rows show them: Σ_i = Δ_iᵀΔ_i.
 
     That is Σ_i Δ_i (Σ_i + εI) · (Σ_i (Σ_i + εI) + 1cᵀ)⁻¹, c being the columns' mean of Σ_i Σ_i. Where the norms of Δ_i
     are unequal, Σ_i is over its trace, and the first 0.3 singular vectors of the solution and what is left of it are
@@ -142,20 +285,25 @@ def ace(tensors, row, initial, name, layer, ridge=1e-5, unequal=0.3, share=0.3, 
     2603.02945), which averages weights in its text and task vectors in its code, as here.
     """
 
-    def averaged_by_inputs(steps):
-        steps = [step.double() for step in steps]
+    name = "ace"
+    ridge = 1e-5  # ε
+    unequal = 0.3  # the variance of the log norms, relative to their squared mean
+    share = 0.3  # of the singular vectors
+
+    def merge(self, steps, row):
+        """Return the average."""
+        dtype = steps[0].dtype
+        steps = [step.double() for step in weighed(steps, row)]
         logs = torch.stack([step.square().sum().clamp(min=1e-12).log() for step in steps])
         centred = [step - step.mean(0) for step in steps]
-        grams, traces = (
-            [each.T @ each for each in centred],
-            [each.square().sum().clamp(min=1e-12) for each in centred],
-        )
-        is_unequal = len(steps) > 1 and bool(logs.var() > unequal * logs.mean() ** 2)
+        grams = [each.T @ each for each in centred]
+        traces = [each.square().sum().clamp(min=1e-12) for each in centred]
+        is_unequal = len(steps) > 1 and bool(logs.var() > self.unequal * logs.mean() ** 2)
         if is_unequal:
             grams = [gram / trace for gram, trace in zip(grams, traces, strict=True)]
         eye = torch.eye(len(grams[0])).to(grams[0])
         damped = [
-            gram + ridge / (trace if is_unequal else 1) * eye
+            gram + self.ridge / (trace if is_unequal else 1) * eye
             for gram, trace in zip(grams, traces, strict=True)
         ]
         weighted = sum(step @ gram for step, gram in zip(steps, damped, strict=True))
@@ -164,11 +312,9 @@ def ace(tensors, row, initial, name, layer, ridge=1e-5, unequal=0.3, share=0.3, 
             mean = sum(grams) / len(grams)
             left = sum(step @ (gram - mean) for step, gram in zip(steps, grams, strict=True))
             u, s, v = torch.linalg.svd(found + left, full_matrices=False)
-            kept = max(1, int(share * len(s)))
+            kept = max(1, int(self.share * len(s)))
             found = found + s[:kept].mean() * u[:, :kept] @ v[:kept]
-        return found.to(tensors[0].dtype)
-
-    return by_matrix(tensors, row, initial, name, layer, averaged_by_inputs, scale)
+        return found.to(dtype)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
 For every expert and rank what `coin.extract_lora` keeps of it, and what a singular value decomposition of W_i − W₀
 does (``svd``), as peft's ``convert_to_lora`` cuts what it is given, both with the expert's own head and the base's
 biases and normalisations; and that decomposition with the expert's own ones (``svd, own vectors``), which no LoRA has.
-Ours has factors in 4 bits, theirs in float32.
 """
 
 from tempfile import TemporaryDirectory
@@ -35,11 +34,13 @@ def ways(expert, base, samples, rank):
     own = body_of(expert)
     start = filled(expert, body_of(base))  # with the expert's head
     with TemporaryDirectory() as folder:
-        adapter = coin.extract_lora(expert, start, samples, rank, folder)
-    yield "extract_lora", adapter.applied_to(start)
-    cut = svd(own, body_of(base), adapter.changes, rank)
+        made = coin.extract_lora(expert, start, samples, rank, folder)
+    yield "extract_lora", made
+    before = body_of(start)
+    changed = [name for name, tensor in body_of(made).items() if not tensor.equal(before[name])]
+    cut = svd(own, body_of(base), changed, rank)
     yield "svd", filled(start, cut)
-    vectors = {name: tensor for name, tensor in own.items() if name not in adapter.changes}
+    vectors = {name: tensor for name, tensor in own.items() if name not in cut}
     yield "svd, own vectors", filled(start, {**vectors, **cut})
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from foreign_methods import ace, feat_cal, magic
+from foreign_methods import Ace, Magic, feat_cal
 from silent_faults import tasks_of
 
 import coin
@@ -355,11 +355,14 @@ def measure(folder, svd_alone):
     )
     whole = {"average": filled(headless, average), "base": filled(headless, body_of(base))}
     given = {"calibration": samples, "initial": base}
-    for function in () if svd_alone else (feat_cal, magic, ace):
-        merged = coin.merge_networks(
-            coin.UserMethod(function), experts, coin.uniform(len(experts)), **given
-        )[0]
-        whole[function.__name__] = filled(headless, body_of(merged))
+    others = {
+        "feat_cal": coin.UserMethod(feat_cal),
+        "magic": Magic(batchnorm="average"),
+        "ace": Ace(batchnorm="average"),
+    }
+    for name, method in () if svd_alone else others.items():
+        merged = coin.merge_networks(method, experts, coin.uniform(len(experts)), **given)[0]
+        whole[name] = filled(headless, body_of(merged))
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}

@@ -1,14 +1,16 @@
 """``coin export``: a network's file in, a folder out that transformers loads without coin; or one expert's network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
-from coin.merging.peft import save_peft
-from coin.networks import head_name, load_network, pad_head, save_network
+from coin.merging.peft import SEQUENCE_HEADS, save_peft
+from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
+from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace
 
 HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision tower
@@ -37,7 +39,7 @@ def export(
             default those of the run whose ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``: of all
-            experts, or of that one. Adapters that were fitted with ``scales: false`` are plain LoRA.
+            experts, or of that one. It is plain LoRA: adapters must have been fitted with ``scales: false``.
     """
     file = load_network(Path(network))
     if experts:
@@ -57,7 +59,7 @@ def export(
             f"{found}; others are plain safetensors already, under the network's own names"
         )
     folder = file.path.with_suffix("") if output is None else Path(output)
-    source.save(file.network, folder)
+    source.save(file.network, folder, _classes(file))
     if source.zero_shot:
         save_file(_heads(file, files), folder / HEADS)
     return folder
@@ -86,7 +88,12 @@ def _export_expert(
     head = own.network.get_submodule(head_name(own.network))
     adapter = file.adapters[tasks.index(task)]
     made = adapter.applied_to(file.network, head)
-    return _write(made, file, own.num_classes, path, expert)
+    return _write(made, file, own.num_classes, path, expert, _classes(own))
+
+
+def _classes(file: NetworkFile) -> Sequence[str]:
+    """Return the names of an expert's classes in the order of its outputs; none where its file does not say."""
+    return file.provenance.get("classes") or ()
 
 
 def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> Path:
@@ -96,32 +103,34 @@ def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> P
         raise ConfigurationError(
             f"found '{file.path}' of a CLIP's vision tower, which peft cannot load with a head; leave out --peft"
         )
-    head_place = head_name(file.network)
-    others = [name for name, _ in file.network.named_modules() if name != head_place]
-    # peft's class for them takes every layer whose name ends so as the head.
-    has_own_name = head_place in ("classifier", "score")
-    is_alone = not any(name.endswith(("classifier", "score")) for name in others)
     is_text = isinstance(source, HuggingFace) and source.reads == "texts"
+    is_sequence = is_text and head_name(file.network) in SEQUENCE_HEADS
     tasks = file.provenance["tasks"]
     for task, path in experts.items():
-        padded = pad_head(load_network(path).network, file.num_classes)
+        own = load_network(path)
         save_peft(
             file.adapters[tasks.index(task)],
             file.network,
-            padded.get_submodule(head_name(padded)).state_dict(),
+            linear_head(own.network).state_dict(),
             folder / task,
             base=str(folder / "body"),
-            task_type="SEQ_CLS" if is_text and has_own_name and is_alone else None,
+            task_type="SEQ_CLS" if is_sequence else None,
+            labels=_classes(own),
         )
     return _write(file.network, file, file.num_classes, folder / "body", None)
 
 
 def _write(
-    network: nn.Module, file: NetworkFile, num_classes: int, path: Path, expert: str | None
+    network: nn.Module,
+    file: NetworkFile,
+    num_classes: int,
+    path: Path,
+    expert: str | None,
+    classes: Sequence[str] = (),
 ) -> Path:
     """Write a plain network like a file's, as a folder of transformers' or as coin's file, and return where."""
     if isinstance(file.config.source, HuggingFace):
-        file.config.source.save(network, path)
+        file.config.source.save(network, path, classes)
         return path
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")

@@ -27,6 +27,21 @@ def double(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw the CPU's random numbers from a seed, and a GPU's; afterwards both go on from where they were.
+
+    Other GPUs' generators are not touched, as they are by `torch.manual_seed`.
+    """
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def disable_tf32() -> Iterator[None]:
     """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
     try:

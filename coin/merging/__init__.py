@@ -1,6 +1,6 @@
 """Merge methods: experts and statistics of their calibration data in, coded models out."""
 
-from coin.merging.average import Average as Average, HeadFit as HeadFit
+from coin.merging.average import Average as Average, Base as Base, HeadFit as HeadFit
 from coin.merging.closed_form import MergeMethod as MergeMethod
 from coin.merging.coin import Coin as Coin
 from coin.merging.experts import Experts as Experts
@@ -14,10 +14,4 @@ from coin.merging.passes import fit_adapters as fit_adapters
 from coin.merging.peft import extract_lora as extract_lora
 from coin.merging.refit import Refit as Refit
 from coin.merging.regmean import RegMean as RegMean, RegMeanLayers as RegMeanLayers
-from coin.merging.task_vectors import (
-    Base as Base,
-    TaskArithmetic as TaskArithmetic,
-    Ties as Ties,
-    Wudi as Wudi,
-)
 from coin.merging.user_method import UserMethod as UserMethod

@@ -120,13 +120,13 @@ class AdapterFit:
         """
         weight = self._network.get_parameter(unit.weight)
         # The body's map, then with the correction.
-        fitted = _columns(weight, unit, entries, moments)
+        fitted = columns_of(weight, unit, entries, moments)
         left = right = None
         if self._options.rank > 0 and unit.is_matrix:
-            own = _columns(self._own_weight(unit, expert), unit, entries, moments)
-            # Relative to the mean over all inputs, zeros too.
-            damping = self._options.ridge * len(entries) / unit.unknowns
-            outer, inner = _factors(fitted, own, damping, self._options.rank, moments)
+            own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
+            outer, inner = _factors(
+                fitted, own, self._damping(unit, entries), self._options.rank, moments
+            )
             left_of_map = inner.dense().to(fitted).T  # [K', r]
             right_of_map = outer.dense().to(fitted)  # [r, O]
             fitted = fitted + left_of_map @ right_of_map
@@ -149,6 +149,10 @@ class AdapterFit:
             )
         return changes
 
+    def _damping(self, unit: Unit, entries: Tensor) -> float:
+        """Return μ relative to the mean over all inputs, zeros too, for the entries that meet inputs."""
+        return self._options.ridge * len(entries) / unit.unknowns
+
     def _own_weight(self, unit: Unit, expert: int) -> Tensor:
         """Return an expert's own weight of a unit, the BatchNorm behind it folded in."""
         state = self._experts[expert]
@@ -157,7 +161,7 @@ class AdapterFit:
         return state[unit.weight]
 
 
-def _columns(weight: Tensor, unit: Unit, entries: Tensor, moments: "Moments") -> Tensor:
+def columns_of(weight: Tensor, unit: Unit, entries: Tensor, moments: "Moments") -> Tensor:
     """Return a weight's map, transposed, for the entries that meet inputs [G, K', O]."""
     matrix = as_map(weight, unit)
     return matrix[..., entries].mT.to(moments.cross)

@@ -1,6 +1,7 @@
-"""Plain averaging, as it is and with its head fitted to the coding objective."""
+"""Plain averaging, as it is and with its head fitted to the coding objective; and the shared initialisation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
+from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Rounding
 from coin.networks.heads import head_weight, linear_head
 from coin.networks.running import check_head
@@ -39,6 +41,27 @@ def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> di
         mean = weighted_mean(experts, weights, name, torch.float64)
         averages[name] = mean.to(like.dtype)
     return averages
+
+
+class Base(MergeMethod):
+    """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics.
+
+    >>> torch.equal(coin.merge_networks(coin.Base(), experts, code, initial=experts[0])[0].weight, experts[0].weight)
+    True
+    """
+
+    name = "base"
+    reads_initial = True
+    batchnorm = BatchNormPolicy.keep
+
+    def __init__(
+        self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, **options: Any
+    ) -> None:
+        super().__init__(batchnorm=batchnorm, **options)
+
+    def parameters(self, experts: Experts, row: Sequence[float]) -> State:
+        """Return the initialisation's."""
+        return experts.initial()[0]
 
 
 class HeadFit(Average):

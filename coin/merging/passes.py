@@ -114,6 +114,7 @@ def fit_body(
     ridge: float | None,
     rounding: Rounding | None = None,
     adapters: AdapterOptions | None = None,
+    adapter_fit: type[AdapterFit] = AdapterFit,
     memory_mib: int | None = None,
 ) -> tuple[nn.Module, list[Adapter]]:
     """Return a copy of a body, refitted to the experts' outputs, its matrices rounded, if so; and its adapters.
@@ -128,6 +129,7 @@ def fit_body(
         ridge: λ of the units' regressions; without one they are not refitted.
         rounding: What rounds matrices, if they are.
         adapters: Options of adapters, which are fitted in the same pass; they leave the head to the experts' own.
+        adapter_fit: What fits them.
         memory_mib: Bound on activations; by default that of `default_memory_mib`.
     """
     network = clone(body.network)
@@ -143,7 +145,7 @@ def fit_body(
         chosen = chosen[experts.tasks[chosen].argsort(stable=True)]
         head = head_weight(network)
         trace = trace._replace(units=[unit for unit in trace.units if unit.weight != head])
-        fit = AdapterFit(network, adapters, experts.source.tensors, experts.tasks[chosen], row)
+        fit = adapter_fit(network, adapters, experts.source.tensors, experts.tasks[chosen], row)
     task = experts.tasks[chosen]
     shares = sample_weights(row, task)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20

@@ -2,22 +2,32 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
-from coin.merging.passes import fit_adapters
-from coin.networks.adapter import Adapter
+from coin.merging.adapter_fit import AdapterFit, Moments, columns_of
+from coin.merging.experts import Experts
+from coin.merging.passes import fit_body, folded_body
+from coin.merging.units import Unit
+from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import batchnorms
 from coin.networks.calling import Forward, clone
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, linear_head
 from coin.networks.kept import Change
+from coin.networks.weights import to_compute
+from coin.statistics.rules import Call
+
+ABSENT = -1e4  # a logit that never wins, and that float16 holds
+SEQUENCE_HEADS = ("classifier", "score")  # the heads that peft's class for SEQ_CLS looks for
 
 
 def save_peft(
@@ -27,52 +37,52 @@ def save_peft(
     folder: Path,
     base: str | None = None,
     task_type: str | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Write an adapter of a body, and the tensors of a head of its shape, as an adapter of peft.
+    """Write an adapter of a body, and the tensors of an expert's head, as a plain LoRA that peft loads.
 
-    Without scales it is a plain LoRA, with ``bias: none``, all of one rank: batches of several adapters take it. With
-    them it is a DoRA: peft's W ← m ⊙ (W + B A) / ‖W + B A‖, a magnitude m for each output, is the adapter's
-    (W + left right) ⊙ scale with m = scale · ‖W + left right‖ (Liu et al., *DoRA*, ICML 2024, arXiv 2402.09353); biases
-    are peft's ``bias: all``, and normalisations are kept whole. The head is kept whole in both.
+    It has ``bias: none`` and one rank, so that batches of several adapters take it. The head is kept whole
+    (``modules_to_save``), with as many outputs as the body's: classes that the expert lacks have logits of `ABSENT`.
 
     Args:
-        adapter: The adapter.
+        adapter: The adapter, fitted with ``scales: false``.
         body: The body.
-        head: The head's tensors by their names in it.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
+        head: The tensors of a Linear head by their names in it.
+        folder: Where `adapter_config.json`, `adapter_model.safetensors` and, of labels, `labels.json` are written.
         base: peft's `base_model_name_or_path`.
         task_type: peft's, such as SEQ_CLS.
+        labels: The expert's classes in the order of its outputs.
 
-    Raises ConfigurationError for other layers than Linear and Conv2d, before anything is written.
+    Raises ConfigurationError for what peft's LoRA has no place for, before anything is written.
     """
     _check_attention(body)
     head_place = head_name(body)
-    changed = adapter.applied_to(body)
-    tensors = {f"{head_place}.{name}": tensor for name, tensor in head.items()}
-    whole = {head_place}  # the modules that are kept whole
-    targets: list[str] = []
-    parts = adapter.changes.values()
-    is_dora = any(change.scale is not None or change.shift is not None for change in parts)
-    rank = max((len(change.left) for change in parts if change.left is not None), default=0)
-    if rank == 0:
+    whole = _whole_modules(body, head_place, task_type)
+    corrections: dict[str, Change] = {}  # by the layer
+    for name, change in adapter.changes.items():
+        if change.scale is not None or change.shift is not None:
+            raise ConfigurationError(
+                f"found a scale or bias of '{name}', expected plain LoRA for peft; fit adapters with scales: false"
+            )
+        place = name.removesuffix(".weight")
+        if change.left is not None and place not in whole:
+            _check_adapted(name, body)
+            corrections[place] = change
+    if not corrections:
         raise ConfigurationError(
             "found adapters without corrections, expected rank 1 at least, as peft's LoRA has"
         )
-    for name, change in adapter.changes.items():
-        place, _, role = name.rpartition(".")
-        layer = body.get_submodule(place)
-        parameter = changed.get_parameter(name)
-        if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
-            whole.add(place)
-            for own, tensor in changed.get_submodule(place).state_dict().items():
-                tensors[f"{place}.{own}"] = tensor
-            continue
-        _check_adapted(name, layer)
-        if role == "bias":
-            tensors[f"{place}.base_layer.bias"] = parameter
-            continue
-        targets.append(place)
-        for part, tensor in _of_layer(change, parameter, rank, is_dora).items():
+    changed = adapter.applied_to(body)
+    tensors: dict[str, Tensor] = {}
+    for place in whole:
+        for name, tensor in changed.get_submodule(place).state_dict().items():
+            tensors[f"{place}.{name}"] = tensor
+    for name, tensor in _padded(head, len(linear_head(body).weight)).items():
+        tensors[f"{head_place}.{name}"] = tensor
+    rank = max(len(change.left) for change in corrections.values() if change.left is not None)
+    for place, change in corrections.items():
+        weight = body.get_parameter(f"{place}.weight")
+        for part, tensor in _of_layer(change, weight, rank).items():
             tensors[f"{place}.{part}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -86,34 +96,66 @@ def save_peft(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "use_dora": is_dora,
-        "bias": "all" if is_dora else "none",
-        "target_modules": _targets(targets, body),
-        "modules_to_save": sorted(_name_of_whole(place, body) for place in whole),
+        "bias": "none",
+        "target_modules": _targets([*corrections], body),
+        "modules_to_save": [head_place],
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(options, indent=2), encoding="utf-8")
+    if labels:
+        named = {"id2label": dict(enumerate(labels))}
+        (folder / "labels.json").write_text(json.dumps(named, indent=2), encoding="utf-8")
 
 
-def _of_layer(change: Change, parameter: Tensor, rank: int, is_dora: bool) -> dict[str, Tensor]:
-    """Return peft's tensors of a layer, given its changed weight: the factors padded with zeros to this rank."""
-    matrix = parameter.flatten(1)  # [O, K]
-    outputs, inputs = matrix.shape
+def _whole_modules(body: nn.Module, head_place: str, task_type: str | None) -> list[str]:
+    """Return the modules that peft keeps whole with the head: all whose names end so, `pre_classifier` by `classifier`.
+
+    Raises ConfigurationError where one is more than a layer, within which peft would look for layers to adapt.
+    """
+    endings = (head_place,)
+    if task_type == "SEQ_CLS":
+        endings = (head_place, *SEQUENCE_HEADS)
+    places = []
+    for name, layer in body.named_modules(remove_duplicate=False):
+        if not name.endswith(endings):
+            continue
+        if next(layer.children(), None) is not None:
+            raise ConfigurationError(
+                f"found '{name}' of several layers, whose name ends as the head's, '{head_place}', expected no such "
+                "names for peft; rename one of them, or leave out --peft"
+            )
+        places.append(name)
+    return places
+
+
+def _padded(head: Mapping[str, Tensor], outputs: int) -> dict[str, Tensor]:
+    """Return a head's tensors with so many outputs: the logits of classes that it lacks are `ABSENT`."""
+    padded = dict(head)
+    missing = outputs - len(head["weight"])
+    if missing == 0:
+        return padded
+    if "bias" not in head:
+        raise ConfigurationError(
+            f"found a head of {outputs - missing} classes without a bias for a body of {outputs}, expected as many "
+            "classes for peft; leave out --peft, which writes the expert as one network"
+        )
+    padded["weight"] = functional.pad(head["weight"], (0, 0, 0, missing))
+    padded["bias"] = functional.pad(head["bias"], (0, missing), value=ABSENT)
+    return padded
+
+
+def _of_layer(change: Change, parameter: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return peft's tensors of a layer with this weight: the factors padded with zeros to this rank."""
+    outputs, inputs = parameter.flatten(1).shape
     left, right = change.factors(outputs, inputs)  # [O, r], [r, K]
     missing = rank - left.shape[1]
     left = torch.cat([left, left.new_zeros(outputs, missing)], 1)
     right = torch.cat([right, right.new_zeros(missing, inputs)])
-    kernel = parameter.shape[2:]  # of a convolution
-    ones = [1] * len(kernel)
-    found = {
+    ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
+    return {
         "lora_A.weight": right.reshape(rank, *parameter.shape[1:]),
         "lora_B.weight": left.reshape(outputs, rank, *ones),
     }
-    if is_dora:
-        signs = change.scales().sign().flatten().to(matrix)
-        magnitude = signs * matrix.norm(dim=1)
-        found["lora_magnitude_vector"] = magnitude.view(1, -1, *ones) if kernel else magnitude
-    return found
 
 
 def _targets(names: list[str], body: nn.Module) -> list[str] | str:
@@ -125,15 +167,37 @@ def _targets(names: list[str], body: nn.Module) -> list[str] | str:
     return names
 
 
-def _name_of_whole(place: str, body: nn.Module) -> str:
-    """Return the name by which peft keeps one module whole, its own where no other module's name ends with it.
+@dataclass(frozen=True, eq=False)
+class _Unrounded(Change):
+    """A change whose factors are as they were fitted: leftᵀ [r, O] and right [r, K]."""
 
-    Peft takes every module whose name ends so, `pre_classifier` by `classifier`. vLLM reads `classifier` and `score`,
-    and refuses full names.
-    """
-    names = [name for name, _ in body.named_modules(remove_duplicate=False)]
-    is_alone = not any(name.endswith(place) for name in names if name != place)
-    return place if is_alone else f"base_model.model.{place}"
+    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return left and right."""
+        assert self.left is not None
+        assert self.right is not None
+        return self.left.T, self.right
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it."""
+        left, right = self.factors(*value.flatten(1).shape)
+        return value + (left @ right).view_as(value).to(value.dtype)
+
+
+class LoraFit(AdapterFit):
+    """Fits plain LoRA as `AdapterFit` does, in float32 as peft keeps it: nothing is rounded."""
+
+    def _changes(
+        self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: Moments
+    ) -> dict[str, Change]:
+        if not unit.is_matrix:
+            return {}
+        body = columns_of(self._network.get_parameter(unit.weight), unit, entries, moments)
+        own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
+        damping = self._damping(unit, entries)
+        left, best = moments.low_rank(body, own, damping, self._rank)  # V [O, r], B [O, K']
+        right = best.new_zeros(left.shape[1], unit.unknowns)
+        right[:, entries] = left.T @ best
+        return {unit.weight: _Unrounded(left=left.T.float(), right=right.float())}
 
 
 def extract_lora(
@@ -143,8 +207,8 @@ def extract_lora(
     rank: int,
     folder: Path | str,
     forward: Forward | None = None,
-) -> Adapter:
-    """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads, and return the adapter.
+) -> nn.Module:
+    """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads; return what that gives.
 
     The difference of every ungrouped linear map from the base's is cut to rank r where it matters to the inputs that
     the base with the adapter so far has (`coin.merging.adapter_fit.AdapterFit`); peft's own ``convert_to_lora`` cuts
@@ -165,9 +229,9 @@ def extract_lora(
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
     >>> network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
-    >>> adapter = coin.extract_lora(network, base, [torch.randn(200, 64)], rank=4, folder="lora")
-    >>> adapter.nbytes  # 4 directions of 64 and of 32 values in 4 bits, with a scale each
-    208
+    >>> made = coin.extract_lora(network, base, [torch.randn(200, 64)], rank=4, folder="lora")
+    >>> int(torch.linalg.matrix_rank(made[0].weight - base[0].weight, rtol=1e-3))
+    4
     """
     if batchnorms(base):
         raise ConfigurationError(
@@ -175,17 +239,29 @@ def extract_lora(
             "keep a body with adapters, coin.fit_adapters(base, [network], [samples])"
         )
     _check_attention(base)
-    head = network.get_submodule(head_name(network)).state_dict()
-    found = {name: list(tensor.shape) for name, tensor in head.items()}
+    head = network.get_submodule(head_name(network))
+    found = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
     own = base.get_submodule(head_name(base)).state_dict()
     expected = {name: list(tensor.shape) for name, tensor in own.items()}
     if found != expected:
         raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
     base = clone(base).to(device_of(network))
-    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False, forward=forward)
-    (adapter,) = adapted.adapters
-    save_peft(adapter, base, head, Path(folder))
-    return adapter
+    experts = Experts(
+        to_compute([network], device_of(network)), calibration=[samples], forward=forward
+    )
+    label = "extract_lora"
+    with torch.inference_mode(False):
+        _, (adapter,) = fit_body(
+            folded_body(base, experts, label),
+            experts,
+            [1.0],
+            label,
+            ridge=None,
+            adapters=AdapterOptions(rank, scales=False),
+            adapter_fit=LoraFit,
+        )
+    save_peft(adapter, base, head.state_dict(), Path(folder))
+    return adapter.applied_to(base, head)
 
 
 def _check_attention(body: nn.Module) -> None:
@@ -198,17 +274,15 @@ def _check_attention(body: nn.Module) -> None:
             )
 
 
-def _check_adapted(name: str, layer: nn.Module) -> None:
-    """Raise ConfigurationError for a layer that peft's LoRA does not adapt as `coin` does."""
-    is_grouped = getattr(layer, "groups", 1) > 1
-    if is_grouped or not isinstance(layer, nn.Linear | nn.Conv2d):
-        advice = "; fit adapters with scales: false, which leave grouped convolutions to the body"
-        raise ConfigurationError(
-            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
-            f"{advice if is_grouped else ''}"
-        )
+def _check_adapted(name: str, body: nn.Module) -> None:
+    """Raise ConfigurationError for the weight of a layer that peft's LoRA does not adapt as `coin` does."""
+    layer = body.get_submodule(name.rpartition(".")[0])
     if isinstance(layer, nn.Linear):
         return
+    if not isinstance(layer, nn.Conv2d):
+        raise ConfigurationError(
+            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
+        )
     # Peft's own convolutions take the layer's kernel, stride and padding alone.
     has_plain_dilation = layer.dilation == (1, 1) or layer.kernel_size == (1, 1)
     if layer.padding_mode != "zeros" or not has_plain_dilation:

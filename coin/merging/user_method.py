@@ -5,19 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coin.core.batches import size_of
+from coin.core.devices import seeded
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
-from coin.files.tensors import State, weighted_sum
 from coin.files.user_code import source_of
-from coin.merging.average import average_parameters
-from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.calling import as_input, clone
-from coin.networks.heads import without_head
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
@@ -30,11 +26,7 @@ class UserMethod(Method):
     ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared initialisation, a network like
     the experts. Autograd is on, and torch's random numbers start from the run's seed.
 
-    A function whose first parameter is called ``tensors`` merges one tensor at a time, so that N networks are never in
-    memory at once: it gets the experts' N tensors of one name, as ``initial`` the shared initialisation's, as ``name``
-    the name and as ``layer`` the module that has it, with arbitrary weights. The head, of its task alone, is averaged.
-
-    Its cost is the wall time, and the samples that pass forward through the experts, the initialisation and copies.
+    A method that needs neither networks nor samples at once is a subclass of `coin.MergeMethod`.
 
     Args:
         function: Its import path, also relative to the working folder, or the function itself. If its source file
@@ -68,17 +60,14 @@ class UserMethod(Method):
         self.options = options or {}
         try:
             signature = inspect.signature(self._function)
-            self._by_tensor = next(iter(signature.parameters), "") == "tensors"
-            offered = {"row", "initial", "name", "layer"} if self._by_tensor else {"row", "initial"}
-            self._requested = offered & signature.parameters.keys()
-            inputs = (None,) if self._by_tensor else (None, None)
-            signature.bind(*inputs, **dict.fromkeys(self._requested), **self.options)
+            self._requested = {"row", "initial"} & signature.parameters.keys()
+            signature.bind(None, None, **dict.fromkeys(self._requested), **self.options)
             written = inspect.unwrap(self._function)
             inspect.getfile(written)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"found function '{self.function}', expected a Python function of experts and calibration, or of "
-                f"tensors, that takes the options {self.options} ({error}); change it, or its options"
+                f"found function '{self.function}', expected a Python function of experts and calibration that takes "
+                f"the options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._requested
         _, _, name = self.function.rpartition(".")
@@ -91,85 +80,32 @@ class UserMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        seed = 0 if experts.train is None else experts.train.seed
+        with torch.inference_mode(False), torch.enable_grad():
             network = experts.empty_model().eval()
-            torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            if self._by_tensor:
-                fill(network, self._merged_tensors(experts, row))
-            else:
+            with seeded(seed, experts.source.device):
                 made = self._merged_network(experts, row)
-                fill_network(
-                    network, made.state_dict(), f"the network that {self.function} returned"
-                )
+            fill_network(network, made.state_dict(), f"the network that {self.function} returned")
         return CodedModel(network)
 
     def _merged_network(self, experts: Experts, row: Sequence[float]) -> nn.Module:
         """Call the function on networks, and return the one that it returns."""
-        networks = [
-            _counted(clone(network).eval(), experts) for network in experts.source.each_network()
-        ]
+        networks = [clone(network).eval() for network in experts.source.each_network()]
         calibration = [
             [as_input(batch, networks[0]) for batch in own]
             for own in experts.samples(DataChoice.own)
         ]
-        initial = None
+        requested: dict[str, Any] = {}
+        if "row" in self._requested:
+            requested["row"] = list(row)
         if self.reads_initial:
             parameters, buffers = experts.initial()
-            initial = _counted(experts.empty_model().eval(), experts)
-            fill(initial, {**parameters, **buffers})
-        made = self._call(networks, calibration, row=list(row), initial=initial)
+            requested["initial"] = experts.empty_model().eval()
+            fill(requested["initial"], {**parameters, **buffers})
+        made = self._function(networks, calibration, **requested, **self.options)
         if not isinstance(made, nn.Module):
             raise ConfigurationError(
                 f"function '{self.function}' returned a {type(made).__name__}, "
                 "expected a network like the experts; return one of them, or a copy"
             )
         return made
-
-    def _merged_tensors(self, experts: Experts, row: Sequence[float]) -> State:
-        """Call the function on the experts' tensors of each name, and return what it returns; the rest is averaged."""
-        skeleton = experts.source.skeleton
-        # Without masks, which are made.
-        learnt = without_head(skeleton, list(skeleton.state_dict()))
-        states = [whole_state(tensors) for tensors in experts.source.tensors]
-        start = whole_state(experts.initial()) if self.reads_initial else {}
-        merged = {
-            **average_parameters(experts.parameters, row),
-            **weighted_sum(experts.buffers, row),
-        }
-        for name, average in merged.items():
-            if name not in learnt or not average.is_floating_point():
-                continue
-            owner, _, _ = name.rpartition(".")
-            made = self._call(
-                [state[name].clone() for state in states],
-                row=list(row),
-                initial=start[name].clone() if name in start else None,
-                name=name,
-                layer=skeleton.get_submodule(owner),
-            )
-            shape = list(average.shape)
-            if not isinstance(made, Tensor) or list(made.shape) != shape:
-                found = (
-                    f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-                )
-                raise ConfigurationError(
-                    f"function '{self.function}' returned {found} for '{name}', expected a tensor of shape {shape}; "
-                    "return the merged tensor"
-                )
-            merged[name] = made.detach().to(average.dtype)
-        return merged
-
-    def _call(self, *inputs: Any, **offered: Any) -> Any:
-        """Call the function with what it asks for and its options."""
-        requested = {name: offered[name] for name in self._requested}
-        return self._function(*inputs, **requested, **self.options)
-
-
-def _counted(network: nn.Module, experts: Experts) -> nn.Module:
-    """Return a network whose passes, and those of its copies, are counted as the experts' passes."""
-
-    def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        experts.passes += size_of(next(iter((*arguments, *named.values()))))
-
-    network.register_forward_pre_hook(count, with_kwargs=True)
-    return network

@@ -21,6 +21,7 @@ from coin.coding import (
 )
 from coin.coding.decoders import ExpertHeadDecoder, Head
 from coin.core.batches import Batch, size_of, take
+from coin.core.devices import device_of
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.evaluation.scores import server_answers
 from coin.files.tensors import check_layout, fingerprint
@@ -115,7 +116,8 @@ class Coded(LightningModule):
             if isinstance(each, Compressed):
                 self.nbytes += each.nbytes
                 base_nbytes = max(base_nbytes, each.base_nbytes)
-                networks.append(Adapted(each.packed(), each.adapters))
+                body = Adapted(each.packed(), each.adapters)
+                networks.append(body.to(device_of(experts[0])))
             else:
                 self.nbytes += stored_nbytes(each)
                 networks.append(each)

@@ -139,14 +139,20 @@ class HuggingFace(NetworkSource):
             else found
         )
 
-    def save(self, network: nn.Module, folder: Path) -> None:
-        """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
+    def save(self, network: nn.Module, folder: Path, classes: Sequence[str] = ()) -> None:
+        """Write a network that was built here as a folder that transformers loads.
+
+        It has the names of the classes, if they are given, and the normalisation of images.
+        """
         inner: Any = network
         if isinstance(network, clip.ClipTower):
             inner = network.vision
         else:
             # An expert's own is smaller than the body's.
             inner.config.num_labels = linear_head(network).out_features
+            if classes:
+                inner.config.id2label = dict(enumerate(classes))
+                inner.config.label2id = {name: index for index, name in enumerate(classes)}
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
         if processor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coin.core.batches import channels_last
+from coin.core.devices import seeded
 from coin.errors import ConfigurationError, FileError
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
@@ -108,8 +109,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = config.source.build(num_classes)
     if config.source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)

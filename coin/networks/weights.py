@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod as Pruning
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from coin.core.devices import has_float64
+from coin.core.devices import has_float64, seeded
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.files.atomic import how_to_redo
 from coin.files.tensors import State, check_layout
@@ -98,8 +98,7 @@ def with_own_head(
 ) -> dict[str, Tensor]:
     """Return a state; a head of other classes is drawn from the seed, or the first rows of the `wider` network's."""
     head = head_name(network)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         initialise_head(network.get_submodule(head))
     own = network.state_dict()
     found = dict(state)

@@ -1,6 +1,7 @@
 """The kinds of Fisher diagonal, and the cotangents whose squared vector-Jacobian products add up to each."""
 
 import math
+from collections.abc import Iterator
 from enum import StrEnum
 
 import torch
@@ -34,24 +35,41 @@ def make_cotangents(
     *,
     mc_samples: int | None = None,
     generator: torch.Generator | None = None,
+    classes: range | None = None,
 ) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
     exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
-    exact. categorical: √p_c (e_c − p). Raises ConfigurationError for k > C.
+    exact. categorical: √p_c (e_c − p). Of exact and categorical those of some `classes` alone, if these are given.
+    Raises ConfigurationError for k > C.
     """
-    samples, classes = logits.shape
-    identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+    samples, count = logits.shape
+    chosen = range(count) if classes is None else classes
     if kind is FisherKind.exact:
-        return identity[:, None].expand(classes, samples, classes)
+        return _unit_rows(chosen, logits)[:, None].expand(len(chosen), samples, count)
     if kind is FisherKind.monte_carlo:
         number = mc_samples or 1
-        drawn = [_draw(classes, number, generator) for _ in range(samples)]
+        drawn = [_draw(count, number, generator) for _ in range(samples)]
         return torch.stack(drawn, 1).to(logits)
     probabilities = logits.softmax(-1)
-    roots = probabilities.T.sqrt()  # [C, B]
-    steps = identity[:, None] - probabilities  # [C, B, C]
+    roots = probabilities[:, chosen.start : chosen.stop].T.sqrt()  # [V, B]
+    steps = _unit_rows(chosen, logits)[:, None] - probabilities  # [V, B, C]
     return roots[..., None] * steps
+
+
+def blocks_by_class(kind: FisherKind, logits: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield the cotangents of a kind with one a class, `size` at a time: those of all take C² numbers a sample."""
+    count = logits.shape[1]
+    for first in range(0, count, size):
+        classes = range(first, min(first + size, count))
+        yield make_cotangents(kind, logits, classes=classes)
+
+
+def _unit_rows(chosen: range, logits: Tensor) -> Tensor:
+    """Return the rows of the identity [V, C] of some classes in sequence."""
+    rows = logits.new_zeros(len(chosen), logits.shape[1])
+    rows.diagonal(chosen.start).fill_(1)
+    return rows
 
 
 def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:

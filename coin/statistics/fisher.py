@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
 from coin.networks.calling import Forward, as_input, called_by
 from coin.networks.guard import check_apart, differentiable, evaluating, trainable
-from coin.statistics.cotangents import FisherKind, make_cotangents
+from coin.statistics.cotangents import FisherKind, blocks_by_class, make_cotangents
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -169,15 +170,15 @@ class _Pass:
     def _choose_cut(self, layout: _Layout) -> tuple[int, int]:
         """Choose how many samples b and cotangents v go through a pass together; one each at least.
 
-        The estimate is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V cotangents stay together as
-        long as one sample fits, since the Gram rule gains from them.
+        The estimate is b·(activations kept) + b·v·(widest layer, or the outputs)·(tensors alive). All V cotangents
+        stay together as long as one sample fits, since the Gram rule gains from them.
         """
         like = next(iter(self._parameters.values()))
         cotangents = layout.outputs
         if self.options.kind is FisherKind.monte_carlo:
             cotangents = self.options.mc_samples or 1
         kept = layout.activations * _KEPT * like.element_size()
-        widest = layout.widest * sum_type(like).itemsize
+        widest = max(layout.widest, layout.outputs) * sum_type(like).itemsize
         available = self.options.memory_mib << 20
         samples = available // (kept + cotangents * widest * _GRADIENTS)
         if samples < 1:
@@ -199,32 +200,41 @@ class _Pass:
         self.passes += samples
         if is_unchecked and samples > 1:
             check_apart(self.network, piece, output)
-        rows = make_cotangents(
-            self.options.kind,
-            output.detach(),
-            mc_samples=self.options.mc_samples,
-            generator=self.generator,
-        )
+        logits = output.detach()
+        kind = self.options.kind
+        if kind is FisherKind.monte_carlo:
+            rows = make_cotangents(
+                kind,
+                logits,
+                mc_samples=self.options.mc_samples,
+                generator=self.generator,
+            )
+            blocks: Callable[[], Iterable[Tensor]] = partial(rows.split, chunk)
+        else:
+            blocks = partial(blocks_by_class, kind, logits, chunk)
         general = tape.shared(output)
         tape.collect(self.totals, general)
-        for block in torch.split(rows, chunk):
+        for block in blocks():
             if tape.backward(output, block):
                 self.passes += 2 * len(block) * samples
         tape.finish()
         del tape, output  # whose memory the general way can use
         if general:
-            self._add_one_by_one(piece, rows, general)
+            self._add_one_by_one(piece, blocks, general)
         self.count += samples
 
-    def _add_one_by_one(self, samples: Batch, rows: Tensor, names: Collection[str]) -> None:
-        """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [V, b, C]."""
+    def _add_one_by_one(
+        self, samples: Batch, blocks: Callable[[], Iterable[Tensor]], names: Collection[str]
+    ) -> None:
+        """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [v, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         for n, sample in enumerate(samples_of(samples)):
             logits = self.network(sample)
             self.passes += 1
             if not logits.requires_grad:
                 continue
-            for cotangent in rows[:, n : n + 1]:
+            cotangents = (row[n : n + 1] for block in blocks() for row in block)
+            for cotangent in cotangents:
                 gradients = torch.autograd.grad(
                     logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
                 )

@@ -1,6 +1,5 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any
@@ -98,23 +97,3 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
         raise StateError(
             f"'{name}' is used with its bias and without it, expected one way; give the uses own weights"
         )
-
-
-def linear_maps(network: nn.Module) -> list[str]:
-    """Return the names of the weights of fully connected layers and convolutions of one group."""
-    uses: Counter[int] = Counter()
-    for module in network.modules():
-        uses.update(map(id, module._parameters.values()))
-    found = []
-    for prefix, module in network.named_modules():
-        is_packed = isinstance(module, nn.MultiheadAttention)
-        is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if is_convolution and module.groups > 1:
-            continue
-        if not (is_packed or is_convolution or isinstance(module, nn.Linear)):
-            continue
-        ending = "proj_weight" if is_packed else "weight"
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if name.endswith(ending) and uses[id(parameter)] == 1:
-                found.append(name)
-    return found

@@ -413,15 +413,15 @@ def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_bas
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
     under, over = tmp_path / "under.yaml", tmp_path / "over.yaml"
-    tasks, first = "{a: {class_path: Digits, init_args: {max_train: 7}}}", "{class_path: Ties, init_args: {scale: 5}}"
+    tasks, first = "{a: {class_path: Digits, init_args: {max_train: 7}}}", "{class_path: Coin, init_args: {damping: 5}}"
     under.write_text(f"name: x\ntasks: {tasks}\nmethods: [{first}]\n")
-    over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: TaskArithmetic}]\n")
-    given = ["--methods", "[{class_path: TaskArithmetic}]", "--tasks={a: {class_path: MNIST5k}}"]
+    over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: RegMean}]\n")
+    given = ["--methods", "[{class_path: RegMean}]", "--tasks={a: {class_path: MNIST5k}}"]
     for more in (["-c", str(over)], given):
         with pytest.raises(SystemExit):
             main(["run", "-c", str(under), *more, "--print_config"])
         found = yaml.safe_load(capsys.readouterr().out)
-        assert found["methods"][0]["init_args"]["scale"] != 5
+        assert found["methods"][0]["init_args"]["damping"] != 5
         assert found["tasks"]["a"]["init_args"]["max_train"] is None
     with pytest.raises(SystemExit):
         main(["run", "-c", str(under), "--tasks.a.init_args.max_train=9", "--print_config"])

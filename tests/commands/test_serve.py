@@ -142,10 +142,8 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
         expected = system.decode(1, {"coded-0/expert-letters": own}).logits
         found = made.network(to_input(images, 16))
     torch.testing.assert_close(found, expected[:, :6].float(), rtol=1e-2, atol=1e-2)
-    base = load_network(export(str(body), str(tmp_path / "peft"), expert="letters", peft=True)).network
-    loaded = pytest.importorskip("peft").PeftModel.from_pretrained(base, str(tmp_path / "peft/letters"))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(to_input(images, 16))[:, :6], found, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigurationError, match=r"found a scale or bias of .*, expected plain LoRA for peft"):
+        export(str(body), str(tmp_path / "peft"), expert="letters", peft=True)
     for wrong, told in (
         (None, "found expert None .*, expected one of digits, le"),
         ("cats", "expert cats"),

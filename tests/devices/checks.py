@@ -28,9 +28,6 @@ METHODS = {
     "base": coin.Base(),
     "coin": coin.Coin(),
     "regmean": coin.RegMean(),
-    "task_arithmetic": coin.TaskArithmetic(),
-    "ties": coin.Ties(),
-    "wudi": coin.Wudi(),
     "refit": coin.Refit(),
     "refit, adapters": coin.Refit(adapters={"rank": 2}),
     "base, adapters": coin.Base(adapters={"rank": 2}),
@@ -153,6 +150,20 @@ def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
         torch.testing.assert_close(here, own, **CLOSE)
 
 
+def test_compressed_bodies_answer_where_the_experts_are(seen):
+    experts, _, inputs = fleet()
+    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    code = coin.uniform(3)
+    found = []
+    for place in ("cpu", DEVICE):
+        networks = [deepcopy(each).to(place) for each in experts]
+        merged = coin.merge_networks(method, networks, code, calibration=inputs)
+        system = coin.Coded(code, networks, merged.compressed["refit+rank2-4bit"])
+        system.fit_decoder([batch for (batch,) in inputs], [0, 1, 2], "expert_head")
+        found.append(system.decode(inputs[1][0].to(place), [1]).cpu())
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
 def test_bodies_move_and_answer_packed(seen):
     experts, start, inputs = fleet()
     adapted = coin.fit_adapters(start, experts, inputs, rank=2)
@@ -221,7 +232,6 @@ calibration: {samples_per_task: 16}
 methods:
   - {class_path: HeadFit}
   - {class_path: Coin}
-  - {class_path: Ties}
   - {class_path: Refit, init_args: {adapters: {rank: 2}, compress: {bits: 4, base_bits: 0}}}
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [ridge, expert_head]

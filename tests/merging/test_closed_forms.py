@@ -10,13 +10,10 @@ from torch.func import functional_call
 
 import coin
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
+from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, merge_networks
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
-from coin.merging.task_vectors import ties
-from coin.networks.calling import clone
 from coin.statistics import fisher_diagonal, gram_sums
-from coin.statistics.gram import linear_maps
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -124,29 +121,6 @@ def test_a_gram_matrix_that_rounding_hides_is_singular_all_the_same(width):
         assert torch.isfinite(regmean_parameters(experts, grams, (0.5, 0.5))["w.weight"]).all()
 
 
-def test_task_arithmetic_by_hand():
-    networks, initial = [nn.Linear(5, 3).double() for _ in WEIGHTS], nn.Linear(5, 3).double()
-    experts = Experts(networks, initial=initial)
-    made, average = (TaskArithmetic(s).make(experts, row).network for s, row in ((0.4, [1 / 3] * 3), (1 / 3, WEIGHTS)))
-    steps = sum(network.weight - initial.weight for network in networks)
-    torch.testing.assert_close(made.weight, initial.weight + 0.4 * steps)
-    torch.testing.assert_close(average.weight, sum(w * e.weight for w, e in zip(WEIGHTS, networks, strict=True)))
-
-
-def test_ties_by_hand():
-    def state(*values):
-        return {"w": torch.tensor(values, dtype=torch.float64)}
-
-    experts, initial = [state(1, 6.0, 6, 1.2), state(1, 4, -1, 7.0), state(1, -1, -2, 1.0)], state(1, 1, 1, 1)
-    # Task vectors (0, 5, 5, .2), (0, 3, −2, 6), (0, −2, −3, 0); half of four entries stay:
-    # (0, 5, 5, 0), (0, 3, 0, 6), (0, −2, −3, 0), elected signs 0, +, +, +.
-    merged = ties(experts, initial, [1 / 3] * 3, keep=0.5, scale=2)
-    assert merged["w"].tolist() == pytest.approx([1, 1 + 2 * 4, 1 + 2 * 5, 1 + 2 * 6])
-    weighted = ties(experts, initial, (0.2, 0.1, 0.7), keep=0.5, scale=1)
-    # Now 0.2·5 + 0.1·3 − 0.7·2 < 0 elects − for the second entry, and 0.2·5 − 0.7·3 < 0 for the third.
-    assert weighted["w"].tolist() == pytest.approx([1, 1 - 2, 1 - 3, 1 + 6])
-
-
 # With the statistics of networks
 
 NETWORKS = {
@@ -205,89 +179,13 @@ def test_regmean_on_own_data_minimises_the_weighted_output_error(name):
     assert slope(merged) < 1e-9 * slope(average)
 
 
-# Task vectors
-
-
-class Mixed(nn.Module):
-    """One layer of every kind."""
-
-    head_name = "head"
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.deep = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1, groups=4)
-        self.turned = nn.ConvTranspose2d(4, 5, 1)
-        self.norm, self.words, self.place = nn.BatchNorm2d(5), nn.Embedding(7, 5), nn.Parameter(torch.randn(1, 3, 5))
-        self.frozen, self.head = nn.Linear(5, 5), nn.Linear(5, 6)
-        self.tied = nn.Linear(5, 7)
-        self.tied.weight = self.words.weight
-
-    def forward(self, x):
-        x = self.norm(self.turned(self.deep(self.first(x)))).mean((2, 3))
-        return self.head((x + self.tied(x) @ self.words.weight + self.place.mean((0, 1))).tanh() + self.frozen(x))
-
-
-def mixed_networks():
-    torch.manual_seed(0)
-    initial = Mixed().double().eval()
-    experts = [clone(initial) for _ in WEIGHTS]
-    for index, expert in enumerate(experts):
-        draw = torch.Generator().manual_seed(index)
-        for name, parameter in expert.named_parameters():
-            if name != "frozen.weight" or index:  # the first has left it as it was
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-    return initial, experts
-
-
-@pytest.mark.parametrize("head", [False, True])
-def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map(head):
-    initial, experts = mixed_networks()
-    (made,) = coin.merge_networks(coin.Wudi(head=head), experts, [WEIGHTS], initial=initial)
-    for name, found in made.named_parameters():
-        own, start = [expert.get_parameter(name) for expert in experts], initial.get_parameter(name)
-        average = sum(share * each for share, each in zip(WEIGHTS, own, strict=True))
-        if name not in ("first.weight", *["head.weight"] * head):
-            torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-12, msg=name)
-            continue
-        steps = [(each - start).flatten(1) for each in own]
-        # Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖² + λ ‖W − W̄‖² as one least-squares problem, a row of W an unknown vector.
-        rows = [(share**0.5 / step.norm()) * step for share, step in zip(WEIGHTS, steps, strict=True)]
-        width = steps[0].shape[1]
-        damping = (1e-4 * sum(float(each.square().sum()) for each in rows) / width) ** 0.5
-        left = torch.cat([*rows, damping * torch.eye(width, dtype=torch.float64)])
-        right = [each @ weight.flatten(1).T for each, weight in zip(rows, own, strict=True)]
-        expected = torch.linalg.lstsq(left, torch.cat([*right, damping * average.flatten(1).T])).solution.T
-        torch.testing.assert_close(found.flatten(1), expected, rtol=1e-9, atol=1e-10, msg=name)
-        assert (found - average).norm() > 0.1 * steps[0].norm()
-
-
-def test_orthogonal_task_vectors_are_all_kept_whole():
-    """No expert's inputs, as its task vector tells of them, meet another's task vector: nothing interferes."""
-    initial = nn.Linear(4, 3).double()
-    experts = [clone(initial) for _ in range(2)]
-    with torch.no_grad():
-        for place, expert in enumerate(experts):
-            expert.weight[:, 2 * place : 2 * place + 2] += torch.randn(3, 2, dtype=torch.float64)
-    (made,) = coin.merge_networks(coin.Wudi(head=True), experts, coin.uniform(2), initial=initial)
-    wanted = experts[0].weight + experts[1].weight - initial.weight
-    torch.testing.assert_close(made.weight, wanted, rtol=0.01, atol=0.01)
-
-
-def test_maps_are_found_by_their_modules():
-    encoder = nn.TransformerEncoderLayer(4, 2, 8)
-    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
-    assert linear_maps(encoder) == names
-    assert linear_maps(Mixed()) == ["first.weight", "frozen.weight", "head.weight"]
-    assert linear_maps(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) == []  # no parameter of its own
-
-
 def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
-    initial, experts = mixed_networks()
+    initial, *experts = (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double() for _ in range(4))
     for index, each in enumerate([initial, *experts]):
-        each.norm.running_mean.fill_(float(index))
+        each[1].running_mean.fill_(float(index))
     for policy, mean in (("keep", 0.0), ("average", 0.2 * 1 + 0.3 * 2 + 0.5 * 3)):
         (made,) = coin.merge_networks(coin.Base(batchnorm=policy), experts, [WEIGHTS], initial=initial)
-        torch.testing.assert_close(made.norm.running_mean, torch.full((5,), mean, dtype=torch.float64))
+        torch.testing.assert_close(made[1].running_mean, torch.full((5,), mean, dtype=torch.float64))
         assert all(torch.equal(made.get_parameter(name), value) for name, value in initial.named_parameters())
 
 
@@ -299,7 +197,7 @@ def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
     [
         ([Coin(), RegMean(), Refit()], "found no calibration inputs, which the merge needs; give them as calibration"),
         (
-            [Ties(), TaskArithmetic(), Base(), Wudi()],
+            [Base()],
             "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression",
         ),
     ],
@@ -359,9 +257,6 @@ def test_damaged_and_mismatched_statistics_are_named():
         (lambda: Coin(damping=-1), "damping=-1"),
         (lambda: RegMean("conv"), "expected one of linear, all"),
         (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
-        (lambda: Ties(keep=0), "keep=0, expected a number above 0 and at most 1"),
-        (lambda: TaskArithmetic(scale=math.inf), "scale=inf, expected a number that is finite"),
-        (lambda: Wudi(damping=0.0), "damping=0.0, expected a number above 0"),
         (lambda: Refit(ridge=0.0), "found ridge=0.0, expected a number above 0"),
         (lambda: Refit(ridge=math.inf), "found ridge=inf"),
         (lambda: Refit(memory_mib=0), "found memory_mib=0, expected a whole number of at least 1"),

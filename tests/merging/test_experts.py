@@ -10,7 +10,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, DataError, HeadError, StateError
-from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Wudi, merge_networks
+from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.modules import Coded
 from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums
@@ -25,7 +25,7 @@ def equal(first, second):
 
 # Class counts
 
-METHODS = [Average(), Coin(), RegMean(), HeadFit(), TaskArithmetic(), Wudi(), Base(), Refit()]
+METHODS = [Average(), Coin(), RegMean(), HeadFit(), Base(), Refit()]
 DRAW = torch.Generator().manual_seed(5)
 CALIBRATION = [[torch.randn(12, 6, generator=DRAW, dtype=torch.float64)] for _ in range(2)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coin.errors import CoinError, CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
+from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.networks import BatchNormPolicy
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
@@ -42,9 +42,6 @@ METHODS = {
     "coin undamped": (Coin(damping=0), 1e-10),
     "regmean": (RegMean(), 1e-10),
     "regmean linear": (RegMean("linear", alpha=0.5), 1e-10),
-    "task_arithmetic": (TaskArithmetic(scale=1 / 3), 1e-12),
-    "ties": (Ties(keep=1, scale=1), 1e-12),
-    "wudi": (Wudi(), 1e-10),
     "head_fit": (HeadFit(), 1e-8),
     "refit": (Refit(), 1e-8),
 }
@@ -216,9 +213,6 @@ def test_compressed_coded_models_stand_beside_the_whole_ones(method):
 DAMAGED = {
     **{name: METHODS[name][0] for name in ("average", "coin", "coin undamped", "regmean", "head_fit")},
     "regmean undamped": RegMean(alpha=1, damping=0),
-    "task_arithmetic": TaskArithmetic(),
-    "ties": Ties(),
-    "wudi": Wudi(),
 }
 USES_FISHERS = ("coin", "coin undamped")
 

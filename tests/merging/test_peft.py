@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import coin
+from coin.commands.export import export
 from coin.errors import ConfigurationError
 from coin.merging import extract_lora, fit_adapters
 from coin.merging.peft import save_peft
-from coin.networks import head_name
+from coin.networks import NetworkConfig, build_network, head_name, save_network
+from coin.networks.heads import linear_head, with_head
 
 peft = pytest.importorskip("peft")
 
@@ -25,7 +27,7 @@ def near(body, moved, inputs):
         weight = expert.get_parameter(moved).data
         weight += 0.1 * torch.randn(weight.shape, generator=draw)
     batches = [[torch.randn(40, *inputs, generator=draw)] for _ in experts]
-    return fit_adapters(body, experts, batches, rank=1).adapters[0]
+    return fit_adapters(body, experts, batches, rank=1, scales=False).adapters[0]
 
 
 @pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"dilation": 2}])
@@ -38,18 +40,105 @@ def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_peft_saves_the_head_whole_and_nothing_whose_name_ends_alike(tmp_path):
-    """Peft looks for the ends of names, in a model within a model."""
-    body = nn.Sequential()
-    body.add_module("pre_classifier", nn.Linear(6, 5))
-    body.add_module("relu", nn.ReLU())
-    body.add_module("classifier", nn.Linear(5, 3))
-    save_peft(near(body, "pre_classifier.weight", (6,)), body, body.classifier.state_dict(), tmp_path)
-    options = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "pre_classifier" in options["target_modules"]
-    inner = [f"base_model.model.{name}" for name, _ in body.named_modules() if name]
-    taken = [name for name in inner if any(name.endswith(end) for end in options["modules_to_save"])]
-    assert taken == ["base_model.model.classifier"]
+def fleet(body, experts, batches, folder):
+    """Write adapters of three experts, a, b and c, and return peft's model with all, and the adapters and heads."""
+    adapted = fit_adapters(body, experts, [[each] for each in batches], rank=2, scales=False)
+    for name, adapter, expert in zip("abc", adapted.adapters, experts, strict=True):
+        head = expert.get_submodule(head_name(expert))
+        save_peft(adapter, body, head.state_dict(), folder / name)
+    model = peft.PeftModel.from_pretrained(deepcopy(body), str(folder / "a"), adapter_name="a")
+    model.load_adapter(str(folder / "b"), adapter_name="b")
+    model.load_adapter(str(folder / "c"), adapter_name="c")
+    return model.eval(), adapted
+
+
+def test_a_fleet_answers_with_its_own_heads_where_another_layers_name_ends_alike(tmp_path):
+    """Peft keeps whole all whose names end so: `0.2` by `2`."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    body = nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 3)).eval()
+    experts = [deepcopy(body) for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    batches = [torch.randn(40, 6) for _ in experts]
+    model, adapted = fleet(body, experts, batches, tmp_path)
+    with torch.no_grad():
+        for place, (name, expert) in enumerate(zip("abc", experts, strict=True)):
+            model.set_adapter(name)
+            expected = adapted.network(place, expert[2])(batches[place])
+            torch.testing.assert_close(model(batches[place]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_whose_names_end_as_the_heads_are_refused(tmp_path):
+    inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Sequential(nn.Linear(5, 5)))
+    body = nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(ConfigurationError, match=r"found '0\.2' of several layers, whose name ends as the head's, '2'"):
+        save_peft(near(body, "0.0.weight", (6,)), body, body[2].state_dict(), tmp_path)
+
+
+def test_a_head_without_bias_has_no_place_for_classes_that_are_not_there(tmp_path):
+    body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    adapter = near(body, "0.weight", (6,))
+    with pytest.raises(ConfigurationError, match="found a head of 2 classes without a bias for a body of 3"):
+        save_peft(adapter, body, nn.Linear(5, 2, bias=False).state_dict(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+def test_what_is_exported_answers_with_classes_of_its_own(kind, tmp_path):
+    """Three adapters of 2, 3 and 4 classes, whose logits are all negative, loaded by peft and transformers alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = bert().config
+    else:
+        config = transformers.DistilBertConfig(vocab_size=50, n_layers=1, n_heads=2, hidden_dim=24, dim=16)
+    config.save_pretrained(tmp_path / "config")
+    described = NetworkConfig(f"hf/{tmp_path / 'config'}", 9)
+    body = build_network(described, 4).eval()
+    tasks = {"a": ["no", "yes"], "b": ["red", "green", "blue"], "c": ["n", "e", "s", "w"]}
+    experts, files = [], {}
+    for task, classes in tasks.items():
+        expert = with_head(deepcopy(body), nn.Linear(linear_head(body).in_features, len(classes)))
+        for name, parameter in expert.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        linear_head(expert).bias.data -= 30
+        path = tmp_path / f"experts/{task}/expert.safetensors"
+        save_network(path, expert, described, len(classes), {"task": task, "classes": classes})
+        experts.append(expert)
+        files[task] = path
+    batches = [torch.randint(3, 50, (60, 9)) for _ in experts]
+    adapted = fit_adapters(body, experts, [[each] for each in batches], rank=4, scales=False)
+    path = tmp_path / "coded/body.safetensors"
+    save_network(path, body, described, 4, {"tasks": list(tasks)}, adapted.adapters)
+
+    folder = export(str(path), peft=True).parent
+    auto = transformers.AutoModelForSequenceClassification
+    model = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "body"), folder / "a", adapter_name="a")
+    model.load_adapter(folder / "b", adapter_name="b")
+    model.load_adapter(folder / "c", adapter_name="c")
+    model.eval()
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    with torch.no_grad():
+        expected = []
+        for place, (task, classes) in enumerate(tasks.items()):
+            model.set_adapter(task)
+            found = model(input_ids=batches[place]).logits
+            expected.append(adapted.network(place, linear_head(experts[place]))(batches[place]))
+            torch.testing.assert_close(found[:, : len(classes)], expected[place], rtol=1e-4, atol=1e-4)
+            assert found.argmax(1).max() < len(classes)
+            labels = json.loads((folder / task / "labels.json").read_text())["id2label"]
+            assert list(labels.values()) == classes
+        mixed = model(input_ids=torch.cat(batches), adapter_names=[name for name in tasks for _ in range(60)]).logits
+        for own, wanted in zip(mixed.split(60), expected, strict=True):
+            torch.testing.assert_close(own[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
+
+    alone = auto.from_pretrained(export(str(path), expert="b"))
+    assert list(alone.config.id2label.values()) == tasks["b"]
+    with torch.no_grad():
+        torch.testing.assert_close(alone.eval()(input_ids=batches[1]).logits, expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_names_that_end_as_another_layers_are_told_apart(tmp_path):
@@ -69,11 +158,11 @@ def test_names_that_end_as_another_layers_are_told_apart(tmp_path):
     expert = deepcopy(base)
     expert.map.weight.data += 0.1 * torch.randn_like(expert.map.weight)
     inputs = torch.randn(60, 3, 4, 4)
-    adapter = extract_lora(expert, base, [inputs], 3, tmp_path)
+    made = extract_lora(expert, base, [inputs], 3, tmp_path)
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(inputs), adapter.applied_to(base, expert.head)(inputs), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(loaded(inputs), expert(inputs), rtol=0.1, atol=0.02)
+        torch.testing.assert_close(loaded(inputs), made(inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(inputs), expert(inputs), rtol=1e-4, atol=1e-4)
 
 
 def bert():
@@ -102,7 +191,7 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
         head = expert.classifier.state_dict()
         save_peft(adapter, base, head, tmp_path / name, base="body", task_type="SEQ_CLS")
     options = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    told = {"r": 4, "lora_alpha": 4, "bias": "none", "use_dora": False, "task_type": "SEQ_CLS"}
+    told = {"r": 4, "lora_alpha": 4, "bias": "none", "task_type": "SEQ_CLS"}
     assert told.items() <= options.items()
     assert options["modules_to_save"] == ["classifier"]  # vLLM refuses other names than this and `score`
     model = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "a"), adapter_name="a")
@@ -143,11 +232,10 @@ def test_heads_of_two_layers_are_loaded(kind, tmp_path):
         if parameter.ndim == 2 and len(parameter) < 50:
             parameter.data += 0.1 * torch.randn_like(parameter)
     ids = torch.randint(3, 50, (60, 9))
-    adapter = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
+    made = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
-    head = expert.get_submodule(head_name(expert))
     with torch.no_grad():
-        expected = adapter.applied_to(base, head)(input_ids=ids).logits
+        expected = made(input_ids=ids).logits
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -187,6 +275,10 @@ def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
 
 
 def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    scaled = coin.Adapter({"0.weight": {"scale": torch.full((4, 1), 2.0)}})
+    with pytest.raises(ConfigurationError, match=r"found a scale or bias of '0\.weight', expected plain LoRA for peft"):
+        save_peft(scaled, layers, layers[2].state_dict(), tmp_path)
     with pytest.raises(ConfigurationError, match="found rank=0, expected a whole number of at least 1"):
         coin.Refit(adapters={"rank": 0, "scales": False})
     norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -196,3 +288,17 @@ def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"found a head .*3, 4.*expected the base's"):
         extract_lora(heads[1], heads[0], [torch.randn(20, 4)], 2, tmp_path)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_lora_of_full_rank_is_the_network(tmp_path):
+    """Its factors are float32, as the folder is."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    network = deepcopy(base)
+    for place in (0, 2):
+        network[place].weight.data += 0.3 * torch.randn_like(network[place].weight)
+    inputs = torch.randn(200, 12)
+    extract_lora(network, base, [inputs], 12, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), network(inputs), rtol=1e-4, atol=1e-5)

@@ -28,20 +28,17 @@ METHODS: dict[str, Callable[[], Method]] = {
     "regmean_all": lambda: coin.RegMean("all", gram_data="own", **KEPT),
     "head_fit": lambda: coin.HeadFit(**KEPT),
     "refit": lambda: coin.Refit(),
-    "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5, **KEPT),
-    "ties": lambda: coin.Ties(keep=1.0, **KEPT),
-    "wudi": lambda: coin.Wudi(**KEPT),
     "distillation": lambda: coin.Distillation(**TRAINED),
 }
 SWAPPED = ("average", "regmean_all", "refit")  # one a way to depend on the order, to save time
-TWINS = ("coin", "regmean_all", "head_fit", "refit", "task_arithmetic", "ties", "wudi")
+TWINS = ("coin", "regmean_all", "head_fit", "refit")
 DECODERS = ("linear", "ridge", "feature_ridge")
 HEAD = ("head_fit", "refit")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
 POSITIONS = ("hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge")
 REFUSED: dict[str, dict[str, str]] = {
-    "timm/resnetv2": dict.fromkeys((*READ_FEATURES, "wudi"), "found no Linear layer"),  # its head is a convolution
+    "timm/resnetv2": dict.fromkeys(READ_FEATURES, "found no Linear layer"),  # its head is a convolution
     **{family: dict.fromkeys(READ_FEATURES, "expected one row a sample") for family in POSITIONS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }

@@ -16,7 +16,7 @@ from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
 
-METHODS = ["Average", "Coin", "RegMean", "HeadFit", "TaskArithmetic", "Ties"]
+METHODS = ["Average", "Coin", "RegMean", "HeadFit"]
 DISTILLATION = {"class_path": "Distillation", "init_args": {"steps": 3, "lr": 1e-3}}
 
 
@@ -28,7 +28,7 @@ def test_two_samples_a_task_serve_every_method_and_decoder(
     methods.append({"class_path": "Average", "init_args": {"batchnorm": "recalibrate"}})
     seed = run_small(**trained, methods=methods, calibration={"samples_per_task": 2})
     coded = sorted((seed / "coded").glob("*.safetensors"))
-    assert len(coded) == 8
+    assert len(coded) == 6
     for path in coded:
         assert all(bool(torch.isfinite(tensor).all()) for tensor in load_state(path)[0].values()), path.name
     frame = read_results(seed)

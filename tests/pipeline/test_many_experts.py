@@ -15,7 +15,7 @@ from coin.coding import Code
 from coin.commands.merge import merge
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import fingerprint
-from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
+from coin.merging import Average, Coin, MergeMethod, RegMean, merge_networks
 from coin.networks import (
     BatchNormPolicy,
     NetworkConfig,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 COUNTS = [3, 2, 3, 3, 2, 3]
 ROWS = [[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]
-METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coin, RegMean, TaskArithmetic, Ties)]
+METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coin, RegMean)]
 
 
 @pytest.fixture

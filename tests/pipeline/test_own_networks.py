@@ -106,13 +106,13 @@ def test_vision_transformers_with_every_method_and_decoder(run_small: Run) -> No
     options = {"patch_size": 8, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
     adam = {"epochs": 1, "lr": 0.001, "optimizer": "AdamW"}
     base = {"task": {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}}, **adam}
-    names = ("RegMean", "HeadFit", "TaskArithmetic", "Base", "Ties", "Wudi", "Refit")
+    names = ("RegMean", "HeadFit", "Base", "Refit")
     methods = [{"class_path": name} for name in names]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "small_vit", "image_size": 16, "options": options}
     decoders = ["linear", "ridge", "feature_ridge"]
     run = run_small(network=network, base=base, tasks=TASKS, expert=adam, methods=methods, decoders=decoders)
-    assert set(checked(run, 8, 3).batchnorm) == {""}  # no BatchNorm, so no policy for it
+    assert set(checked(run, 5, 3).batchnorm) == {""}  # no BatchNorm, so no policy for it
 
 
 WORDS = ["[PAD]", "[UNK]", *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"]]
@@ -188,7 +188,7 @@ OWN_METHODS = [
     user("mine.merge", options={"share": 0.9}, label="tilted"),
     user("notebooks.foreign_methods.dare"),
     user("notebooks.foreign_methods.distil", options={"steps": 5}),
-    user("notebooks.foreign_methods.tsv_m"),
+    {"class_path": "notebooks.foreign_methods.TsvM"},
 ]
 
 
@@ -203,8 +203,6 @@ def test_a_method_of_the_users_own_is_a_line_and_is_made_anew_when_its_source_ch
     assert (rows.loc["merge"].nda == rows.loc["average"].nda).all()
     assert (rows.loc["tilted"].residual != rows.loc["merge"].residual).all()
     assert (rows.loc["dare"].merge_seconds > 0).all()
-    assert (rows.loc["merge"].merge_passes == 0).all()
-    assert (rows.loc["distil"].merge_passes == 2 * 48 + 5 * 64).all()
     assert (rows.loc["merge"].batchnorm == "").all()
     assert load_provenance(seed / "coded/tilted.safetensors")["method"]["options"]["options"] == {"share": 0.9}
     Path("mine.py").write_text(MINE + "# changed\n")
