@@ -20,20 +20,18 @@ def log_evaluation(
     rows: Sequence[Row],
     confusions: Mapping[str, Counts],
     classes: Mapping[str, Sequence[str]],
-    examples: wandb.Table,
 ) -> None:
     """Log one seed's evaluation into an open run.
 
     The summary has ``nda/METHOD/DECODER``, means over tasks, each lost alone, and for W&B's sweeps ``nda_mean_best``
     (on the test sets: it ranks, it does not validate), with ``best_method``, ``best_decoder``, ``best_memory_mib`` and
-    ``best_resident_mib``. The tables are ``results`` (all rows) and ``examples``; ``confusion/TASK`` is a chart of the
-    best method's counts ``[C, C]``.
+    ``best_resident_mib``. The table ``results`` has all rows; ``confusion/TASK`` is a chart of the best method's counts
+    ``[C, C]``.
     """
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
     logged: dict[str, Any] = {
         "results": wandb.Table(columns=[*COLUMNS], data=cells.to_numpy().tolist()),
-        "examples": examples,
     }
     kept = stand_ins(summarise(frame))
     if len(kept):
