@@ -23,7 +23,7 @@ def tune_process() -> None:
 def entry_point() -> NoReturn:
     """Run the command line of the process."""
     tune_process()  # which only counts before torch is imported
-    if sys.platform != "win32" and sys.argv[1:2] in (["report"], ["choose"], ["simulate"]):
+    if sys.platform != "win32" and sys.argv[1:2] in (["report"], ["choose"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them quietly
     from coin.cli import main, take_signals
 

@@ -58,8 +58,7 @@ def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
 def made(suite: str) -> str:
     """Return the command that makes a suite's numbers, and the revision at which it did."""
     revisions = pd.read_csv(RESULTS / "made.csv", index_col="suite").revision
-    command = "coin simulate" if suite == "serving" else f"coin sweep configs/study/{suite}.yaml"
-    return f"{command}, at {revisions[suite]}"
+    return f"coin sweep configs/study/{suite}.yaml, at {revisions[suite]}"
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -110,9 +109,3 @@ def rivals(suite: str) -> pd.DataFrame:
     """What `rivals.py` measured on a suite's experts."""
     rows = pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
     return rows.assign(rank=rows["rank"].str.removesuffix(".0"))
-
-
-def simulated(scenario: str) -> pd.DataFrame:
-    """The rows of a simulation with three experts, by redundancy and by what a query wants, one answer or all."""
-    rows = pd.read_csv(RESULTS / "serving" / scenario / "simulation.csv").fillna({"variant": ""})
-    return rows.set_index(["redundancy", "want"], drop=False)

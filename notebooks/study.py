@@ -4,18 +4,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
-from stored import RESULTS, made, runs, simulated
+from stored import RESULTS, made, runs
 
 from coin.reporting import figures, summarise
 from coin.reporting.style import COLOURS
 from coin.reporting.summary import expert_accuracies, over_tasks, variant_names
 from coin.reporting.tables import percent
-
-SCENARIOS = {
-    "rare-stragglers": "each machine is slow by a factor of five for a hundredth of the time",
-    "stragglers": "each is slow for a twentieth of the time",
-    "failures": "each is down for a hundredth of the time",
-}
 
 
 def means(suite: str) -> pd.DataFrame:
@@ -104,17 +98,3 @@ def wrong_experts() -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
     ].mean()
     mean = by_seed.groupby(["fault", "experts", "method", "batch"], sort=False).mean()
     return figure, mean.mul(100).round(1).unstack("batch"), right.mul(100).round(1)
-
-
-def tails(scenario: str) -> pd.DataFrame:
-    """Latency in ms, memory in MiB and shares in %, by what a query wants and what stands in."""
-    rows = simulated(scenario).set_index(["want", "redundancy", "variant"])
-    times = {"p50": "p50", "p99.9": "p999", "from": "p999_low", "to": "p999_high"}
-    shares = {
-        "stood in %": "share_stood_in",
-        "failed %": "share_failed",
-        "right %": "effective_accuracy",
-    }
-    found = pd.DataFrame({name: 1e3 * rows[column] for name, column in times.items()})
-    found = found.assign(**{"MiB in all": rows.memory / 2**20, "forwards": rows.forwards})
-    return found.assign(**{name: 100 * rows[column] for name, column in shares.items()}).round(2)

@@ -20,7 +20,6 @@ COMMANDS = {
     "merge": ["merge", EXPERTS],
     "evaluate": ["evaluate", "--model.experts={a: a.safetensors, b: b.safetensors}", f"--data.tasks={TASKS}"],
     "logger": ["fit", "--data=MNIST5k"],
-    "simulate": ["simulate", "runs/quickstart-3"],
     "serve": ["serve", "runs/quickstart-3"],
 }
 
@@ -54,7 +53,7 @@ def test_configuration_is_parsed(path: Path, capsys: Any, monkeypatch: pytest.Mo
             main([*arguments, "--print_config"])
         assert stop.value.code == 0
         printed = capsys.readouterr().out
-        assert ("quantile:" if room in ("simulate", "serve") else "class_path") in printed
+        assert ("quantile:" if room == "serve" else "class_path") in printed
 
 
 def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:

@@ -43,8 +43,7 @@ def test_numbers_with_a_spread_stand_in_tables_alone(tables: ModuleType) -> None
         assert re.findall(r"\d ± \d", prose) == []
 
 
-def test_simulations_have_three_seeds_and_suites_at_least_two(tables: ModuleType) -> None:
-    assert set(script("stored").simulated("stragglers").seeds) == {3}
+def test_suites_have_at_least_two_runs(tables: ModuleType) -> None:
     for suite in tables.SUITES:
         assert tables.measured(f"stand-ins-{suite}").experiment.nunique() >= 2
 

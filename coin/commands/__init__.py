@@ -12,7 +12,6 @@ COMMANDS = {
     "report": "Write the report of a finished experiment.",
     "choose": "Say which stand-in to keep, from an experiment's results and limits of accuracy and memory.",
     "serve": "Serve an experiment's experts and coded models over HTTP, on Ray Serve.",
-    "simulate": "Simulate the tail latency of coded serving with an experiment's networks.",
     "dashboard": "Make a W&B workspace of a project's experiments, online.",
     "validate": "Measure an expert on the validation split.",
     "test": "Measure an expert on the test set.",

@@ -74,18 +74,14 @@ def parsed(
 
 
 def run_function(command: str, arguments: Sequence[str]) -> None:
-    """Run a command that is one function, and print what it returns: a file, or an address."""
+    """Run a command that is one function, and print what it returns: files, or an address."""
     module, _, name = FUNCTIONS[command].rpartition(".")
     function = getattr(import_module(module), name)
     parser = command_parser(command)
     parser.add_function_arguments(function, as_positional=command != "merge")
-    given = parsed(parser, arguments)
-    made = function(**given)
-    if command == "merge":
-        from coin.commands.closing import after_merge
-
-        made = after_merge(made, given["experts"], arguments)
-    print(made)
+    made = function(**parsed(parser, arguments))
+    for each in made if isinstance(made, list) else [made]:
+        print(each)
 
 
 def parse_options(

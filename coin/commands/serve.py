@@ -1,6 +1,7 @@
 """``coin serve``: an experiment's experts and coded models behind the decoding front end, on Ray Serve."""
 
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ def serve(
     """
     check_port(ray)
     system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
+    servers = len(system.stand_ins.processes)
+    print(f"starting Ray with {servers} servers and a front end", file=sys.stderr, flush=True)
     stop = start(system, about, ray)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,6 @@ _FOLDERS = {  # of a command's files
     "fit": ("expert", "logger", "cluster"),
     "evaluate": ("evaluate", "logger", "cluster"),
     "merge": ("merge",),
-    "simulate": ("simulate",),
     "serve": ("serve",),
     SWEEPS: ("study", "sweep"),
 }

@@ -12,13 +12,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER, closing
+from coin.commands import ON_TRAINER
 from coin.commands.parser import checked_arguments
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
+from coin.files.safetensors import load_provenance
 from coin.modules import Expert
 from coin.networks.registry import check_imported
 from coin.networks.weights import read_checkpoint
+from coin.reporting.results import RESULTS_CSV, read_results
+from coin.reporting.summary import summarise
+from coin.reporting.tables import print_summary
 from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
@@ -96,16 +100,38 @@ class TrainerCLI(LightningCLI):
             callbacks.insert(0, ExpertExport())
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
-    def say_what_was_reached(self) -> None:
-        """Print what a command has reached, its file, and the next command."""
-        if self.trainer.is_global_zero:
-            print(
-                getattr(closing, f"after_{self.subcommand}")(
-                    self.trainer, self.config[self.subcommand]
-                )
-            )
+    def after_fit(self) -> None:
+        """Print what the training has reached, and the file of the expert or of the checkpoint."""
+        trainer = self.trainer
+        file = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ExpertExport):
+                file = callback.file(trainer)
+        reached = "trained"
+        for name in ("train/loss", "val/loss", "val/accuracy"):
+            if name in trainer.callback_metrics:
+                reached = f"{name} {float(trainer.callback_metrics[name]):.4g}"
+        self._say(
+            f"{reached} after {trainer.current_epoch} epochs", file or trainer.default_root_dir
+        )
 
-    after_fit = after_fisher = after_evaluate = say_what_was_reached
+    def after_fisher(self) -> None:
+        """Print what the statistic is of, and its file."""
+        statistic = self.config.fisher.statistic
+        file = Path(self.trainer.default_root_dir) / f"expert.{statistic}.safetensors"
+        made = load_provenance(file)
+        self._say(f"{statistic} of {made['samples']} samples in {made['seconds']:.1f} s", file)
+
+    def after_evaluate(self) -> None:
+        """Print the table of the results, and their file."""
+        folder = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero:
+            print_summary(summarise(read_results(folder)))
+        self._say("measured", folder / RESULTS_CSV)
+
+    def _say(self, reached: str, file: Path | str) -> None:
+        if self.trainer.is_global_zero:
+            print(f"{reached}; wrote {file}")
 
 
 _ENVIRONMENT = ExitStack()

@@ -1,1 +1,1 @@
-"""Evaluation: coded systems from files, replicas, scores and example images."""
+"""Evaluation: coded systems from files, replicas and scores."""

@@ -110,12 +110,11 @@ class Measurement:
     """What was measured for one lost expert, with one variant and decoder.
 
     `columns` are those of ``results.csv`` but for the experiment's and the seed's, and ``coverage`` and ``found`` of a
-    `promise`; `confusion` counts the expert's class by the decoded class ``[C_j, C_j]``; a replica has no decoder.
+    `promise`; `confusion` counts the expert's class by the decoded class ``[C_j, C_j]``.
     """
 
     columns: dict[str, Any]
     confusion: Tensor
-    fitted: FittedDecoder | None = None
     promise: Promise | None = None
 
 
@@ -274,7 +273,7 @@ class Evaluation:
                 residual = float(self.residuals[variant][lost].compute())
             of_task = {**columns, "task": tasks[lost], "residual": residual}
             promise = fitted.decoder.promises.get(lost)
-            found.append(_measurement(variant, of_task, fitted.scores[lost], fitted, promise))
+            found.append(_measurement(variant, of_task, fitted.scores[lost], promise))
         return found
 
     @property
@@ -295,7 +294,6 @@ def _measurement(
     variant: Variant,
     columns: dict[str, Any],
     scores: Scores,
-    fitted: FittedDecoder | None = None,
     promise: Promise | None = None,
 ) -> Measurement:
     made = {
@@ -309,4 +307,4 @@ def _measurement(
     shares = scores.accuracy.compute()
     numbers = {name: float(share) for name, share in shares.items()}
     confusion = scores.confusion.compute().cpu()
-    return Measurement({**made, **columns, **numbers}, confusion, fitted, promise)
+    return Measurement({**made, **columns, **numbers}, confusion, promise)

@@ -9,9 +9,9 @@ import pandas as pd
 
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
-from coin.reporting.summary import read_run, stand_ins, summarise, undominated
+from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.reporting.sweeps import read_sweep_table
-from coin.reporting.text import counted, percent, read_by
+from coin.reporting.text import counted, mebibytes, percent, read_by
 
 ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
 WEAK_EXPERTS = (
@@ -54,16 +54,45 @@ def weakness(row: "pd.Series[Any]") -> str:
     return WEAK_EXPERTS if row["nda_mean"] > _FAR_ABOVE else ""
 
 
+def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows of `stand_ins` no other beats in NDA, memories, forwards and losses, as printed."""
+    less_is_better = ["memory_mib", "resident_mib", "forwards"]
+    goods = _as_printed(kept)[["nda_mean", "losses", *less_is_better]]
+    goods[less_is_better] = -goods[less_is_better]
+    is_beaten = []
+    for own in goods.to_numpy():
+        as_good = (goods >= own).all(axis=1)
+        better = (goods > own).any(axis=1)
+        is_beaten.append(bool((as_good & better).any()))
+    return ~pd.Series(is_beaten, index=kept.index, dtype=bool)
+
+
+def _as_printed(kept: pd.DataFrame) -> pd.DataFrame:
+    """Return `stand_ins` with shares and memories rounded as tables print them: what is printed alike is equal."""
+    kept = kept.copy()
+    for name in ("nda_mean", "nda_worst"):
+        kept[name] = kept[name].round(4)
+    for name in ("memory_mib", "resident_mib"):
+        kept[name] = kept[name].map(mebibytes).str.replace(",", "").astype(float)
+    return kept
+
+
 def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
-    """Return stand-ins by memory, then by forwards; none counts as more accurate than the expert."""
+    """Return stand-ins by memory as printed, then by forwards, then by accuracy.
+
+    None counts as more accurate than the expert on the worst task.
+    """
     kept = kept.assign(nda_worst=kept["nda_worst"].clip(upper=1.0))
-    order = ["memory_mib", "forwards", "nda_worst", "losses"]
-    return kept.sort_values(order, ascending=[True, True, False, False], kind="stable")
+    order = ["memory_mib", "forwards", "nda_worst", "losses", "nda_mean"]
+    directions = [True, True, False, False, False]
+    ordered = _as_printed(kept).sort_values(order, ascending=directions, kind="stable")
+    return kept.loc[ordered.index]
 
 
 def _most_accurate(ordered: pd.DataFrame) -> "pd.Series[Any]":
-    """Return the row that is most accurate on the worst task, the first of several."""
-    return ordered.sort_values("nda_worst", ascending=False, kind="stable").iloc[0]
+    """Return the row that is most accurate on the worst task, the first of several that are printed alike."""
+    printed = _as_printed(ordered).reset_index(drop=True)
+    return ordered.iloc[printed["nda_worst"].idxmax()]
 
 
 def choose(

@@ -1,15 +1,13 @@
-"""The figures: NDA against memory and against an option; latency against memory."""
+"""The figures: NDA against memory and against an option."""
 
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coin.reporting.style import (
-    COLOURS,
     INK,
     SOFT,
     WIDTH,
@@ -151,41 +149,3 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * count))
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)
     return figure, list(panels[:, 0])
-
-
-def tail_figure(rows: pd.DataFrame) -> Figure:
-    """The 99.9 % quantile of the latency against the memory of all servers, where finite, a panel a kind of query."""
-    wants = rows["want"].unique().tolist()
-    kinds = rows["redundancy"].unique().tolist()
-    with style():
-        figure, panels = _panels(len(wants))
-        for axes, want in zip(panels, wants, strict=True):
-            axes.set(
-                title=f"queries for {want}",
-                ylabel="p99.9 (ms, log scale)",
-                xscale="log",
-                yscale="log",
-            )
-            is_shown = (rows["want"] == want) & np.isfinite(rows["p999"])
-            shown = rows[is_shown]
-            for index, kind in enumerate(kinds):
-                line = shown[shown["redundancy"] == kind].sort_values("memory")
-                high = line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
-                below = line["p999"] - line["p999_low"]
-                above = high - line["p999"]
-                axes.errorbar(
-                    line["memory"] / 2**20,
-                    1e3 * line["p999"],
-                    [1e3 * below, 1e3 * above],
-                    label=kind,
-                    color=COLOURS[index],
-                    marker=marker(index),
-                    linewidth=1.3,
-                    markersize=5,
-                    capsize=2,
-                )
-            plain_numbers(axes.xaxis)
-            plain_numbers(axes.yaxis)
-        panels[-1].set_xlabel("weights on all servers (MiB, log scale)")
-        legend_below(figure)
-        return figure

@@ -233,19 +233,6 @@ def _weak_tasks(summary: pd.DataFrame) -> dict[str, str]:
     return dict(weak.drop_duplicates("experiment").set_index("experiment")["task"])
 
 
-def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `stand_ins` no other beats in NDA (to the digits printed), memories, forwards and losses."""
-    less_is_better = ["memory_mib", "resident_mib", "forwards"]
-    goods = kept[["nda_mean", "losses", *less_is_better]].round(4)
-    goods[less_is_better] = -goods[less_is_better]
-    is_beaten = []
-    for own in goods.to_numpy():
-        as_good = (goods >= own).all(axis=1)
-        better = (goods > own).any(axis=1)
-        is_beaten.append(bool((as_good & better).any()))
-    return ~pd.Series(is_beaten, index=kept.index, dtype=bool)
-
-
 def decoders_of(means: pd.DataFrame) -> list[str]:
     """Return the decoders of means over tasks: ``linear``, then by a method's best NDA, then the references' own."""
     is_reference = means["method"].isin(REFERENCES)

@@ -11,13 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.choice import choose_from, shortlist
+from coin.reporting.choice import choose_from, shortlist, undominated
 from coin.reporting.summary import (
     REFERENCES,
     decoders_of,
     expert_accuracies,
     stand_ins,
-    undominated,
     variant_names,
 )
 from coin.reporting.text import mebibytes, number, percent, percents, seconds

@@ -1,1 +1,1 @@
-"""Coded serving: the front end, over HTTP and on Ray Serve, and on a virtual clock its simulation."""
+"""Coded serving: the front end, over HTTP and on Ray Serve."""

@@ -1,4 +1,4 @@
-"""The front end: asks an expert's server and, by a policy, those that stand in; the same code on a virtual clock."""
+"""The front end: asks an expert's server and, by a policy, those that stand in."""
 
 import asyncio
 import math

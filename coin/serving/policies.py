@@ -68,15 +68,15 @@ class Lateness:
     Args:
         quantile: q in [0, 1); with 0 every answer that is not immediate is late.
         initial: t at first, in seconds; `longest`, the largest t.
-        experience: The number of queries from which `initial` was estimated.
+
+    Attributes:
+        experience: The number of queries observed.
     """
 
-    def __init__(
-        self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0
-    ) -> None:
+    def __init__(self, quantile: float, initial: float, longest: float = math.inf) -> None:
         self.quantile = quantile
         self.longest = longest
-        self.experience = experience
+        self.experience = 0
         self._seconds = min(initial, longest)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from coin.core.choices import check_number
 from coin.core.memory import keep_freed_memory
 from coin.core.ray_cluster import set_ray_variables, start_ray
-from coin.errors import OverloadedError, ServingError
+from coin.errors import OverloadedError, ServingError, first_line
 from coin.files.packaged import extra_module
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
@@ -23,6 +23,7 @@ from coin.serving.protocol import Description
 from coin.serving.server_state import Server
 from coin.serving.servers import Reply, Request, System, check_finite, run_together
 
+_APPLICATION = "coin"  # in the cluster
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
@@ -152,28 +153,42 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
 
 
 def start(system: System, about: Description, options: RayOptions) -> Callable[[], None]:
-    """Serve on Ray Serve, else a ServingError, until the returned function is called; running queries finish first."""
+    """Serve on Ray Serve, else a ServingError, until the returned function is called; running queries finish first.
+
+    Of a cluster that was joined other applications run on.
+    """
     set_ray_variables(options.address)
     serve = extra_module("ray.serve", "serve")
     import ray
 
     def stop() -> None:
         with suppress(Exception):  # whoever cannot be drained is stopped all the same
-            serve.get_app_handle("coin").drain.remote().result(timeout_s=options.limits.deadline)
+            front_end = serve.get_app_handle(_APPLICATION)
+            front_end.drain.remote().result(timeout_s=options.limits.deadline)
             time.sleep(0.5)  # for a front end's last word to pass Ray's proxy
-        serve.shutdown()
+        with suppress(Exception):
+            serve.delete(_APPLICATION)
+            if not serve.status().applications:
+                serve.shutdown()
         ray.shutdown()
 
+    undo = ray.shutdown  # Serve's functions start Ray again where it is not there
     try:
         start_ray(options.address)
         # Also for a front end that was killed, until Ray has another.
         waits = options.limits.deadline + 5.0
         http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
         serve.start(proxy_location="HeadOnly", http_options=http)
-        serve.run(ray_application(system, about, options), name="coin", route_prefix="/")
+        if _APPLICATION in serve.status().applications:
+            raise ServingError(
+                f"found an application '{_APPLICATION}' in the cluster, expected none; stop that first"
+            )
+        undo = stop
+        serve.run(ray_application(system, about, options), name=_APPLICATION, route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
-        stop()
-        raise ServingError(f"Ray cannot serve here ({error}); see its logs in /tmp/ray") from error
+        undo()
+        reason = first_line(error)
+        raise ServingError(f"Ray cannot serve here ({reason}); see its logs in /tmp/ray") from error
     return stop
 
 

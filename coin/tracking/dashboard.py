@@ -77,7 +77,6 @@ def workspace(
             name="NDA against memory", panels=[wr.MediaBrowser(media_keys=["nda_against_memory"])]
         ),
         ws.Section(name="Results", panels=[wr.WeavePanelSummaryTable(table_name="results")]),
-        ws.Section(name="Examples", panels=[wr.WeavePanelSummaryTable(table_name="examples")]),
     ]
     runs = ws.RunsetSettings(
         filters=[] if group is None else [ws.Metric("Group") == group],

@@ -20,27 +20,26 @@ def log_evaluation(
     rows: Sequence[Row],
     confusions: Mapping[str, Counts],
     classes: Mapping[str, Sequence[str]],
-    examples: wandb.Table,
 ) -> None:
     """Log one seed's evaluation into an open run.
 
     The summary has ``nda/METHOD/DECODER``, means over tasks, each lost alone, and for W&B's sweeps ``nda_mean_best``
     (on the test sets: it ranks, it does not validate), with ``best_method``, ``best_decoder``, ``best_memory_mib`` and
-    ``best_resident_mib``. The tables are ``results`` (all rows) and ``examples``; ``confusion/TASK`` is a chart of the
-    best method's counts ``[C, C]``.
+    ``best_resident_mib``. The table ``results`` has all rows; ``confusion/TASK`` is a chart of the best method's counts
+    ``[C, C]``.
     """
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
     logged: dict[str, Any] = {
         "results": wandb.Table(columns=[*COLUMNS], data=cells.to_numpy().tolist()),
-        "examples": examples,
     }
     kept = stand_ins(summarise(frame))
+    frame = frame.assign(name=variant_names)
     if len(kept):
         png = as_png(nda_against_memory(kept), dpi=110)
         logged["nda_against_memory"] = wandb.Image(Image.open(io.BytesIO(png)))
-    best = best_coded(rows)
-    for place in best:
+    best = _best_coded(frame, kept)
+    for place in best.index:
         row = rows[place]
         title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
         counts = confusions[confusion_key(row)]
@@ -49,38 +48,30 @@ def log_evaluation(
     run.summary.update(_numbers(frame, best))
 
 
-def _numbers(frame: pd.DataFrame, best: list[int]) -> dict[str, Any]:
-    """Return the numbers of the run's summary, given the places of the best rows."""
-    frame = frame.assign(name=variant_names)
+def _numbers(frame: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
+    """Return the numbers of the run's summary, given the best rows."""
     alone = frame[frame["erased"] == frame["task"]]
     numbers: dict[str, Any] = {}
     for (name, decoder), own in alone.groupby(["name", "decoder"], sort=False):
         if own["nda"].notna().all():
             numbers[f"nda/{name}/{decoder}"] = float(own["nda"].mean())
-    if best:
-        own = frame.iloc[best]
-        numbers["nda_mean_best"] = float(own["nda"].mean())
-        numbers["best_method"] = own["name"].iloc[0]
-        numbers["best_decoder"] = own["decoder"].iloc[0]
-        numbers["best_memory_mib"] = float(own["memory_mib"].mean())
-        numbers["best_resident_mib"] = float(own["resident_mib"].mean())
+    if len(best):
+        numbers["nda_mean_best"] = float(best["nda"].mean())
+        numbers["best_method"] = best["name"].iloc[0]
+        numbers["best_decoder"] = best["decoder"].iloc[0]
+        numbers["best_memory_mib"] = float(best["memory_mib"].mean())
+        numbers["best_resident_mib"] = float(best["resident_mib"].mean())
     return numbers
 
 
-def best_coded(rows: Sequence[Row]) -> list[int]:
-    """Return the places of the rows of the best coded variant and decoder by mean NDA, each task lost alone."""
-    frame = pd.DataFrame([vars(row) for row in rows]).assign(name=variant_names)
-    is_reference = frame["method"].isin(REFERENCES)
-    is_replica = frame["decoder"] == REPLICA
-    is_alone = frame["erased"] == frame["task"]
-    alone = frame[is_alone & ~is_reference & ~is_replica]
-    means = alone.groupby(["name", "decoder"])["nda"].mean().dropna()
-    if means.empty:
-        return []
-    best: Any = means.idxmax()
-    name, decoder = best
-    is_best = (alone["name"] == name) & (alone["decoder"] == decoder)
-    return list(alone.index[is_best])
+def _best_coded(frame: pd.DataFrame, kept: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the coded variant and decoder of `stand_ins` with the largest mean NDA."""
+    contenders = kept[~kept["name"].isin(REFERENCES) & (kept["decoder"] != REPLICA)]
+    if contenders.empty:
+        return frame[:0]
+    best = contenders.loc[contenders["nda_mean"].idxmax()]
+    is_best = (frame["name"] == best["name"]) & (frame["decoder"] == best["decoder"])
+    return frame[is_best & (frame["erased"] == frame["task"])]
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:

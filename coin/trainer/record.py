@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from coin.data import to_image
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
 from coin.evaluation.scores import Measurement
@@ -24,8 +22,6 @@ from coin.reporting.results import (
 )
 from coin.reporting.summary import is_weak
 from coin.tracking.settings import logging_only
-
-EXAMPLES = 6  # test images of each task that W&B shows
 
 
 def record_evaluation(
@@ -61,7 +57,7 @@ def record_evaluation(
         from coin.tracking.evaluation import log_evaluation  # imports wandb
 
         with logging_only("the evaluation"):
-            log_evaluation(run, rows, confusions, classes, example_table(model, tasks, rows))
+            log_evaluation(run, rows, confusions, classes)
 
 
 def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
@@ -116,36 +112,3 @@ def warn_of_weak_experts(accuracies: Mapping[str, float], tasks: Tasks) -> None:
             CoinWarning,
             stacklevel=2,
         )
-
-
-def example_table(model: DecodingEvaluator, tasks: Tasks, rows: Sequence[Row]) -> Any:
-    """Return a W&B table of test images: the label, the expert's answer, and the one decoded where it is lost.
-
-    It is decoded by the best method and decoder, as `best_coded` says. Texts have no rows.
-    """
-    import wandb
-
-    from coin.tracking.evaluation import best_coded
-
-    table = wandb.Table(columns=["image", "task", "label", "expert", "decoded"])
-    for place in best_coded(rows):
-        name = rows[place].task
-        data = tasks.tasks[name]
-        fitted = model.measurements[place].fitted
-        if fitted is None or data.content != "images":
-            continue
-        task = model.tasks.index(name)
-        test = data.splits.test
-        draw = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(test), generator=draw)[:EXAMPLES]
-        inputs = test.inputs(chosen, data.image_size)  # [n, 3, S, S]
-        answers = model(inputs.to(model.device), task, model.evaluation.read_of_task(task)).cpu()
-        decoded = fitted.decode(task, fitted.variant.seen(answers), data.num_classes)  # [n, C_j]
-        expert = answers.experts[task, :, : data.num_classes]
-        labels = test.targets[chosen]
-        classes = torch.stack([labels, expert.argmax(1), decoded.argmax(1)], dim=1)  # [n, 3]
-        for image, own in zip(to_image(inputs), classes.tolist(), strict=True):
-            picture = wandb.Image(image.permute(1, 2, 0).numpy())
-            names = [data.classes[each] for each in own]
-            table.add_data(picture, name, *names)
-    return table

@@ -10,8 +10,7 @@ the capacity without a server more:
   once, as on a machine that they share; ``machine``: an expert and the server that stands in, which share one;
   ``stopped``: an expert is stopped (SIGSTOP). They stay down for the rest of the phase. With each event comes one query
   for every task that has lost its expert. The objective is twice the median time of the answers before the event.
-- *slow*: the first expert runs for a fifth of the time (SIGSTOP and SIGCONT in turns), at the load of the events, and
-  the same is simulated (`coin.serving.simulate`) with the times of the networks measured here.
+- *slow*: the first expert runs for a fifth of the time (SIGSTOP and SIGCONT in turns), at the load of the events.
 - *loads*: several loads, with all experts and without the first. The objective is twice the median of the first load.
 - *accuracy*: every test image is asked for once while 0, 1, … all experts are down; no answer is a wrong answer.
 
@@ -39,7 +38,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +60,10 @@ from served import (
 )
 
 from coin.commands.serve import read_system
-from coin.commands.simulate import measured, networks_of
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.reporting import read_results
-from coin.serving.machines import Conditions, Phases
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import System
-from coin.serving.simulate import Simulation
 
 SETUPS = ("uncoded", "replica", "copies", "standin-packed", "standin-dense", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
@@ -154,7 +150,7 @@ class Benchmark:
             for repeat in range(options.repeats):
                 for event in options.events:
                     await self.measure_event(client, event, options.load * capacity, repeat)
-                if options.slow and self.setup.name != "copies":  # whose servers the simulation does not have
+                if options.slow:
                     await self.measure_slow(client, options.load * capacity, repeat)
                 for number_lost in (0, 1) if options.loads else ():
                     await self.measure_loads(client, capacity, number_lost, repeat)
@@ -215,30 +211,18 @@ class Benchmark:
             self.served.recover(self.processes, self.known)
 
     async def measure_slow(self, client: Client, rate: float, repeat: int) -> None:
-        """Slow the first expert down, and add a row of what is measured and of what is simulated."""
+        """Slow the first expert down, and add a row of what is measured."""
         await client.load(rate, self.options.before, seed=repeat)
         with Slowdown(self.served, self.experts[0]) as slowdown:
             await client.load(rate, 2.0, seed=repeat)  # the front end learns what is late now
             answers = await client.load(rate, self.options.slow, seed=repeat)
         self.check(answers, slowdown.began, "one slow expert")
         row = {"setup": self.setup.name, "rate": rate, "failed": sum(answer.status != 200 for answer in answers)}
-        simulated = await asyncio.to_thread(self.simulated, rate, repeat)  # which has an event loop of its own
-        measured_seconds = [answer.seconds for answer in answers if answer.status == 200]
-        for kind, times in (("measured", measured_seconds), ("simulated", simulated)):
-            for name, quantile in (("p50", 0.5), ("p99", 0.99)):
-                row[f"{kind}_{name}_ms"] = 1e3 * float(np.quantile(times, quantile, method="higher"))
+        seconds = [answer.seconds for answer in answers if answer.status == 200]
+        for name, quantile in (("p50_ms", 0.5), ("p99_ms", 0.99)):
+            row[name] = 1e3 * float(np.quantile(seconds, quantile, method="higher"))
         self.slow.append(row)
         print(f"{self.setup.name}, repeat {repeat}, one slow expert: {row}", flush=True)
-
-    def simulated(self, rate: float, seed: int) -> list[float]:
-        """Return the seconds to an answer where the first of the experts is five times as slow, simulated."""
-        system = self.known.system
-        times = {name: self.options.times[network] for name, network in networks_of(system).items()}
-        conditions = Conditions(queries=4000, slow=Phases(share=1.0, factor=5.0, machines=1))
-        it = Simulation(system.stand_ins, system.policy, conditions, times, seed=seed)
-        at_rate = replace(it, conditions=replace(conditions, load=rate / it.capacity))
-        found = at_rate.run().latencies
-        return [float(seconds) for seconds in found if math.isfinite(seconds)]
 
     async def measure_accuracy(self, client: Client, repeat: int) -> None:
         """Ask for every image while no expert, one, … all experts are down, and add a row for each."""
@@ -413,8 +397,6 @@ def main() -> int:
     setups = [setup_named(name, folder) for name in options.setups]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         options.empty_mib = pool.submit(empty_server_mib, setups[0].system()).result()
-    if options.slow:
-        options.times = measured([setup.system() for setup in setups if setup.name != "copies"])
     print(f"a server without a network: {options.empty_mib:.0f} MiB", flush=True)
     tables: dict[str, list[dict[str, Any]]] = {"events": [], "loads": [], "accuracy": [], "slow": []}
     queries: list[dict[str, Any]] = []

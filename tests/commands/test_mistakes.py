@@ -195,7 +195,6 @@ COMMANDS = {
     "a network's file": (["compress", "no.safetensors", "--bits=4"], "found no file 'no.safetensors', expected"),
     "report of nothing": (["report", "nowhere"], "nowhere"),
     "serving nothing": (["serve", "nowhere"], "found no folder 'nowhere', expected an experiment's; make it with"),
-    "simulating nothing": (["simulate", "nowhere"], "found no folder 'nowhere', expected"),
     "choosing of nothing": (["choose", "nowhere"], "nowhere"),
     "a folder's root": (["fit", "--data=ImageFolder"], "'coin.data.ImageFolder': the following arguments are required"),
     "an option": (["fit", "--dat=Digits"], "unrecognized arguments: --dat=Digits; see coin fit --help"),

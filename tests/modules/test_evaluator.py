@@ -20,8 +20,8 @@ from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.networks.adapted import tensor_nbytes
 from coin.pipeline.steps.merge import compress_file
-from coin.reporting.results import COLUMNS, Row, read_promises, read_results
-from coin.trainer.record import EXAMPLES, example_table, record_evaluation, warn_of_weak_experts
+from coin.reporting.results import read_promises, read_results
+from coin.trainer.record import record_evaluation, warn_of_weak_experts
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -437,25 +437,3 @@ def test_experts_that_are_hardly_right_are_told_of(synthetic):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_weak_experts({"low": 0.3}, tasks)
-
-
-def test_examples_are_a_draw_with_the_answers_of_the_best_method(experts, write_coded, tasks, make_trainer):
-    code = Code([[0.6, 0.3, 0.1]])
-    evaluator = DecodingEvaluator(experts, write_coded([[0.6, 0.3, 0.1]], experts), ["linear"])
-    run(evaluator, tasks, make_trainer)
-    rows = []
-    for each in evaluator.measurements:
-        known = {name: value for name, value in each.columns.items() if name in COLUMNS} | {"samples_per_task": 20}
-        rows.append(Row("x", 0, **known))
-    table = example_table(evaluator, tasks, rows)
-    assert table.columns == ["image", "task", "label", "expert", "decoded"]
-    assert [task for _, task, *_ in table.data] == [name for name in experts for _ in range(EXAMPLES)]
-    for place, (name, task) in enumerate(tasks.tasks.items()):
-        own = [[label, expert, decoded] for _, of, label, expert, decoded in table.data if of == name]
-        test = task.splits.test
-        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:EXAMPLES]
-        answers = evaluator(to_input(test.images(chosen), 16))
-        decoded = make_decoder("linear", code, [place]).decode(answers)[0, :, : CLASSES[place]].argmax(1)
-        expert = answers.experts[place, :, : CLASSES[place]].argmax(1)
-        wanted = zip(test.targets[chosen].tolist(), expert.tolist(), decoded.tolist(), strict=True)
-        assert own == [[task.classes[each] for each in classes] for classes in wanted]

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 pytestmark = pytest.mark.slow
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-STORED = ("03_results", "04_serving")
+STORED = ("03_results",)
 """Notebooks that read nothing but what lies beside them: they show the same numbers on every machine."""
 
 

@@ -284,7 +284,7 @@ def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_re
         assert main([command, str(copied)]) == 2
         assert "are of another expert 'digits'" in capsys.readouterr().err
     with pytest.raises(FileError, match="are of another expert 'digits'"):
-        Coded.from_run(copied)  # what coin serve and coin simulate read
+        Coded.from_run(copied)  # what coin serve reads
     assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
     assert (copied / "seed-0/experts/digits").resolve() == finished_expert
     assert main(["choose", str(copied)]) == 0

@@ -113,6 +113,30 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(
     assert serve_command(folder, kept[kept["name"] == "none"]) == ""
 
 
+@pytest.mark.parametrize("fewer_mib", [20 / 2**20, 1e-3])
+def test_of_what_is_printed_alike_the_more_accurate_is_recommended_and_starred(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fewer_mib: float
+):
+    costs = {"forwards": 1.0, "losses": 2.0, "resident_mib": 4.0, "decoder": "expert_head"}
+    rows = []
+    for name, memory, ndas in (("base", 2.55 - fewer_mib, (0.991, 0.990)), ("refit", 2.55, (0.993, 0.992))):
+        for task, nda in zip("ab", ndas, strict=True):
+            own = {"method": name, "task": task, "erased": task, "nda": nda, "memory_mib": memory}
+            rows.append(replace(BASE, **own, **costs))
+    write_results(tmp_path / "seed-0", rows, {})
+    summary = summarise(read_run(tmp_path)[1])
+    sentence = choose(tmp_path)[1]
+    assert sentence.startswith("Keep refit with expert_head (99.20 %")
+    assert serve_command(tmp_path, stand_ins(summary)).endswith("--method=refit --decoder=expert_head")
+    page = " ".join(write_report(tmp_path).read_text(encoding="utf-8").split())
+    assert "Keep refit with expert_head (99.20 %" in page
+    print_summary(summary)
+    printed = capsys.readouterr().out.partition("what to keep")[2]
+    assert "99.25*" in printed
+    assert "99.05*" not in printed
+    assert sentence in " ".join(printed.split())
+
+
 def test_what_is_recommended_stands_in_the_table_though_others_are_better_on_average():
     keys = ["name", "decoder", "nda_mean", "nda_worst"]
     rows = [("none", "ridge", 0.85, 0.5), ("none", "linear", 0.80, 0.5), ("coin", "linear", 0.84, 0.68)]

@@ -9,9 +9,9 @@ import pandas as pd
 from rich.console import Console
 
 from coin.reporting import nda_tables, summarise, tables
-from coin.reporting.choice import shortlist
+from coin.reporting.choice import shortlist, undominated
 from coin.reporting.results import PROMISE_COLUMNS, Row
-from coin.reporting.summary import stand_ins, undominated
+from coin.reporting.summary import stand_ins
 from coin.reporting.tables import percent, rich_table, seconds, stand_in_table
 from tests.reporting.conftest import BASE, frame
 

@@ -3,17 +3,18 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
-from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
+from coin.errors import ConfigurationError, DeadlineError, LostError, OverloadedError, ServingError
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, PolicyKind, StandIns
 from coin.serving.servers import Reply, System
-from tests.serving.conftest import LinearSystem, ask_all, ask_one, run_virtually, timed, virtually
+from tests.serving.conftest import LinearSystem, VirtualLoop, ask_all, ask_one, run_virtually, timed, virtually
 
 X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
 Behaviour = Callable[[torch.Tensor, Reply], Awaitable[Any]]
@@ -66,6 +67,36 @@ class World(LinearSystem):
         return await self.behaviours[name](inputs, self.reply(name, inputs))
 
 
+def test_virtual_time_jumps_to_the_next_timer_and_nothing_hangs() -> None:
+    loop, order = VirtualLoop(), []
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        order.append((seconds, loop.time()))
+
+    async def main() -> None:
+        await asyncio.gather(*map(sleep, (3e6, 1.0, 2.0, 1.0)))
+
+    loop.run_until_complete(main())
+    assert order == [(seconds, pytest.approx(seconds)) for seconds in (1.0, 1.0, 2.0, 3e6)]
+    with pytest.raises(RuntimeError, match="no timer is set"):
+        loop.run_until_complete(loop.create_future())
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (Limits, {"deadline": 0, "pixels": 0, "batch": 0}),
+        (partial(Policy, PolicyKind.coded_hedged), {"quantile": 1.0}),
+    ],
+)
+def test_mistakes(make: Any, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        with pytest.raises(ConfigurationError, match=rf"{name}={value}"):
+            make(**{name: value})
+
+
 def exact(found: Reply, wanted: torch.Tensor) -> bool:
     return torch.allclose(found.logits, wanted, rtol=0, atol=1e-12)
 
@@ -112,7 +143,8 @@ async def test_who_is_asked_for_a_late_expert_and_when(policy: str) -> None:
 @virtually
 async def test_a_silent_server_is_not_waited_for_until_it_answers() -> None:
     it = World([after(1.0), after(0.1), after(0.1), after(0.1)], "standin")
-    it.front.lateness[(0,), 1] = Lateness(0.95, 0.5, experience=4000)  # in a young system it rises with the first query
+    it.front.lateness[(0,), 1] = Lateness(0.95, 0.5)
+    it.front.lateness[(0,), 1].experience = 4000  # in a young system it rises with the first query
     times = [(await timed(ask_one(it.front, X, 0)))[1] for _ in range(4)]
     assert times == pytest.approx([0.5 + 0.1, 0.1, 0.1, 0.1])
     assert it.asked["e0"] == 1
