@@ -20,7 +20,6 @@ from coin.merging.passes import Body, fit_body, folded_body
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.calling import Forward, plain
 from coin.networks.compressed import (
     Base,
     Compressed,
@@ -76,7 +75,7 @@ class Merged(list[nn.Module]):
         seconds: float,
         compressed: dict[str, list[Compressed]],
     ) -> None:
-        super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
+        super().__init__(with_adapters(each.network, each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
         self.compressed = compressed
         self.passes = passes
@@ -210,7 +209,7 @@ class Method(ABC):
         with torch.inference_mode(False):
             body = folded_body(made.network, experts, self.label)
         network, adapters = self.fit(experts, row, body)
-        return replace(made, network=plain(network), adapters=adapters, body=body)
+        return replace(made, network=network, adapters=adapters, body=body)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""
@@ -245,13 +244,12 @@ def merge_networks(
     grams: Sequence[State] | None = None,
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
-    forward: Forward | None = None,
     decoders: Sequence[DecoderKind | str | DecoderConfig] = (DecoderKind.linear,),
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     `decoders` are those for which the method makes its choices; see `Experts` for the other arguments. The networks are
-    of the experts' class and called in its way, not by `forward`. They are made, and left, on the experts' device;
+    made, and left, on the experts' device;
     where that has no float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
@@ -277,7 +275,6 @@ def merge_networks(
         grams=grams,
         initial=initial,
         calibration=calibration,
-        forward=forward,
     )
     began = time.perf_counter()
     method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))

@@ -15,7 +15,7 @@ from coin.errors import ConfigurationError
 from coin.merging.passes import fit_adapters
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import batchnorms
-from coin.networks.calling import Forward, clone
+from coin.networks.calling import clone
 from coin.networks.heads import head_name
 from coin.networks.kept import Change
 
@@ -142,7 +142,6 @@ def extract_lora(
     samples: Iterable[Any],
     rank: int,
     folder: Path | str,
-    forward: Forward | None = None,
 ) -> Adapter:
     """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads, and return the adapter.
 
@@ -157,8 +156,6 @@ def extract_lora(
         samples: Batches of inputs like those it is to answer, without labels: some 200 samples.
         rank: r.
         folder: Where the adapter is written.
-        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor or do not return
-            one: ``lambda network, ids: network(input_ids=ids).logits``.
 
     Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, or
     `nn.MultiheadAttention`, and for another head than the base's.
@@ -182,7 +179,7 @@ def extract_lora(
     if found != expected:
         raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
     base = clone(base).to(device_of(network))
-    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False, forward=forward)
+    adapted = fit_adapters(base, [network], [samples], rank=rank, scales=False)
     (adapter,) = adapted.adapters
     save_peft(adapter, base, head, Path(folder))
     return adapter

@@ -20,7 +20,7 @@ from coin.merging.experts import check_row
 from coin.merging.method import CodedModel, Method
 from coin.modules.recipe import OneCycle
 from coin.networks import build_network, fill_network, load_network, pad_head
-from coin.networks.calling import as_input, clear_caches
+from coin.networks.calling import as_input, clear_caches, logits_of
 from coin.networks.running import full_precision
 from coin.networks.weights import to_compute
 
@@ -141,7 +141,7 @@ class DistillationModule(LightningModule):
 
     def expert_outputs(self, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]``."""
-        return torch.stack([network(inputs) for network in self.teachers])
+        return torch.stack([logits_of(network, inputs) for network in self.teachers])
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − Σ_i β_i f_i(x)‖² of one batch of positions and inputs."""
@@ -188,7 +188,7 @@ class DistillationModule(LightningModule):
         clear_caches(self.student)
         row = outputs.new_tensor(self.hparams["code_row"])
         target = torch.tensordot(row, outputs, dims=1)  # [B, C]
-        difference = full_precision(self.student(inputs)) - full_precision(target)
+        difference = full_precision(logits_of(self.student, inputs)) - full_precision(target)
         loss: Tensor = 0.5 * difference.square().sum(1).mean()
         self.log(
             f"{stage}/loss",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from coin.core.batches import tensors_in
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapter import Adapter
-from coin.networks.calling import Forward, called_by, clone, plain
+from coin.networks.calling import clone
 from coin.networks.heads import head_name, with_head
 from coin.networks.kept import (
     ANSWERING,
@@ -47,10 +47,9 @@ class Adapted(nn.Module):
 
     def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = ()) -> None:
         super().__init__()
-        self.body = plain(clone(body, shared=True))
+        self.body = clone(body, shared=True)
         self.num_experts = len(adapters)
         self.head_name = f"body.{head_name(body)}".rstrip(".")
-        self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
         self._set_adapters(adapters)
 
     def _set_adapters(self, adapters: Sequence[Adapter]) -> None:
@@ -90,12 +89,6 @@ class Adapted(nn.Module):
                     adapter.changes[name] = change
         return adapters
 
-    def with_forward(self, forward: Forward | None) -> "Adapted":
-        """Return a copy that shares all tensors, and whose body is called by a user's function (`called_by`)."""
-        shared = clone(self, shared=True)
-        shared.forward_by = forward
-        return shared
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def network(self, expert: int, head: nn.Module | None = None) -> nn.Module:
@@ -131,7 +124,6 @@ class Adapted(nn.Module):
         The function is called once for every expert, with a network that answers as that one and its samples. Raises
         StateError where the experts are missing, ConfigurationError where they are neither an index nor indices.
         """
-        network = called_by(self.body, self.forward_by)
         if self.num_experts == 0:
             experts = 0
         if experts is None:
@@ -140,7 +132,7 @@ class Adapted(nn.Module):
             )
         if type(experts) is int:
             with self._as(experts):
-                return function(network, *inputs, **named)
+                return function(self.body, *inputs, **named)
         if not isinstance(experts, Tensor) or experts.ndim != 1 or experts.dtype != torch.int64:
             raise ConfigurationError(
                 f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64"
@@ -158,7 +150,7 @@ class Adapted(nn.Module):
             take_own = partial(torch.index_select, dim=0, index=own)
             own_inputs, own_named = tree_map_only(Tensor, take_own, (inputs, named))
             with self._as(expert):
-                parts.append(function(network, *own_inputs, **own_named))
+                parts.append(function(self.body, *own_inputs, **own_named))
             places.append(own)
         order = torch.cat(places).argsort()
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)

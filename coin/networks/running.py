@@ -13,7 +13,7 @@ from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
-from coin.networks.calling import explained_inputs
+from coin.networks.calling import explained_inputs, logits_of
 from coin.networks.heads import head_name, linear_head
 
 Experts = int | Tensor | None
@@ -41,7 +41,7 @@ def features_and_logits(
             captured.extend((*arguments, *named.values()))
 
     with head.register_forward_pre_hook(keep, with_kwargs=True):
-        logits = network(inputs)
+        logits = logits_of(network, inputs)
     kind = type(network).__name__
     if len(captured) != 1:
         raise HeadError(f"the head of {kind} ran {len(captured)} times in one pass, expected once")
@@ -69,13 +69,15 @@ def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Expe
         if features:
             found, logits = features_and_logits(network, inputs, experts)
         elif isinstance(network, Adapted):
-            logits = network(inputs, experts=experts)
+            logits = network.run(logits_of, inputs, experts=experts)
         else:
-            logits = network(inputs)
+            logits = logits_of(network, inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"found {shape} of {kind}, expected logits [B, C]; give forward=…")
+        raise DataError(
+            f"found {shape} of {kind}, expected logits [B, C]; wrap it in a module that returns them"
+        )
     if found is None:
         found = logits[:, :0]
     return Run(full_precision(found), full_precision(logits))

@@ -1,6 +1,7 @@
 """Adapters against regressions written out, and bodies with adapters from the fit to a file and to serving."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -418,37 +419,46 @@ def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
     torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-3)
 
 
-def test_a_users_call_is_that_of_the_fit_too(tmp_path):
-    """Networks that get raw inputs through `forward` have the bodies of those that get them normalised beforehand."""
+class Raw(nn.Module):
+    """A network that is called otherwise, wrapped: of a tensor by name it makes the inputs that it wants."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, raw):
+        return SimpleNamespace(logits=self.network((raw - 30) / 20))
+
+
+def test_a_wrapped_network_is_fitted_as_its_own_is(tmp_path):
+    """Networks that get raw inputs by name have the bodies of those that get them normalised beforehand."""
     experts, inputs = make_experts(maps, apart=1.0)
     raw = [[30 + 20 * batch] for (batch,) in inputs]
     named = [[{"raw": batch}] for (batch,) in raw]
 
-    def normalised(network, batch):
-        return network((batch["raw"] - 30) / 20)
-
     direct = [[(batch - 30) / 20] for (batch,) in raw]
     body = average_of(experts).train()  # as one that was just made
     expected = fit_adapters(body, experts, direct, rank=2)
-    found = fit_adapters(body, experts, named, rank=2, forward=normalised)
-    assert same_tensors(found, expected)
+    wrapped = [Raw(expert) for expert in experts]
+    found = fit_adapters(Raw(body), wrapped, named, rank=2)
+    assert same_tensors(found.body.network, expected.body)
     assert body.training
     assert not found.body.training
     start = deepcopy(experts[0])
     for method in (Average, Base, Refit):
         options = method(adapters={"rank": 2}, compress=[{"bits": 4}, {"bits": 4, "base_bits": 0}])
         one = merge_networks(options, experts, uniform(3), calibration=direct, initial=start)
-        two = merge_networks(options, experts, uniform(3), calibration=named, initial=start, forward=normalised)
+        two = merge_networks(options, wrapped, uniform(3), calibration=named, initial=Raw(start))
         variants = zip([[*one], *one.compressed.values()], [[*two], *two.compressed.values()], strict=True)
         for expected, found in variants:
-            system = coin.Coded(uniform(3), experts, found, forward=normalised)
+            system = coin.Coded(uniform(3), wrapped, found)
             system.fit_decoder(named[0], [0, 1, 2], "expert_head")
             other = coin.Coded(uniform(3), experts, expected)
             other.fit_decoder(direct[0], [0, 1, 2], "expert_head")
             decoded = system.decode(named[1][0], [1])
             assert torch.equal(decoded, other.decode(direct[1][0], [1]))
             system.save(tmp_path / "system.safetensors")
-            again = coin.Coded.load(tmp_path / "system.safetensors", experts, forward=normalised)
+            again = coin.Coded.load(tmp_path / "system.safetensors", wrapped)
             assert torch.equal(again.decode(named[1][0], [1]), decoded)
 
 

@@ -146,19 +146,15 @@ def test_what_is_in_memory_is_the_tensors_and_what_making_the_largest_parameter_
 
 
 @torch.no_grad()
-def test_a_users_call_is_the_body_s_too(made):
+def test_tensors_by_name_are_the_body_s_too(made):
     network, adapters, _, packed, x = made
-
-    def forward(own, batch):
-        return own(batch["x"].flip(1))  # the channels the other way round
-
     experts = [packed.network(expert) for expert in range(3)]
     body = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed(), adapters)
-    system = coin.Coded(coin.uniform(3), experts, [body], forward=forward)
+    system = coin.Coded(coin.uniform(3), experts, [body])
     system.fit_decoder([{"x": x}], [0, 1, 2], "expert_head")
     for expert in range(3):
         answer = system.decode({"x": x}, [expert])[0]
-        torch.testing.assert_close(answer, experts[expert](x.flip(1)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answer, experts[expert](x), rtol=1e-4, atol=1e-4)
 
 
 class Recurrent(nn.Module):
