@@ -11,7 +11,7 @@ Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coi
 
 Recommended in little memory is a body with adapters, in 4 bits a value: the method `Refit`, or `Base`, which needs no
 merge, with the options ``adapters={"rank": 16}, compress={"bits": 4, "base_bits": 0}``, read by the decoder
-``expert_head``. `fit_adapters` makes one of networks in memory, and `answering` says whose answer a batch wants.
+``expert_head``. `fit_adapters` makes one of networks in memory.
 
 Names are imported when they are first used, so that the command line can set up the process before PyTorch starts.
 The examples in their docstrings start from three networks, a batch of inputs for each, and a code:
@@ -45,7 +45,7 @@ _HOMES = {  # the rooms and their names
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
     "Refit RegMean UserMethod extract_lora fit_adapters merge_networks",
     "modules": "Coded evaluate",
-    "networks": "Adapted Adapter BatchNormPolicy Compressed answering compress recalibrate",
+    "networks": "Adapted Adapter BatchNormPolicy Compressed compress recalibrate",
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }

@@ -530,7 +530,6 @@ SERVED = {
     "replica": "`replica`: all experts' weights",
     "copies": "`replica` of copies in 3-bit deltas",
     "standin-packed": "`standin`: the body with adapters, 4 bits, packed",
-    "standin-dense": "`standin`: the same with `--keep_mib` for all three",
     "coded_hedged": "`coded_hedged`: with the survivors",
 }
 """What stands on the one server more, and how the tables of failover call it."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from coin.coding import Promise
 from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import parse_options
-from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
 from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
@@ -28,7 +27,6 @@ def serve(
     decoder: str | None = None,
     policy: PolicyKind | None = None,
     quantile: float = 0.9,
-    keep_mib: float = 0.0,
     ray: RayOptions = RayOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve an experiment until the process is told to stop.
@@ -41,12 +39,10 @@ def serve(
         policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor, else
             ``coded_hedged``. With ``replica`` all experts have second servers, with ``uncoded`` none.
         quantile: The quantile of own answers' time after which they count as late.
-        keep_mib: How many MiB of unpacked networks the server of a body with adapters, or of compressed copies, keeps:
-            those of the experts that were asked for last. With 0 a body stays packed, and one copy is unpacked.
         ray: Where and how to serve.
     """
     check_port(ray)
-    system, about = read_system(folder, method, decoder, policy, quantile, keep_mib)
+    system, about = read_system(folder, method, decoder, policy, quantile)
     servers = len(system.stand_ins.processes)
     print(f"starting Ray with {servers} servers and a front end", file=sys.stderr, flush=True)
     stop = start(system, about, ray)
@@ -65,10 +61,8 @@ def read_system(
     decoder: str | None,
     policy: PolicyKind | None,
     quantile: float,
-    keep_mib: float = 0.0,
 ) -> tuple[System, Description]:
     """Return the system that `serve` serves, and its description, from the same arguments."""
-    check_number("keep_mib", keep_mib, low=0)
     run = Path(folder)
     if method is None and decoder is None and policy is None:
         method = served_by_default(run)
@@ -81,20 +75,13 @@ def read_system(
             )
         coded = read_coded(run, None, None, kind)
         copies = read_copies(run, method, coded.names)
-        system = System.of(coded, Policy(kind, quantile), copies, keep_mib)
+        system = System.of(coded, Policy(kind, quantile), copies)
         # None is about the answers of copies.
         return system, _description(coded, system, method, promises=[])
     coded = read_coded(run, method, decoder, policy)
     fitted = list(coded.decoders.values())
     default = PolicyKind.coded_hedged if fitted[0].kind.reads_survivors else PolicyKind.standin
-    system = System.of(coded, Policy(policy or default, quantile), keep_mib=keep_mib)
-    if keep_mib > 0:
-        if not coded.is_adapted or system.policy.which != "coded":
-            raise ConfigurationError(
-                f"found keep_mib={keep_mib:g} with policy {system.policy.kind} and method '{coded.method}', "
-                "expected a body with adapters or compressed copies; leave keep_mib out"
-            )
-        system.network(system.stand_ins.of[0][0])  # refuses fewer MiB than one network takes
+    system = System.of(coded, Policy(policy or default, quantile))
     promises = [promise for own in fitted for promise in own.promises.values()]
     variant = f"{coded.method}, {fitted[0].kind}"
     return system, _description(coded, system, variant, promises)

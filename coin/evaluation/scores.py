@@ -28,7 +28,7 @@ from coin.core.devices import disable_tf32
 from coin.core.progress import progress_bar
 from coin.errors import CoinWarning, HeadError
 from coin.evaluation.variants import NONE, ORACLE, Replica, Variant
-from coin.networks import answering, linear_heads, run_network
+from coin.networks import linear_heads, run_network
 
 
 def server_answers(
@@ -39,11 +39,10 @@ def server_answers(
     tasks: int | Tensor | None = None,
 ) -> Answers:
     """Run every server once, experts first, then coded models; None is one that does not answer (`Coded.answers`)."""
-    coded = [server for server in servers[num_experts:] if server is not None]
-    with answering(coded, tasks):
-        outputs = [
-            None if server is None else run_network(server, inputs, features) for server in servers
-        ]
+    outputs = [
+        None if server is None else run_network(server, inputs, features, tasks)
+        for server in servers
+    ]
     return Answers.of_servers(outputs, num_experts)
 
 

@@ -9,7 +9,7 @@ from coin.core.batches import take
 from coin.errors import DataError, StateError
 from coin.merging.rows import Rows
 from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters, output_rows
-from coin.networks.calling import as_input
+from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -111,7 +111,7 @@ class ExpertOutputs:
 
         with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
             inputs = take(self._rows.inputs, part)
-            network(as_input(inputs, network))
+            logits_of(network, as_input(inputs, network))
         if calls != self._calls:
             raise StateError(
                 f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}"

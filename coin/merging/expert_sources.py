@@ -13,7 +13,7 @@ from torch import nn
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_layout, fingerprint, on_device
-from coin.networks.calling import Forward, called_by, clone
+from coin.networks.calling import clone
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
 from coin.networks.registry import NetworkConfig, build_network, empty_network
@@ -41,7 +41,6 @@ class ExpertNetworks:
         self,
         networks: Sequence[nn.Module],
         initial: nn.Module | None = None,
-        forward: Forward | None = None,
     ) -> None:
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
@@ -52,7 +51,7 @@ class ExpertNetworks:
         _check_alike(networks)
         self.count = len(networks)
         self.device = device_of(networks[0])
-        self.unpadded = [called_by(network, forward) for network in networks]
+        self.unpadded = list(networks)
         self.networks = of_one_width(self.unpadded)
         self.skeleton = self.networks[0]
         self.initial = initial

@@ -12,7 +12,7 @@ from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
-from coin.networks.calling import Forward, as_input, checked_batch
+from coin.networks.calling import as_input, checked_batch
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
 from coin.networks.running import Run, linear_heads, run_network
@@ -53,15 +53,12 @@ class Experts:
         initial: The shared initialisation, for methods and policies that need it.
         calibration: For every expert its own task's samples: a `coin.data.Calibration`, or batches ``[B, …]``, read
             once; of pairs (inputs, labels) the inputs.
-        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
-            then also be mappings of tensors.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
         train: A `coin.pipeline.steps.merge.Training` for methods that train; without one they train in memory.
 
     Attributes:
         source: The experts, in memory or in files; `count` is their number N.
         is_calibrated: Whether there are calibration samples.
-        forward: How networks are called, of `forward` above.
         passes: Forward-equivalents spent so far, the cost of the merge; `seconds` went into statistics made elsewhere.
 
     Raises ConfigurationError for no experts or unlike ones, or arguments for other numbers; DataError if
@@ -80,14 +77,11 @@ class Experts:
         grams: Sequence[State] | None = None,
         initial: nn.Module | None = None,
         calibration: Sequence[Iterable[Any]] | None = None,
-        forward: Forward | None = None,
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
         source = (
-            networks
-            if isinstance(networks, ExpertFiles)
-            else ExpertNetworks(networks, initial, forward)
+            networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial)
         )
         self.source: ExpertNetworks | ExpertFiles = source
         self.count = source.count
@@ -97,7 +91,6 @@ class Experts:
                     f"found {what} of {len(given)} experts, expected {self.count}; give those of every expert"
                 )
         self.train = train
-        self.forward = forward
         self.passes = 0.0
         self.seconds = 0.0
         self.statistic_paths = statistics or {}
@@ -120,7 +113,7 @@ class Experts:
             )
         batches = []
         for batch in given:
-            inputs = checked_batch(batch, self.networks[0])
+            inputs = checked_batch(batch)
             batches.append(map_tensors(lambda tensor: tensor.to(device), inputs))
         return Calibration.of_batches(batches).on(device)
 

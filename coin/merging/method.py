@@ -20,7 +20,6 @@ from coin.merging.passes import Body, fit_body, folded_body
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.calling import Forward, plain
 from coin.networks.compressed import (
     Base,
     Compressed,
@@ -76,7 +75,7 @@ class Merged(list[nn.Module]):
         seconds: float,
         compressed: dict[str, list[Compressed]],
     ) -> None:
-        super().__init__(with_adapters(plain(each.network), each.adapters) for each in made)
+        super().__init__(with_adapters(each.network, each.adapters) for each in made)
         self.chosen = [each.chosen for each in made]
         self.compressed = compressed
         self.passes = passes
@@ -205,7 +204,7 @@ class Method(ABC):
         with torch.inference_mode(False):
             body = folded_body(made.network, experts, self.label)
         network, adapters = self.fit(experts, row, body)
-        return replace(made, network=plain(network), adapters=adapters, body=body)
+        return replace(made, network=network, adapters=adapters, body=body)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""
@@ -231,13 +230,11 @@ def merge_networks(
     grams: Sequence[State] | None = None,
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
-    forward: Forward | None = None,
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    See `Experts` for the other arguments. The networks are of the experts' class and called in its way, not by
-    `forward`. They are made, and left, on the experts' device; where that has no float64, as Apple's MPS, they are made
-    on the CPU. Raises as `Method.coded_model`.
+    See `Experts` for the other arguments. The networks are made, and left, on the experts' device; where that has no
+    float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit(), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
@@ -262,7 +259,6 @@ def merge_networks(
         grams=grams,
         initial=initial,
         calibration=calibration,
-        forward=forward,
     )
     began = time.perf_counter()
     if any(each.base_bits for each in method.compress):

@@ -29,7 +29,7 @@ from coin.merging.units import (
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import mark_folded
-from coin.networks.calling import Forward, as_input, called_by, clone, plain
+from coin.networks.calling import as_input, clone, logits_of
 from coin.networks.compressed import Rounding
 from coin.networks.guard import evaluating
 from coin.networks.heads import head_weight, without_head
@@ -230,14 +230,13 @@ def fit_in_order(
         return None if adapters is None else adapters.fit(unit, call, regression)
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-        network(as_input(rows.inputs, network))
+        logits_of(network, as_input(rows.inputs, network))
 
 
 def folded_body(network: nn.Module, experts: Experts, label: str) -> Body:
-    """Return a copy of a network in eval mode as a body, its BatchNorms folded; it is called as the experts are."""
-    copied = plain(clone(network)).to(experts.source.device).eval()
-    called = called_by(copied, experts.forward)
-    body = Body.of(called, experts, [tensors_of(copied)], [1.0])
+    """Return a copy of a network in eval mode as a body, its BatchNorms folded."""
+    copied = clone(network).to(experts.source.device).eval()
+    body = Body.of(copied, experts, [tensors_of(copied)], [1.0])
     body.warn_of_kept(label, NO_ADAPTERS)
     return body
 
@@ -250,7 +249,6 @@ def fit_adapters(
     rank: int = 4,
     ridge: float = 0.1,
     scales: bool = True,
-    forward: Forward | None = None,
 ) -> Adapted:
     """Return a body, left as it is, with adapters for experts of its architecture; see `AdapterFit`.
 
@@ -261,8 +259,6 @@ def fit_adapters(
         rank: r of the corrections.
         ridge: μ, relative.
         scales: Whether there are scales and biases beside the corrections, as in `AdapterOptions`.
-        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor. The result is
-            called in the networks' own way; `coin.Coded` takes the same function.
 
     >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
     >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
@@ -272,7 +268,7 @@ def fit_adapters(
     """
     options = AdapterOptions(rank, ridge, scales)
     home = device_of(experts[0])
-    every = Experts(to_compute([*experts], home), calibration=calibration, forward=forward)
+    every = Experts(to_compute([*experts], home), calibration=calibration)
     own = _without_head(body, parameters_of(body))
     expected = _without_head(body, every.parameters[0])
     check_layout(expected, own, "the body")
@@ -281,7 +277,7 @@ def fit_adapters(
     with torch.inference_mode(False):
         folded = folded_body(body, every, label)
         fitted, adapters = fit_body(folded, every, row, label, ridge=None, adapters=options)
-    return Adapted(plain(fitted), adapters).to(home)
+    return Adapted(fitted, adapters).to(home)
 
 
 def _without_head(body: nn.Module, state: State) -> State:

@@ -20,7 +20,7 @@ from coin.merging.passes import fit_body, folded_body
 from coin.merging.units import Unit
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import batchnorms
-from coin.networks.calling import Forward, clone
+from coin.networks.calling import clone
 from coin.networks.heads import head_name, linear_head
 from coin.networks.kept import Change
 from coin.networks.weights import to_compute
@@ -206,7 +206,6 @@ def extract_lora(
     samples: Iterable[Any],
     rank: int,
     folder: Path | str,
-    forward: Forward | None = None,
 ) -> nn.Module:
     """Write a fully fine-tuned network as a plain LoRA of its base, a folder that peft loads; return what that gives.
 
@@ -221,8 +220,6 @@ def extract_lora(
         samples: Batches of inputs like those it is to answer, without labels: some 200 samples.
         rank: r.
         folder: Where the adapter is written.
-        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor or do not return
-            one: ``lambda network, ids: network(input_ids=ids).logits``.
 
     Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, or
     `nn.MultiheadAttention`, and for another head than the base's.
@@ -246,9 +243,7 @@ def extract_lora(
     if found != expected:
         raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
     base = clone(base).to(device_of(network))
-    experts = Experts(
-        to_compute([network], device_of(network)), calibration=[samples], forward=forward
-    )
+    experts = Experts(to_compute([network], device_of(network)), calibration=[samples])
     label = "extract_lora"
     with torch.inference_mode(False):
         _, (adapter,) = fit_body(

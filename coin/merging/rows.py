@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, samples_of, take
 from coin.core.devices import device_of
 from coin.merging.units import Trace, Unit, floating_parameters, output_rows
-from coin.networks.calling import as_input
+from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import differentiable, evaluating
 from coin.networks.running import centred
 from coin.statistics.intercept import Interceptor
@@ -108,7 +108,7 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
         for sample in samples_of(inputs):  # the graphs of many at once take much memory
             outputs.clear()
-            logits = network(as_input(sample, network))
+            logits = logits_of(network, as_input(sample, network))
             found = {weight: made for weight, made in outputs.items() if made[1].requires_grad}
             gradients = torch.autograd.grad(
                 logits,

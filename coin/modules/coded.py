@@ -29,7 +29,7 @@ from coin.merging.method import fill
 from coin.modules.coded_file import Body, SystemFile, all_tensors
 from coin.networks import Adapted, Compressed, linear_heads, load_network, run_network
 from coin.networks.adapted import resident_nbytes, stored_nbytes
-from coin.networks.calling import Forward, as_input, called_by, clone
+from coin.networks.calling import as_input, clone
 from coin.networks.files import open_network
 from coin.networks.guard import eval_mode
 from coin.networks.heads import of_one_width
@@ -56,8 +56,6 @@ class Coded(LightningModule):
         experts: The N experts.
         coded: The R coded models, one per row of the code; compressed ones stay packed while they run.
         names: The experts' tasks; ``0``, ``1``, … by default.
-        forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
-            then be mappings of tensors.
 
     Attributes:
         experts, coded: The networks.
@@ -93,7 +91,6 @@ class Coded(LightningModule):
         experts: Networks,
         coded: Sequence[nn.Module | Compressed],
         names: Sequence[str] | None = None,
-        forward: Forward | None = None,
     ) -> None:
         super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
@@ -122,8 +119,8 @@ class Coded(LightningModule):
                 self.nbytes += stored_nbytes(each)
                 networks.append(each)
         self.nbytes += base_nbytes
-        self.experts = nn.ModuleList(_called_by(network, forward) for network in experts)
-        self.coded = nn.ModuleList(_called_by(network, forward) for network in networks)
+        self.experts = nn.ModuleList(experts)
+        self.coded = nn.ModuleList(networks)
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = ""
@@ -313,13 +310,13 @@ class Coded(LightningModule):
         file.save(Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, experts: Networks, forward: Forward | None = None) -> Self:
+    def load(cls, path: str | Path, experts: Networks) -> Self:
         """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
         Raises FileError where the file is missing, damaged or holds something else, StateError where the experts are
         others or tensors do not fit.
         """
-        return cls._of_file(SystemFile.load(Path(path)), str(path), experts, forward)
+        return cls._of_file(SystemFile.load(Path(path)), str(path), experts)
 
     @classmethod
     def from_run(
@@ -367,7 +364,6 @@ class Coded(LightningModule):
         file: SystemFile,
         path: str,
         experts: Networks,
-        forward: Forward | None = None,
     ) -> Self:
         """Return the system that a file holds, with these experts and the coded models of the file or beside it."""
         count = len(file.experts)
@@ -390,7 +386,7 @@ class Coded(LightningModule):
             check_layout(all_tensors(network), state, f"coded model {row} of {path}")
             fill(network, state)
             networks.append(network)
-        system = cls(file.code, experts, networks, file.names, forward)
+        system = cls(file.code, experts, networks, file.names)
         system.decoders = {decoder.erased: decoder for decoder in file.decoders}
         system.classes = file.classes
         return system
@@ -470,13 +466,6 @@ class Coded(LightningModule):
             parts.append(self._answers_for(decoder, batch, decoder.erased, own))
             done += size
         return replace(Answers.concatenate(parts), tasks=task_of)
-
-
-def _called_by(network: nn.Module, forward: Forward | None) -> nn.Module:
-    """Return a network that is called by a user's function, if there is one."""
-    if forward is not None and isinstance(network, Adapted):
-        return network.with_forward(forward)
-    return called_by(network, forward)
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean
 from coin.merging.method import CodedModel, Method
 from coin.modules.recipe import OneCycle
 from coin.networks import fill_network
-from coin.networks.calling import as_input, clear_caches
+from coin.networks.calling import as_input, clear_caches, logits_of
 from coin.networks.running import full_precision
 from coin.networks.weights import to_compute
 
@@ -128,7 +128,7 @@ class DistillationModule(LightningModule):
         logits = []
         for network in self.teachers:
             own = map_tensors(torch.clone, inputs)  # which it may change in place
-            logits.append(network(own))
+            logits.append(logits_of(network, own))
         return torch.stack(logits)
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
@@ -175,7 +175,7 @@ class DistillationModule(LightningModule):
         clear_caches(self.student)
         row = outputs.new_tensor(self.hparams["code_row"])
         target = torch.tensordot(row, outputs, dims=1)  # [B, C]
-        difference = full_precision(self.student(inputs)) - full_precision(target)
+        difference = full_precision(logits_of(self.student, inputs)) - full_precision(target)
         loss: Tensor = 0.5 * difference.square().sum(1).mean()
         self.log(
             f"{stage}/loss",

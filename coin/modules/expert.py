@@ -16,6 +16,7 @@ from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
+from coin.networks.calling import logits_of
 from coin.networks.files import fill_head, initial_network
 
 Labelled = tuple[Tensor, Tensor]
@@ -114,8 +115,7 @@ class Expert(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""
-        logits: Tensor = self.network(images)
-        return logits
+        return logits_of(self.network, images)
 
     def training_step(self, batch: Labelled, batch_idx: int) -> Tensor:
         """Return the batch's cross-entropy, which is logged."""

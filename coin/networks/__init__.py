@@ -1,6 +1,6 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
-from coin.networks.adapted import Adapted as Adapted, answering as answering
+from coin.networks.adapted import Adapted as Adapted
 from coin.networks.adapter import Adapter as Adapter
 from coin.networks.batchnorm import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
 from coin.networks.compressed import (

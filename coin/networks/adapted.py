@@ -1,9 +1,8 @@
 """One body and N adapters as a network that answers as any of its experts."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from coin.core.batches import tensors_in
-from coin.core.choices import check_number
 from coin.errors import ConfigurationError, StateError
 from coin.networks.adapter import Adapter
-from coin.networks.calling import Forward, called_by, clone, plain
+from coin.networks.calling import clone
 from coin.networks.heads import head_name, with_head
 from coin.networks.kept import (
     ANSWERING,
@@ -29,13 +27,9 @@ from coin.networks.kept import (
     unpacked,
 )
 
-_Asked = Mapping[object, int | Tensor | None]
-# By the bodies' keys, as which experts they answer.
-_ASKED: ContextVar[_Asked] = ContextVar("_ASKED")
-
 
 class Adapted(nn.Module):
-    """One body and N adapters; it answers as the experts that `answering` names.
+    """One body and N adapters; called with ``experts=``, an expert or one for each sample ``[B]``, it answers as these.
 
     The body's parameters that adapters change are made when a layer reads them: nothing else is kept, and threads can
     ask for different experts at once. A batch of mixed experts runs once for each expert in it. Logits are those of the
@@ -44,32 +38,19 @@ class Adapted(nn.Module):
     Args:
         body: The body, with which it shares all tensors; `coin.Compressed.packed` gives one whose weights stay packed.
         adapters: Those of the N experts; none for a network that is the same for all.
-        keep_mib: The MiB of plain networks of single experts that are kept, each made when its expert is first asked
-            for: answers are then as fast as the expert's own. The least recently asked for goes. 0 keeps none.
-
-    Raises ConfigurationError where `keep_mib` is above 0 and one network does not fit.
 
     >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
     >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
-    >>> with coin.answering([adapted], torch.tensor([0, 2])):
-    ...     adapted(torch.randn(2, 4)).shape
+    >>> adapted(torch.randn(2, 4), experts=torch.tensor([0, 2])).shape
     torch.Size([2, 3])
     """
 
-    def __init__(
-        self, body: nn.Module, adapters: Sequence[Adapter] = (), keep_mib: float = 0.0
-    ) -> None:
+    def __init__(self, body: nn.Module, adapters: Sequence[Adapter] = ()) -> None:
         super().__init__()
-        self.body = plain(clone(body, shared=True))
+        self.body = clone(body, shared=True)
         self.num_experts = len(adapters)
-        self.key = object()  # by which `answering` knows it and what `torch.export` makes of it
         self.head_name = f"body.{head_name(body)}".rstrip(".")
-        self.forward_by: Forward | None = None  # how the body is called, of `with_forward`
-        self._plain: dict[
-            int, nn.Module
-        ] = {}  # networks of single experts, the least recently asked for first
         self._set_adapters(adapters)
-        self.keep(keep_mib)
 
     def _set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Keep the adapters beside the parameters that they change."""
@@ -93,29 +74,6 @@ class Adapted(nn.Module):
             changes = [adapter.changes.get(name, Change()) for adapter in adapters]
             kept[name].set_experts(changes)
 
-    def keep(self, mib: float) -> None:
-        """Set how many MiB of plain networks are kept; see `Adapted`."""
-        check_number("keep_mib", mib, low=0)
-        self._plain.clear()
-        self.most_plain = 0
-        if mib > 0:
-            each = tensor_nbytes(self.network(0)) / 2**20
-            if mib < each:
-                raise ConfigurationError(
-                    f"found keep_mib={mib:g}, expected 0, or {each:.3g}, which one network takes"
-                )
-            self.most_plain = int(mib / each)
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        """Forget the plain networks when the body is moved."""
-        self._plain.clear()
-        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
-
-    def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """Forget the plain networks when the body gets other tensors."""
-        self._plain.clear()
-        return super().load_state_dict(*args, **options)
-
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
@@ -130,12 +88,6 @@ class Adapted(nn.Module):
                 if change.tensors:
                     adapter.changes[name] = change
         return adapters
-
-    def with_forward(self, forward: Forward | None) -> "Adapted":
-        """Return a copy that shares all tensors, and whose body is called by a user's function (`called_by`)."""
-        shared = clone(self, shared=True)
-        shared.forward_by = forward
-        return shared
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -156,23 +108,35 @@ class Adapted(nn.Module):
         finally:
             ANSWERING.reset(token)
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return what the body makes of inputs ``[B, …]`` as the experts that `answering` names."""
-        return self.run(operator.call, *inputs, **named)
+    def forward(self, *inputs: Any, experts: int | Tensor | None = None, **named: Any) -> Any:
+        """Return what the body makes of inputs ``[B, …]`` as an expert, or sample by sample as experts ``[B]``."""
+        return self.run(operator.call, *inputs, experts=experts, **named)
 
-    def run(self, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        *inputs: Any,
+        experts: int | Tensor | None,
+        **named: Any,
+    ) -> Any:
         """Return what a function makes of a network and inputs ``[B, …]``, for mixed experts in the batch's order.
 
-        The function is called once for every expert, with a network that answers as that one and its samples.
+        The function is called once for every expert, with a network that answers as that one and its samples. Raises
+        StateError where the experts are missing, ConfigurationError where they are neither an index nor indices.
         """
-        experts = 0 if self.num_experts == 0 else _ASKED.get({}).get(self.key)
+        if self.num_experts == 0:
+            experts = 0
         if experts is None:
             raise StateError(
-                "found a body with adapters, expected to be told whose answer it gives; use answering"
+                "found a body with adapters and no expert to answer as, expected one; give experts=, an index or [B]"
             )
-        if isinstance(experts, int):
+        if type(experts) is int:
             with self._as(experts):
-                return function(self._as_expert(experts), *inputs, **named)
+                return function(self.body, *inputs, **named)
+        if not isinstance(experts, Tensor) or experts.ndim != 1 or experts.dtype != torch.int64:
+            raise ConfigurationError(
+                f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64"
+            )
         first = tensors_in((inputs, named))[0]
         if len(experts) != len(first):
             raise ConfigurationError(
@@ -186,37 +150,20 @@ class Adapted(nn.Module):
             take_own = partial(torch.index_select, dim=0, index=own)
             own_inputs, own_named = tree_map_only(Tensor, take_own, (inputs, named))
             with self._as(expert):
-                parts.append(function(self._as_expert(expert), *own_inputs, **own_named))
+                parts.append(function(self.body, *own_inputs, **own_named))
             places.append(own)
         order = torch.cat(places).argsort()
         return tree_map(lambda *outputs: torch.cat(outputs)[order], *parts)
-
-    def _as_expert(self, expert: int) -> nn.Module:
-        """Return what answers as the expert: the body, or a plain network that is kept."""
-        if self.most_plain == 0:
-            return called_by(self.body, self.forward_by)
-        network = self._plain.pop(expert, None)
-        if network is None:
-            network = self.network(expert)
-        self._plain[expert] = network  # the last in order
-        while len(self._plain) > self.most_plain:
-            oldest = next(iter(self._plain))
-            self._plain.pop(oldest, None)  # another thread may have been faster
-        return called_by(network, self.forward_by)
 
 
 def resident_nbytes(network: nn.Module) -> int:
     """Return the bytes of weights that are in memory while a network answers.
 
-    For a body with adapters those of its tensors and of the plain networks that it keeps, or else of what making the
-    largest parameter takes.
+    For a body with adapters those of its tensors and of what making the largest parameter takes.
     """
     own = tensor_nbytes(network)
     if not isinstance(network, Adapted):
         return own
-    if network.most_plain:
-        count = min(network.most_plain, max(1, network.num_experts))
-        return own + count * tensor_nbytes(network.network(0))
     working = [kept.working_nbytes for _, _, kept in kept_parameters(network.body)]
     return own + max(working, default=0)
 
@@ -241,34 +188,6 @@ def tensor_nbytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def with_adapters(
-    network: nn.Module, adapters: Sequence[Adapter], keep_mib: float = 0.0
-) -> nn.Module:
+def with_adapters(network: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
     """Return a network, as a body if there are adapters."""
-    return Adapted(network, adapters, keep_mib) if adapters else network
-
-
-@contextmanager
-def answering(networks: Iterable[nn.Module], experts: int | Tensor | None) -> Iterator[None]:
-    """Have networks with adapters answer as an expert, or sample by sample as experts ``[B]``; others are as always.
-
-    It holds in this thread, or task of an event loop, alone. Raises ConfigurationError where the experts are neither an
-    index nor a tensor of integers.
-
-    >>> with coin.answering(experts, 1):  # no adapters: nothing changes
-    ...     experts[0](torch.randn(2, 4)).shape
-    torch.Size([2, 3])
-    """
-    is_index = experts is None or type(experts) is int
-    if isinstance(experts, Tensor):
-        is_index = experts.ndim == 1 and experts.dtype == torch.int64
-    if not is_index:
-        raise ConfigurationError(
-            f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64"
-        )
-    asked: _Asked = {network.key: experts for network in networks if isinstance(network, Adapted)}
-    token = _ASKED.set({**_ASKED.get({}), **asked})
-    try:
-        yield
-    finally:
-        _ASKED.reset(token)
+    return Adapted(network, adapters) if adapters else network

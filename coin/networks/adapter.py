@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.networks.calling import clone, plain
+from coin.networks.calling import clone
 from coin.networks.heads import with_head
 from coin.networks.kept import Change
 
@@ -88,7 +88,7 @@ class Adapter:
     @torch.no_grad()
     def applied_to(self, body: nn.Module, head: nn.Module | None = None) -> nn.Module:
         """Return the body as the expert's: a plain network, in eval mode, with that head's weights if one is given."""
-        network = plain(clone(body)).eval()
+        network = clone(body).eval()
         for name, change in self.changes.items():
             parameter = network.get_parameter(name)
             parameter.copy_(change(parameter))

@@ -16,11 +16,10 @@ from coin.core.devices import disable_tf32
 from coin.errors import StateError
 from coin.files.tensors import State
 from coin.networks.calling import (
-    Forward,
     as_input,
-    called_by,
     clear_caches,
     explained_inputs,
+    logits_of,
     same_modes,
 )
 
@@ -108,9 +107,7 @@ def folded(
 
 
 @torch.no_grad()
-def recalibrate(
-    network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
-) -> int:
+def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimate all BatchNorm layers' statistics in place, and return the number of samples.
 
     They become the mean of a layer's batch statistics, weighted by batch size, all layers running as in training. A
@@ -121,13 +118,11 @@ def recalibrate(
     Args:
         network: The network.
         batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
-        forward: (network, batch) → output, for a network that is not called with one tensor.
 
     >>> layer = torch.nn.BatchNorm1d(2)
     >>> coin.recalibrate(layer, [torch.tensor([[1.0, 2.0], [3.0, 4.0]])]), layer.running_mean.tolist()
     (2, [2.0, 3.0])
     """
-    network = called_by(network, forward)
     joined_batches = _without_singles(as_input(batch, network) for batch in batches)
     first = next(joined_batches, None)
     if first is None:
@@ -163,7 +158,7 @@ def recalibrate(
                 hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
             for batch in chain([first], joined_batches):
                 samples += size_of(batch)
-                network(map_tensors(torch.clone, batch))  # which it may change in place
+                logits_of(network, map_tensors(torch.clone, batch))  # which it may change in place
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum

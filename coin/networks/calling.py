@@ -1,9 +1,8 @@
-"""How a network is called: in a user's way, as a copy, with a batch that fits it."""
+"""How a network is called: with a tensor or with tensors by name, as a copy, with a batch that fits it."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -12,31 +11,17 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, map_tensors, tensors_in
 from coin.errors import DataError, StateError
 
-Forward = Callable[[Any, Any], Tensor]
-"""(network, batch) → logits ``[B, C]``: how a network is called that does not take one tensor and return another."""
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def called_by(network: Network, forward: Forward | None) -> Network:
-    """Return a copy that shares all tensors, and calls the user's function with an unchanged copy and the batch."""
-    if forward is None:
-        return network
+def logits_of(network: nn.Module, batch: Batch) -> Tensor:
+    """Return a network's logits; tensors by name are its keyword arguments, and of an output with `logits` these count.
 
-    def call(self: nn.Module, batch: Any) -> Tensor:
-        # Which it may change.
-        return forward(plain(copy.copy(self)), map_tensors(torch.clone, batch))
-
-    shared = copy.copy(network)
-    # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
-    shared.__dict__["_call_impl"] = MethodType(call, shared)
-    return shared
-
-
-def plain(network: Network) -> Network:
-    """Undo, in place, the changes of `called_by`; return the network."""
-    network.__dict__.pop("_call_impl", None)
-    return network
+    Networks that are called otherwise are wrapped in a module that is called so.
+    """
+    output = network(**batch) if isinstance(batch, Mapping) else network(batch)
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
 
 
 def clone(network: Network, *, shared: bool = False) -> Network:
@@ -104,22 +89,18 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
         # Autograd refuses inference tensors.
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
-    return map_tensors(ready, checked_batch(batch, network))
+    return map_tensors(ready, checked_batch(batch))
 
 
-def checked_batch(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, or the inputs of (inputs, labels): a tensor, or where a function calls the network, a mapping."""
-    is_copy = "_call_impl" in network.__dict__  # of `called_by`
-    has_function = is_copy or getattr(network, "forward_by", None) is not None
-    is_pair = isinstance(batch, tuple | list) and len(batch) in (1, 2)
-    if is_pair and not has_function:
+def checked_batch(batch: Any) -> Batch:
+    """Return a batch, a tensor or tensors by name, or the inputs of (inputs, labels); a DataError for anything else."""
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         batch = batch[0]
     if _is_batch(batch):
         return batch  # type: ignore[no-any-return]
-    if not has_function or not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping):
         raise DataError(
-            f"found a batch of type {type(batch).__name__}, expected a tensor [B, …], "
-            "or tensors by name with forward=lambda network, batch: …"
+            f"found a batch of type {type(batch).__name__}, expected a tensor [B, …], or tensors by name"
         )
     entries = batch.values()
     if not all(map(_is_batch, entries)) or len(set(map(len, entries))) != 1:

@@ -15,7 +15,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded, folded_norms
-from coin.networks.calling import clone, plain
+from coin.networks.calling import clone
 from coin.networks.delta import (
     EQUAL,
     Rounded,
@@ -111,7 +111,7 @@ class Compressed:
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        network = plain(clone(self.base)).eval()
+        network = clone(self.base).eval()
         if self._outputs is not None:
             with torch.random.fork_rng(devices=[]):
                 replace_head(network, self._outputs)
@@ -133,7 +133,7 @@ class Compressed:
         """
         if self.base_bits or not_makeable(self.base):
             return self.network()
-        network = plain(clone(self.base, shared=True)).eval()
+        network = clone(self.base, shared=True).eval()
         own = stored(network)
         self._check_layout(own)
         tied = tied_names(network)

@@ -72,11 +72,11 @@ class NetworkFile:
             else with_adapters(self.network, self.adapters)
         )
 
-    def module(self, keep_mib: float = 0.0) -> nn.Module:
+    def module(self) -> nn.Module:
         """Return the network as it answers: packed where it is stored so, and as a body where there are adapters."""
         if isinstance(self.content, Compressed) and not self.content.base_bits:
-            return Adapted(self.content.packed(), self.adapters, keep_mib)
-        return with_adapters(self.network, self.adapters, keep_mib)
+            return Adapted(self.content.packed(), self.adapters)
+        return with_adapters(self.network, self.adapters)
 
     def select(self, names: Iterable[str]) -> State:
         """Return these tensors alone, in this order; of a whole network read on access, too."""

@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import check_tensors, clear_caches, explained_inputs, same_modes
+from coin.networks.calling import (
+    check_tensors,
+    clear_caches,
+    explained_inputs,
+    logits_of,
+    same_modes,
+)
 
 _LOCK = threading.RLock()  # held in blocks of `eval_mode`
 
@@ -47,7 +53,7 @@ def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
     with torch.no_grad():
         together = outputs[ends]
         singles = [take(inputs, slice(n, n + 1)) for n in ends]
-        alone = torch.cat([network(single) for single in singles])
+        alone = torch.cat([logits_of(network, single) for single in singles])
     error = (together - alone).abs()
     precision = torch.finfo(alone.dtype).eps
     tolerance = precision**0.5 * alone.abs().amax()

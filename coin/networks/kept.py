@@ -17,7 +17,7 @@ from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, r
 
 BITS = 4  # of the factors of a correction, a value
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
-"""The expert as which bodies answer in this thread or task, set by `coin.Adapted` for each pass; None for as nobody."""
+"""The expert as which a body answers in this thread or task, set by `coin.Adapted` for each pass; None: its own."""
 _KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
 
 

@@ -13,18 +13,23 @@ from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
-from coin.networks.calling import explained_inputs
+from coin.networks.calling import explained_inputs, logits_of
 from coin.networks.heads import head_name, linear_head
 
+Experts = int | Tensor | None
+"""As which experts a body with adapters answers: as one, or sample by sample as several ``[B]``; others ignore it."""
 
-def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
+
+def features_and_logits(
+    network: nn.Module, inputs: Batch, experts: Experts = None
+) -> tuple[Tensor, Tensor]:
     """Run a network once on inputs ``[B, ...]``; return its penultimate features ``[B, F]`` and its logits ``[B, C]``.
 
     The features are the head's input. Raises HeadError where the head does not run once, or reads several positions of
     a sample, as that of a GPT does.
     """
     if isinstance(network, Adapted):  # one pass for each expert in the batch
-        both: tuple[Tensor, Tensor] = network.run(features_and_logits, inputs)
+        both: tuple[Tensor, Tensor] = network.run(features_and_logits, inputs, experts=experts)
         return both
     head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
@@ -36,7 +41,7 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
             captured.extend((*arguments, *named.values()))
 
     with head.register_forward_pre_hook(keep, with_kwargs=True):
-        logits = network(inputs)
+        logits = logits_of(network, inputs)
     kind = type(network).__name__
     if len(captured) != 1:
         raise HeadError(f"the head of {kind} ran {len(captured)} times in one pass, expected once")
@@ -56,19 +61,23 @@ class Run(NamedTuple):
     logits: Tensor
 
 
-def run_network(network: nn.Module, inputs: Batch, features: bool) -> Run:
+def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Experts = None) -> Run:
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
     found = None
     with explained_inputs(network, lambda: inputs):
         if features:
-            found, logits = features_and_logits(network, inputs)
+            found, logits = features_and_logits(network, inputs, experts)
+        elif isinstance(network, Adapted):
+            logits = network.run(logits_of, inputs, experts=experts)
         else:
-            logits = network(inputs)
+            logits = logits_of(network, inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"found {shape} of {kind}, expected logits [B, C]; give forward=…")
+        raise DataError(
+            f"found {shape} of {kind}, expected logits [B, C]; wrap it in a module that returns them"
+        )
     if found is None:
         found = logits[:, :0]
     return Run(full_precision(found), full_precision(logits))

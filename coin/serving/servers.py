@@ -16,8 +16,7 @@ from coin.coding.promise import answer_score
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, ServingError
 from coin.modules import Coded
-from coin.networks import answering, pad_head, run_network
-from coin.networks.adapted import tensor_nbytes
+from coin.networks import pad_head, run_network
 from coin.networks.files import open_network
 from coin.reporting.summary import seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
@@ -53,10 +52,7 @@ def check_finite(reply: Reply) -> Reply:
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored images; logits are padded by zeros to `outputs`.
-
-    A body with adapters keeps up to `keep_mib` MiB of the experts' unpacked networks.
-    """
+    """An expert or a coded model that answers batches of stored images; logits are padded by zeros to `outputs`."""
 
     def __init__(
         self,
@@ -64,27 +60,17 @@ class NetworkServer:
         outputs: int,
         features: bool,
         device: str = "cpu",
-        keep_mib: float = 0.0,
     ) -> None:
         file = open_network(path)
         if file.config.reads != "images":
             raise ConfigurationError(
                 f"found '{path}', which reads {file.config.reads}, expected a network for images"
             )
-        network = (
-            file.module(keep_mib)
-            if file.num_classes == outputs
-            else pad_head(file.network, outputs)
-        )
+        network = file.module() if file.num_classes == outputs else pad_head(file.network, outputs)
         self.image_size = file.config.image_size
         self._network = network.requires_grad_(False).to(device)
         self._device = device
         self._features = features
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its tensors."""
-        return tensor_nbytes(self._network)
 
     @property
     def probe(self) -> Tensor:
@@ -95,8 +81,7 @@ class NetworkServer:
     def __call__(self, images: Tensor, experts: int | Tensor = 0) -> Reply:
         """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, for an expert or for one an image ``[B]``."""
         inputs = to_input(images.to(self._device), self.image_size)
-        with answering([self._network], experts):
-            run = run_network(self._network, inputs, self._features)
+        run = run_network(self._network, inputs, self._features, experts)
         features = run.features if self._features else run.logits[:, :0]
         return Reply(run.logits.cpu(), features.cpu())
 
@@ -136,7 +121,6 @@ class System:
     classes: Sequence[int]  # how many every expert has
     features: bool  # whether replies have features
     holds_copies: bool = False  # whether replicas hold the experts' compressed copies
-    keep_mib: float = 0.0  # MiB of unpacked networks that a server which stands in may keep
     modules: Sequence[str] = ()  # in which the networks' classes are
 
     @classmethod
@@ -145,7 +129,6 @@ class System:
         coded: Coded,
         policy: Policy,
         copies: Sequence[Path] = (),
-        keep_mib: float = 0.0,
     ) -> Self:
         """Return how a run's coded system is served by a policy that its decoder is for.
 
@@ -171,7 +154,6 @@ class System:
             classes=tuple(coded.classes or ()),
             features=decoder.reads_features,
             holds_copies=bool(copies),
-            keep_mib=keep_mib,
             modules=sorted({type(each).__module__ for each in coded.modules()}),
         )
 
@@ -188,25 +170,17 @@ class System:
     def reader(self, names: Sequence[str], device: str = "cpu") -> Callable[[Path], NetworkServer]:
         """Return what reads the networks of a process's servers, each file once.
 
-        Of compressed copies at most `keep_mib` MiB are kept unpacked, or one network if it is more: the least recently
-        used one goes, and is read again when it is asked for.
+        Of compressed copies one is kept unpacked; another is read again when it is asked for.
         """
-        for module in (
-            self.modules
-        ):  # which the process that opened the run had imported, and no file may choose
+        # These the process that opened the run had imported, and no file may choose.
+        for module in self.modules:
             import_module(module)
         read = partial(self._read, device=device)
-        most = None
-        if self.holds_copies and any(name.startswith(REPLICA) for name in names):
-            # All have one architecture and as many outputs.
-            nbytes = read(self.files[names[0]]).nbytes
-            kept = int(self.keep_mib * 2**20 / nbytes)
-            most = max(1, kept)
-        return lru_cache(maxsize=most)(read)
+        has_copies = self.holds_copies and any(name.startswith(REPLICA) for name in names)
+        return lru_cache(maxsize=1 if has_copies else None)(read)
 
     def _read(self, path: Path, device: str = "cpu") -> NetworkServer:
-        keep_mib = 0.0 if self.holds_copies else self.keep_mib  # copies share theirs
-        return NetworkServer(path, max(self.classes), self.features, device, keep_mib)
+        return NetworkServer(path, max(self.classes), self.features, device)
 
     def decode(self, expert: int, replies: Mapping[str, Reply]) -> Decoded:
         """Return an expert's answer by the decoder of what is missing, or from the available rows' equations."""

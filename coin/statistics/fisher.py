@@ -22,7 +22,7 @@ from coin.core.choices import check_integer, parse_enum
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
-from coin.networks.calling import Forward, as_input, called_by
+from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import check_apart, differentiable, evaluating, trainable
 from coin.statistics.cotangents import FisherKind, blocks_by_class, make_cotangents
 from coin.statistics.sums import Sums, sum_type
@@ -85,7 +85,6 @@ def fisher_sums(
     *,
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
-    forward: Forward | None = None,
     **choices: Any,
 ) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for what requires gradients, or for all.
@@ -96,7 +95,6 @@ def fisher_sums(
         options: How it is computed; `FisherOptions`' defaults if None.
         generator: Of Monte Carlo's cotangents; torch's global one by default.
         progress: Called with the number of samples after every cut of a batch.
-        forward: (network, batch) → logits, for other calls than with one tensor; batches may then be mappings too.
         **choices: Options by name, such as ``kind="monte_carlo"``.
 
     Raises ConfigurationError for options that do not belong together or nothing to differentiate by; DataError where
@@ -104,7 +102,7 @@ def fisher_sums(
     sample's neighbours in the batch.
     """
     chosen = replace(options or FisherOptions(), **choices)
-    fisher = _Pass(called_by(network, forward), chosen, generator)
+    fisher = _Pass(network, chosen, generator)
     for batch in batches:
         fisher.add(batch, progress or (lambda done: None))
     if fisher.count == 0:
@@ -229,7 +227,7 @@ class _Pass:
         """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [v, b, C]."""
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         for n, sample in enumerate(samples_of(samples)):
-            logits = self.network(sample)
+            logits = logits_of(self.network, sample)
             self.passes += 1
             if not logits.requires_grad:
                 continue

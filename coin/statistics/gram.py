@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coin.core.batches import size_of
 from coin.errors import StateError
-from coin.networks.calling import Forward, as_input, called_by
+from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
@@ -25,7 +25,6 @@ def gram_sums(
     batches: Iterable[Any],
     *,
     progress: Callable[[int], object] | None = None,
-    forward: Forward | None = None,
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
@@ -39,7 +38,6 @@ def gram_sums(
     >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
     [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
     """
-    network = called_by(network, forward)
     parameters = trainable(network)
     values: dict[str, Tensor] = {}
 
@@ -61,7 +59,7 @@ def gram_sums(
     for batch in batches:
         inputs = as_input(batch, network)
         with evaluating(network, gradients=False), Interceptor(parameters, visit):
-            network(inputs)
+            logits_of(network, inputs)
         samples = size_of(inputs)
         count += samples
         if progress is not None:

@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from coin.core.batches import Batch, size_of
 from coin.errors import DataError
+from coin.networks.calling import logits_of
 from coin.statistics.flow import Flow
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call, Totals
@@ -64,12 +65,13 @@ class Tape:
         self._samples = size_of(inputs)
         flow = Flow(inputs) if self._rows is None else None
         with Interceptor(self._parameters, self._visit, flow):
-            output: Tensor = network(inputs)
+            output = logits_of(network, inputs)
         is_tensor = isinstance(output, Tensor)
         if not is_tensor or output.ndim != 2 or len(output) != self._samples:
             found = [*output.shape] if is_tensor else type(output).__name__
             raise DataError(
-                f"the network's output is {found}, expected logits [{self._samples}, C]; give forward=…"
+                f"the network's output is {found}, expected logits [{self._samples}, C]; "
+                "wrap it in a module that returns them"
             )
         if flow is not None:
             self.sorts = flow.placed

@@ -65,7 +65,7 @@ from coin.reporting import read_results
 from coin.serving.policies import PolicyKind
 from coin.serving.servers import System
 
-SETUPS = ("uncoded", "replica", "copies", "standin-packed", "standin-dense", "coded_hedged")
+SETUPS = ("uncoded", "replica", "copies", "standin-packed", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
 IN_TIME = 10  # queries in a row for lost experts' tasks that are answered in time: service has recovered
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -79,17 +79,16 @@ class Setup:
     folder: Path
     policy: PolicyKind
     method: str | None = None
-    keep_mib: float = 0.0
 
     @property
     def options(self) -> list[str]:
         """The options of `coin serve`."""
         method = [f"--method={self.method}"] if self.method else []
-        return [str(self.folder), f"--policy={self.policy}", f"--keep_mib={self.keep_mib}", *method]
+        return [str(self.folder), f"--policy={self.policy}", *method]
 
     def system(self) -> System:
         """Return the system that `coin serve` serves with these options."""
-        return read_system(str(self.folder), self.method, None, self.policy, 0.9, self.keep_mib)[0]
+        return read_system(str(self.folder), self.method, None, self.policy, 0.9)[0]
 
 
 def setup_named(name: str, folder: Path) -> Setup:
@@ -101,10 +100,7 @@ def setup_named(name: str, folder: Path) -> Setup:
     if not name.startswith("standin"):
         return Setup(name, folder, PolicyKind(name))
     rows = results[results["decoder"] == "expert_head"].sort_values("memory_mib")
-    experts = folder.glob("seed-0/experts/*/expert.safetensors")
-    every_expert = math.ceil(1.1 * sum(path.stat().st_size for path in experts) / 2**20)
-    keep_mib = every_expert if name == "standin-dense" else 0.0
-    return Setup(name, folder, PolicyKind.standin, str(rows["method"].iloc[0]), keep_mib)
+    return Setup(name, folder, PolicyKind.standin, str(rows["method"].iloc[0]))
 
 
 def empty_server_mib(system: System) -> float:

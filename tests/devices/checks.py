@@ -84,8 +84,9 @@ def moved(value):
 
 
 def answers(net, inputs, expert=1):
-    with torch.no_grad(), coin.answering([net], expert):
-        return net(inputs.to(next(net.parameters()).device)).cpu()
+    named = {"experts": expert} if isinstance(net, coin.Adapted) else {}
+    with torch.no_grad():
+        return net(inputs.to(next(net.parameters()).device), **named).cpu()
 
 
 @pytest.mark.parametrize("name", METHODS)

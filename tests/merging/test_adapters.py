@@ -1,6 +1,7 @@
 """Adapters against regressions written out, and bodies with adapters from the fit to a file and to serving."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
 from coin.merging.adapter_fit import Moments
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
-from coin.networks.adapted import Adapted, answering, stored_nbytes, tensor_nbytes, with_adapters
+from coin.networks.adapted import Adapted, stored_nbytes, tensor_nbytes, with_adapters
 from coin.networks.adapter import AdapterOptions
 from coin.networks.delta import quantise
 from coin.networks.kept import kept_parameters
@@ -174,8 +175,8 @@ def test_a_parameter_without_dimensions_is_changed_as_others_are():
     inputs = [[torch.randn(60, 5)] for _ in experts]
     adapted = fit_adapters(experts[0], experts, inputs, rank=2)
     assert adapted.network(1).gain.shape == ()
-    with answering([adapted], 1), torch.no_grad():
-        torch.testing.assert_close(adapted(inputs[1][0]), experts[1](inputs[1][0]), rtol=0.1, atol=0.05)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(inputs[1][0], experts=1), experts[1](inputs[1][0]), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("make", INPUTS)
@@ -185,9 +186,10 @@ def test_with_full_rank_a_body_becomes_each_expert(make):
     poor = fit_adapters(average_of(experts), experts, inputs, rank=0)
     for place, (expert, (batch,)) in enumerate(zip(experts, inputs, strict=True)):
         own, _ = features_and_logits(expert, batch)
-        with answering([adapted, poor], place), torch.no_grad():
+        with torch.no_grad():
             near, far = (
-                float((features_and_logits(each, batch)[0] - own).norm() / own.norm()) for each in (adapted, poor)
+                float((features_and_logits(each, batch, place)[0] - own).norm() / own.norm())
+                for each in (adapted, poor)
             )
         assert near < 0.6 * far, (near, far)  # groups of a convolution and a transformer's positions have no correction
 
@@ -200,11 +202,11 @@ def test_one_pass_for_mixed_experts_plain_networks_and_each_alone_agree(make):
     assert all(torch.equal(tensor, before[name]) for name, tensor in experts[0].state_dict().items())
     mixed, who = torch.cat([batch[:4] for (batch,) in inputs]), torch.arange(3).repeat_interleave(4)
     shuffled = torch.randperm(12)
-    with answering([adapted], who[shuffled]), torch.no_grad():
-        together = adapted(mixed[shuffled])
+    with torch.no_grad():
+        together = adapted(mixed[shuffled], experts=who[shuffled])
     alone = torch.cat([adapted.network(place)(batch[:4]) for place, (batch,) in enumerate(inputs)])
     torch.testing.assert_close(together, alone[shuffled], rtol=1e-3, atol=1e-3)
-    with pytest.raises(StateError, match="expected to be told whose answer it gives"):
+    with pytest.raises(StateError, match="expected one; give experts="):
         adapted(mixed)
     headed = adapted.network(1, experts[1].get_submodule(coin.networks.head_name(experts[1])))
     own = coin.networks.linear_heads([experts[1]])[0][0]
@@ -239,8 +241,8 @@ def test_equal_experts_need_no_adapters():
     experts = [experts[0], deepcopy(experts[0])]
     adapted = fit_adapters(experts[0], experts, [inputs[0], inputs[0]])
     own, _ = features_and_logits(experts[0], inputs[0][0])
-    with answering([adapted], 1):
-        torch.testing.assert_close(features_and_logits(adapted, inputs[0][0])[0], own, rtol=1e-2, atol=1e-3)
+    found, _ = features_and_logits(adapted, inputs[0][0], 1)
+    torch.testing.assert_close(found, own, rtol=1e-2, atol=1e-3)
 
 
 def test_more_rank_is_nearer_and_a_memory_takes_the_largest_rank_that_fits():
@@ -248,8 +250,8 @@ def test_more_rank_is_nearer_and_a_memory_takes_the_largest_rank_that_fits():
     errors = []
     for rank in (0, 1, 3):
         adapted = merge_networks(Refit(adapters={"rank": rank}, label="it"), experts, uniform(3), calibration=inputs)[0]
-        with answering([adapted], 2), torch.no_grad():
-            own, found = (features_and_logits(each, inputs[2][0])[0] for each in (experts[2], adapted))
+        with torch.no_grad():
+            own, found = (features_and_logits(each, inputs[2][0], 2)[0] for each in (experts[2], adapted))
         errors.append(float((own - found).norm() / own.norm()))
     assert errors == sorted(errors, reverse=True)
     whole = merge_networks(Refit(), experts, uniform(3), calibration=inputs)[0]
@@ -271,8 +273,7 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         (packed,) = made.compressed[f"{method.name}+rank2-2bit"]
         rounded = with_adapters(packed.network(), packed.adapters)
         bare = with_adapters(packed.network(), made[0].adapters)  # those that were fitted to the whole body
-        with answering([rounded, bare], 0):
-            own, *each = (features_and_logits(net, inputs[0][0])[0] for net in (experts[0], rounded, bare))
+        own, *each = (features_and_logits(net, inputs[0][0], 0)[0] for net in (experts[0], rounded, bare))
         assert (each[0] - own).norm() < 0.8 * (each[1] - own).norm()
         one = method(**how).coded_model(coin.Experts(experts, calibration=inputs), [0.5, 0.5])
         path = tmp_path / "body.safetensors"
@@ -285,8 +286,8 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
         assert unpacked.nbytes == packed.nbytes
         read = with_adapters(unpacked.network(), unpacked.adapters)
         for left, right in ((again, made[0]), (read, rounded)):
-            with answering([left, right], torch.tensor([1, 0, 1])):
-                assert torch.equal(left(inputs[0][0][:3]), right(inputs[0][0][:3]))
+            who = torch.tensor([1, 0, 1])
+            assert torch.equal(left(inputs[0][0][:3], experts=who), right(inputs[0][0][:3], experts=who))
     images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     server = NetworkServer(path, 3, features=True)
     requests = [Request(path, 1, images[:1]), Request(path, 0, images[1:]), Request(path, 1, images)]
@@ -303,8 +304,7 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     decoded = system.decode(batch, ["c", "b"])
     for place, expert in enumerate((2, 1)):
         head = coin.networks.linear_heads([experts[expert]])[0]
-        with answering(system.coded, expert):
-            expected = F.linear(features_and_logits(system.coded[0], batch)[0], *head)
+        expected = F.linear(features_and_logits(system.coded[0], batch, expert)[0], *head)
         torch.testing.assert_close(decoded[place], expected)
     promises = system.accept(
         0.2, inputs=[torch.cat([i[0] for i in inputs])], tasks=torch.arange(3).repeat_interleave(80)
@@ -329,8 +329,9 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     made = merge_networks(Refit(adapters={"rank": 1}), experts, code, calibration=inputs)
     coin.Coded(code, experts, made).save(tmp_path / "rows.safetensors")
     again = coin.Coded.load(tmp_path / "rows.safetensors", experts)
-    with torch.no_grad(), answering([*made, *again.coded], 2):
-        assert all(torch.equal(body(batch), one(batch)) for body, one in zip(made, again.coded, strict=True))
+    with torch.no_grad():
+        for body, one in zip(made, again.coded, strict=True):
+            assert torch.equal(body(batch, experts=2), one(batch, experts=2))
 
 
 @pytest.mark.parametrize(
@@ -356,8 +357,9 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     system = coin.Coded(uniform(3), experts, [packed])
     system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
     assert system.nbytes == packed.nbytes < sum(t.nbytes for t in experts[0].state_dict().values())
-    with answering([body := with_adapters(packed.network(), packed.adapters)], 2), torch.no_grad():
-        features = features_and_logits(body, inputs[2][0])[0]
+    body = with_adapters(packed.network(), packed.adapters)
+    with torch.no_grad():
+        features = features_and_logits(body, inputs[2][0], 2)[0]
     head = coin.networks.linear_heads([experts[2]])[0]
     torch.testing.assert_close(system.decode(inputs[2][0], [2])[0], F.linear(features, *head))
     tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
@@ -386,8 +388,7 @@ def test_what_has_no_adapters_is_refused_or_left():
     few = [[batch[:1]] for (batch,) in inputs]  # one sample a task
     adapted = fit_adapters(experts[0], experts, few, rank=4)
     for place, (batch,) in enumerate(few):
-        with answering([adapted], place):
-            assert torch.isfinite(adapted(batch)).all()
+        assert torch.isfinite(adapted(batch, experts=place)).all()
     row = [0.5, 0.5, 0.0]
     made = merge_networks(Refit(adapters={"rank": 1}), experts, [row, [0, 0.5, 0.5]], calibration=inputs)
     assert [[each.nbytes > 0 for each in body.adapters] for body in made] == [[True, True, False], [False, True, True]]
@@ -424,41 +425,51 @@ def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
     assert {"map.weight", "map.bias", "attention.in_proj_weight", "attention.out_proj.bias"} <= changed
     assert changed <= units | {name.replace("weight", "bias") for name in units}
     assert not any(name.startswith(("twice", "table", "head")) for name in changed)
-    with answering([adapted], 1), torch.no_grad():  # where torch's fused attention would hide its projections
-        torch.testing.assert_close(adapted(inputs[1][0]), adapted.network(1)(inputs[1][0]), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():  # where torch's fused attention would hide its projections
+        found, own = adapted(inputs[1][0], experts=1), adapted.network(1)(inputs[1][0])
+    torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-3)
 
 
-def test_a_users_call_is_that_of_the_fit_too(tmp_path):
-    """Networks that get raw inputs through `forward` have the bodies of those that get them normalised beforehand."""
+class Raw(nn.Module):
+    """A network that is called otherwise, wrapped: of a tensor by name it makes the inputs that it wants."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, raw):
+        return SimpleNamespace(logits=self.network((raw - 30) / 20))
+
+
+def test_a_wrapped_network_is_fitted_as_its_own_is(tmp_path):
+    """Networks that get raw inputs by name have the bodies of those that get them normalised beforehand."""
     experts, inputs = make_experts(maps, apart=1.0)
     raw = [[30 + 20 * batch] for (batch,) in inputs]
     named = [[{"raw": batch}] for (batch,) in raw]
 
-    def normalised(network, batch):
-        return network((batch["raw"] - 30) / 20)
-
     direct = [[(batch - 30) / 20] for (batch,) in raw]
     body = average_of(experts).train()  # as one that was just made
     expected = fit_adapters(body, experts, direct, rank=2)
-    found = fit_adapters(body, experts, named, rank=2, forward=normalised)
-    assert same_tensors(found, expected)
+    wrapped = [Raw(expert) for expert in experts]
+    found = fit_adapters(Raw(body), wrapped, named, rank=2)
+    assert same_tensors(found.body.network, expected.body)
     assert body.training
     assert not found.body.training
     start = deepcopy(experts[0])
     for method in (Average, Base, Refit):
         options = method(adapters={"rank": 2}, compress=[{"bits": 4}, {"bits": 4, "base_bits": 0}])
         one = merge_networks(options, experts, uniform(3), calibration=direct, initial=start)
-        two = merge_networks(options, experts, uniform(3), calibration=named, initial=start, forward=normalised)
+        two = merge_networks(options, wrapped, uniform(3), calibration=named, initial=Raw(start))
         variants = zip([[*one], *one.compressed.values()], [[*two], *two.compressed.values()], strict=True)
         for expected, found in variants:
-            system = coin.Coded(uniform(3), experts, found, forward=normalised)
+            system = coin.Coded(uniform(3), wrapped, found)
             system.fit_decoder(named[0], [0, 1, 2], "expert_head")
             other = coin.Coded(uniform(3), experts, expected)
             other.fit_decoder(direct[0], [0, 1, 2], "expert_head")
             decoded = system.decode(named[1][0], [1])
             assert torch.equal(decoded, other.decode(direct[1][0], [1]))
             system.save(tmp_path / "system.safetensors")
-            again = coin.Coded.load(tmp_path / "system.safetensors", experts, forward=normalised)
+            again = coin.Coded.load(tmp_path / "system.safetensors", wrapped)
             assert torch.equal(again.decode(named[1][0], [1]), decoded)
 
 
@@ -527,8 +538,8 @@ def test_networks_that_run_in_chunks_are_refused_in_a_line_or_answer_right(metho
     made = merge_networks(method, experts, uniform(2), calibration=few)
     if method.adapters is not None:
         x, each = torch.randn(150, 5), torch.arange(150) % 2
-        with torch.no_grad(), answering(made, each):
-            found = made[0](x)
+        with torch.no_grad():
+            found = made[0](x, experts=each)
         for expert in range(2):
             torch.testing.assert_close(found[each == expert], made[0].network(expert)(x[each == expert]))
 

@@ -195,7 +195,7 @@ NAMED = [[named(batch) for batch in batches] for batches in STACKED]
 )
 def test_batches_by_name_merge_as_one_tensor_does(method):
     (expected,) = merge_networks(method, networks(Stacked), CODE, calibration=STACKED)
-    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED, forward=call)
+    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED)
     assert equal(expected.state_dict(), found.state_dict())
     assert type(found) is Texts
     assert vars(found).keys() == vars(Texts()).keys()
@@ -210,8 +210,8 @@ def test_statistics_and_recalibration_read_batches_by_name():
         lambda *given, **options: fisher_diagonal(*given, kind="categorical", **options),
         lambda *given, **options: gram_sums(*given, **options).mean(),
     ):
-        assert equal(statistic(plain, STACKED[0]), statistic(own, NAMED[0], forward=call))
-    assert recalibrate(plain, STACKED[0]) == recalibrate(own, NAMED[0], forward=call) == 14
+        assert equal(statistic(plain, STACKED[0]), statistic(own, NAMED[0]))
+    assert recalibrate(plain, STACKED[0]) == recalibrate(own, NAMED[0]) == 14
     assert torch.equal(plain.norm.running_var, own.norm.running_var)
 
 
@@ -220,20 +220,18 @@ def test_statistics_and_recalibration_read_batches_by_name():
     [
         ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, r"found a batch of \['a', 'text'\], expected tens"),
         ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"of \['a', 'b'\], expected tensors .* of as many"),
-        ((torch.zeros(2, 3), torch.zeros(2)), "found a batch of type tuple, expected a tensor .*, or ten"),
+        ((torch.zeros(2, 3),) * 3, "found a batch of type tuple, expected a tensor .*, or ten"),
     ],
 )
 def test_batches_of_anything_else_are_told(batch, message):
     network = networks(Texts)[0]
     for use in (
-        lambda: fisher_diagonal(network, [batch], forward=call),
-        lambda: gram_sums(network, [batch], forward=call),
-        lambda: recalibrate(network, [batch], forward=call),
-        lambda: Experts([network] * 2, calibration=[[batch]] * 2, forward=call),
-        lambda: Coded(Code([[1.0]]), [network], [network], forward=call).answers(batch),
+        lambda: fisher_diagonal(network, [batch]),
+        lambda: gram_sums(network, [batch]),
+        lambda: recalibrate(network, [batch]),
+        lambda: Experts([network] * 2, calibration=[[batch]] * 2),
+        lambda: Coded(Code([[1.0]]), [network], [network]).answers(batch),
     ):
         with pytest.raises(DataError, match=message) as told:
             use()
         assert "\n" not in str(told.value)
-    with pytest.raises(DataError, match=r"type dict, expected a tensor .*, or tensors by name with forward=lambda"):
-        fisher_diagonal(network, NAMED[0])

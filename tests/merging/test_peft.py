@@ -183,9 +183,7 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
                 parameter.data += 0.1 * torch.randn(len(parameter), 1) * torch.randn_like(parameter[:1])
         experts.append(expert)
         texts.append(torch.randint(1, 50, (80, 12)))
-    adapted = fit_adapters(
-        base, experts, [[each] for each in texts], rank=4, scales=False, forward=lambda net, x: net(input_ids=x).logits
-    )
+    adapted = fit_adapters(base, experts, [[each] for each in texts], rank=4, scales=False)
     names = ["a", "b", "c"]
     for name, adapter, expert in zip(names, adapted.adapters, experts, strict=True):
         head = expert.classifier.state_dict()
@@ -232,7 +230,7 @@ def test_heads_of_two_layers_are_loaded(kind, tmp_path):
         if parameter.ndim == 2 and len(parameter) < 50:
             parameter.data += 0.1 * torch.randn_like(parameter)
     ids = torch.randint(3, 50, (60, 9))
-    made = extract_lora(expert, base, [ids], 8, tmp_path, forward=lambda net, x: net(input_ids=x).logits)
+    made = extract_lora(expert, base, [{"input_ids": ids}], 8, tmp_path)
     loaded = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
         expected = made(input_ids=ids).logits

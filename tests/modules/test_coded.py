@@ -254,7 +254,7 @@ def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
 
 
 def test_networks_of_ones_own_with_all_they_hold_are_kept(tmp_path):
-    """BatchNorm's statistics, a mask of infinities, a buffer in no state dict; networks called in one's own way."""
+    """BatchNorm's statistics, a mask of infinities, a buffer in no state dict; inputs by name."""
 
     class Own(nn.Module):
         def __init__(self):
@@ -266,17 +266,14 @@ def test_networks_of_ones_own_with_all_they_hold_are_kept(tmp_path):
         def forward(self, x):
             return self.fc(torch.maximum(self.norm(x) * self.scale, self.mask))
 
-    def call(network, batch):
-        return network(batch["x"])
-
     torch.manual_seed(0)
     experts, code = [Own().eval() for _ in range(2)], Code([[0.5, 0.5]])
     experts[1].norm.running_mean += 1
-    coded = merge_networks(Average(batchnorm="average"), experts, code, forward=call)
+    coded = merge_networks(Average(batchnorm="average"), experts, code)
     batch = {"x": torch.randn(9, 4)}
-    system = Coded(code, experts, coded, forward=call).fit_decoder([batch], [1], "ridge")
+    system = Coded(code, experts, coded).fit_decoder([batch], [1], "ridge")
     system.save(tmp_path / "own.safetensors")
-    again = Coded.load(tmp_path / "own.safetensors", experts, forward=call)
+    again = Coded.load(tmp_path / "own.safetensors", experts)
     assert torch.equal(again.decode(batch), system.decode(batch))
     assert torch.equal(again.coded[0].scale, (experts[0].scale + experts[1].scale) / 2)
 

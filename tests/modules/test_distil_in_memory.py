@@ -15,8 +15,8 @@ CODE = coin.Code([[0.4, 0.6]])
 FAST = {"lr": 1e-2, "steps": 40, "batch_size": 8}
 
 
-def distill(experts, code, inputs, forward=None, **options):
-    return coin.merge_networks(coin.Distillation(**options), experts, code, calibration=inputs, forward=forward)
+def distill(experts, code, inputs, **options):
+    return coin.merge_networks(coin.Distillation(**options), experts, code, calibration=inputs)
 
 
 class Plain(nn.Module):
@@ -103,8 +103,7 @@ def test_a_seed_gives_the_same_network_whatever_was_drawn_before_and_in_any_cont
 def test_batches_by_name_and_other_class_counts_train_as_well():
     named = [[{"x": batch} for batch in batches] for batches in calibration()]
     (expected,) = distill(make(counts=(3, 2)), CODE, calibration(), **FAST)
-    options = {**FAST, "forward": lambda network, batch: network(**batch).logits}
-    (found,) = distill(make(Named, (3, 2)), CODE, named, **options)
+    (found,) = distill(make(Named, (3, 2)), CODE, named, **FAST)
     assert type(found) is Named
     assert vars(found).keys() == vars(Named(3)).keys()
     assert equal(found, expected)

@@ -72,13 +72,10 @@ def test_batches_by_name_and_an_exact_system():
 
     experts, code = [Named(6, 3), Named(6, 2)], coin.Code([[0.5, 0.5]])
 
-    def call(network, batch):
-        return network(**batch).logits
-
-    (coded,) = coin.merge_networks(coin.Average(), experts, code, forward=call)
+    (coded,) = coin.merge_networks(coin.Average(), experts, code)
     inputs = [[{"x": torch.randn(9, 6)} for _ in range(3)] for _ in experts]
     pairs = [[(batch, torch.arange(9) % 2) for batch in batches] for batches in inputs]
-    table = coin.evaluate(coin.Coded(code, experts, [coded], forward=call), pairs, calibration=inputs)
+    table = coin.evaluate(coin.Coded(code, experts, [coded]), pairs, calibration=inputs)
     assert list(table.decoder) == [kind for kind in coin.DecoderKind for _ in range(2)]
     assert list(table.task) == ["0", "1"] * 4
     assert (table.nda == 1).all()

@@ -4,7 +4,6 @@ The families are in timm.yaml: an architecture or a class of `timm.models`, the 
 hugging_face.yaml: what its configuration is called, the images' size, which is 0 for texts, and its entries.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -76,28 +75,26 @@ FAMILIES = list(_TABLE)
 Batch = Tensor | dict[str, Tensor]
 
 
+def call(network: Any, batch: Batch) -> Tensor:
+    """Return a network's logits [B, C]: timm's have a tensor, those of Hugging Face tensors by name."""
+    logits: Tensor = network(batch) if isinstance(batch, Tensor) else network(**batch).logits
+    return logits
+
+
 @dataclass
 class Case:
-    """Two experts of one family, a copy of the first, the initialisation they started from, and their tasks' samples.
-
-    `forward` is that of `coin.merge_networks`.
-    """
+    """Two experts of one family, a copy of the first, the initialisation they started from and their tasks' samples."""
 
     initial: nn.Module
     experts: list[nn.Module]
     untouched: nn.Module
     tasks: list[list[Batch]]
-    forward: Callable[[Any, Any], Tensor] | None
 
     def answers(self, network: nn.Module, batch: Batch | None = None) -> Tensor:
         """Return a network's logits [B, C], of all calibration samples by default."""
         batches = [batch] if batch is not None else [each for task in self.tasks for each in task]
         with torch.no_grad():
-            return torch.cat([self.call(network, each) for each in batches])
-
-    def call(self, network: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = network(batch) if self.forward is None else self.forward(network, batch)
-        return logits
+            return torch.cat([call(network, each) for each in batches])
 
 
 def make_case(family: str) -> Case:
@@ -107,7 +104,7 @@ def make_case(family: str) -> Case:
     _move(network, 1.0, 0.1)  # so that no layer that starts at zero hides others
     draw = _images if is_timm else _named
     tasks = [[draw(_TABLE[family][1], count, scale) for count in (8, SAMPLES - 8)] for scale in (1.0, 0.6)]
-    case = Case(network, [], network, tasks, None if is_timm else _logits)
+    case = Case(network, [], network, tasks)
     for norm in _norms(network):
         norm.reset_running_stats()
         norm.momentum = None  # its statistics are the mean over these batches
@@ -142,11 +139,6 @@ def _hugging_face(family: str) -> nn.Module:
     kind = "ForImageClassification" if size else "ForSequenceClassification"
     network: nn.Module = getattr(transformers, name + kind)(configuration)
     return network
-
-
-def _logits(network: Any, batch: Any) -> Tensor:
-    logits: Tensor = network(**batch).logits
-    return logits
 
 
 def _move(network: nn.Module, matrices: float, vectors: float) -> None:

@@ -59,8 +59,7 @@ def test_what_a_layer_makes_when_it_is_called_is_what_one_network_for_each_exper
     plain = coin.compress(network, None, bits=4, base_bits=0).network()
     for expert, own in enumerate(adapters):
         for body, base in ((whole, network), (packed, plain)):
-            with coin.answering([body], expert):
-                found = body(x)
+            found = body(x, experts=expert)
             torch.testing.assert_close(found, own.applied_to(base)(x), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found, body.network(expert)(x), rtol=1e-5, atol=1e-6)
     assert not torch.equal(whole.network(0)(x), whole.network(1)(x))
@@ -78,21 +77,19 @@ def test_a_mixed_batch_runs_once_for_each_expert_in_it_and_keeps_its_order(made)
     for body in (whole, packed):
         runs = []
         hook = body.body.head.register_forward_hook(lambda *call, runs=runs: runs.append(len(call[2])))
-        with coin.answering([body], experts):
-            logits, both = body(x), features_and_logits(body, x)
+        logits, both = body(x, experts=experts), features_and_logits(body, x, experts)
         hook.remove()
         assert runs == [3, 2, 2] * 2
         for place, expert in enumerate(experts.tolist()):
             expected = body.network(expert)(x[place : place + 1])
             torch.testing.assert_close(logits[place : place + 1], expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(both[1][place : place + 1], expected, rtol=1e-4, atol=1e-5)
-        with coin.answering([body], experts[:0]):
-            assert body(x[:0]).shape == (0, 5)
+        assert body(x[:0], experts=experts[:0]).shape == (0, 5)
         for wrong in (3, -1, torch.tensor([0, 0, 0, 3, 0, 0, 0])):
             message = r"found expert (3|-1), expected 0 to 2"
-            with coin.answering([body], wrong), pytest.raises(ConfigurationError, match=message):
-                body(x)
-        with pytest.raises(StateError, match="use answering"):
+            with pytest.raises(ConfigurationError, match=message):
+                body(x, experts=wrong)
+        with pytest.raises(StateError, match="expected one; give experts="):
             body(x)
 
 
@@ -105,9 +102,8 @@ def test_threads_do_not_see_one_another_s_experts(made):
         with torch.no_grad():
             for _ in range(30):
                 barrier.wait()
-                with coin.answering([packed], expert):
-                    if not torch.allclose(packed(x), expected[expert], rtol=1e-4, atol=1e-5):
-                        wrong.append(expert)
+                if not torch.allclose(packed(x, experts=expert), expected[expert], rtol=1e-4, atol=1e-5):
+                    wrong.append(expert)
 
     threads = [threading.Thread(target=ask, args=(expert,)) for expert in range(3)]
     for thread in threads:
@@ -130,63 +126,35 @@ def test_a_body_is_an_ordinary_module(made):
         other.load_state_dict(body.state_dict())
         assert torch.equal(other.network(0)(x), body.network(0)(x))
         wide = deepcopy(body).double()
-        with coin.answering([wide], 1):
-            found = wide(x.double())
+        found = wide(x.double(), experts=1)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found.float(), body.network(1)(x), rtol=1e-3, atol=1e-3)
         moved = deepcopy(body).to("meta")
         assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"meta"}
-        with coin.answering([moved], 1):
-            assert moved(x.to("meta")).shape == (7, 5)
-    with coin.answering([packed], 1):
-        expected = packed(x)
-        exported = torch.export.export(packed, (x,), strict=False).module()  # as newer torch does by itself
-    torch.testing.assert_close(exported(x), expected)
+        assert moved(x.to("meta"), experts=1).shape == (7, 5)
+    exported = torch.export.export(packed, (x,), {"experts": 1}, strict=False).module()  # as newer torch does by itself
+    torch.testing.assert_close(exported(x, experts=1), packed(x, experts=1))
     with pytest.raises(StateError, match="is computed at every pass"):
         coin.compress(packed, None, bits=4, base_bits=0)
 
 
-@torch.no_grad()
-def test_as_many_plain_networks_are_kept_as_fit_and_the_least_recently_asked_for_goes(made):
-    network, adapters, _, packed, x = made
-    each = tensor_nbytes(packed.network(0))
-    body = coin.compress(network, None, bits=4, base_bits=0).packed()
-    dense = coin.Adapted(body, adapters, keep_mib=2.5 * each / 2**20)
-    made_for = []
-    make = dense.network
-    dense.network = lambda expert: made_for.append(expert) or make(expert)
-    for expert in (0, 1, 0, 2, 0, 1, 2):
-        with coin.answering([dense], expert):
-            torch.testing.assert_close(dense(x), packed.network(expert)(x), rtol=1e-5, atol=1e-6)
-    assert made_for == [0, 1, 2, 1, 2]
+def test_what_is_in_memory_is_the_tensors_and_what_making_the_largest_parameter_takes(made):
+    network, _, _, packed, _ = made
     working = 4 * (8 * 27 + 8 * 14)  # the kernel, and an int32 for each of its bytes
-    del dense.network
-    assert resident_nbytes(dense) == tensor_nbytes(dense) + 2 * each
     assert resident_nbytes(packed) == tensor_nbytes(packed) + working
     assert resident_nbytes(network) == tensor_nbytes(network)
-    dense.double()
-    with coin.answering([dense], 0):
-        assert dense(x.double()).dtype == torch.float64
-    with pytest.raises(ConfigurationError, match=r"found keep_mib=0\.001, expected 0, or 0\.\d+, which one network"):
-        coin.Adapted(network, adapters, keep_mib=0.001)
 
 
 @torch.no_grad()
-def test_a_users_call_is_the_body_s_too(made):
+def test_tensors_by_name_are_the_body_s_too(made):
     network, adapters, _, packed, x = made
-
-    def forward(own, batch):
-        return own(batch["x"].flip(1))  # the channels the other way round
-
     experts = [packed.network(expert) for expert in range(3)]
-    for keep_mib in (0.0, 1.0):
-        body = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed(), adapters)
-        system = coin.Coded(coin.uniform(3), experts, [body], forward=forward)
-        system.coded[0].keep(keep_mib)
-        system.fit_decoder([{"x": x}], [0, 1, 2], "expert_head")
-        for expert in range(3):
-            answer = system.decode({"x": x}, [expert])[0]
-            torch.testing.assert_close(answer, experts[expert](x.flip(1)), rtol=1e-4, atol=1e-4)
+    body = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed(), adapters)
+    system = coin.Coded(coin.uniform(3), experts, [body])
+    system.fit_decoder([{"x": x}], [0, 1, 2], "expert_head")
+    for expert in range(3):
+        answer = system.decode({"x": x}, [expert])[0]
+        torch.testing.assert_close(answer, experts[expert](x), rtol=1e-4, atol=1e-4)
 
 
 class Recurrent(nn.Module):
@@ -256,17 +224,6 @@ def test_tied_weights_are_changed_together_and_what_cannot_be_changed_is_refused
             coin.Adapted(body, [coin.Adapter(dict.fromkeys(names, scale))])
 
 
-def test_plain_networks_are_forgotten_with_other_tensors_and_of_no_use_to_inference_mode_alone(made):
-    _, adapters, _, packed, x = made
-    dense = coin.Adapted(coin.compress(Network(), None, bits=4, base_bits=0).packed(), adapters, keep_mib=1.0)
-    with torch.inference_mode(), coin.answering([dense], 0):
-        dense(x)
-    with coin.answering([dense, packed], 0):
-        assert dense(x).requires_grad
-        dense.load_state_dict(packed.state_dict())
-        torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-6)
-
-
 def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_nothing():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
@@ -279,8 +236,8 @@ def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_n
     ]
     adapted, inputs = coin.Adapted(network, adapters), torch.randn(4, 6)
     for place, adapter in enumerate(adapters):
-        with coin.answering([adapted], place), torch.no_grad():
-            torch.testing.assert_close(adapted(inputs), adapter.applied_to(network)(inputs))
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(inputs, experts=place), adapter.applied_to(network)(inputs))
         again = adapted.adapters[place].tensors
         assert again.keys() == adapter.tensors.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in adapter.tensors.items())
@@ -301,8 +258,8 @@ def test_experts_of_other_ranks_and_without_parts_answer_as_their_own_and_lose_n
 )
 def test_what_names_no_experts_is_refused_in_a_line(made, experts, message):
     _, _, body, _, x = made
-    with pytest.raises(ConfigurationError, match=message), coin.answering([body], experts):
-        body(x)
+    with pytest.raises(ConfigurationError, match=message):
+        body(x, experts=experts)
 
 
 def test_tied_tensors_are_stored_once():

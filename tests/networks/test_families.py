@@ -14,7 +14,6 @@ import coin
 from coin.core.batches import take
 from coin.errors import CoinError
 from coin.merging.method import Method
-from coin.networks.calling import plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -78,7 +77,7 @@ def test_the_fisher_is_the_slow_reference(family: str) -> None:
     case = make_case(family)
     network, batch = case.experts[0], case.tasks[0][1]
     before = case.answers(network, batch)  # what a network keeps from a pass must not hide anything
-    found = coin.fisher_diagonal(network, [batch], forward=case.forward)
+    found = coin.fisher_diagonal(network, [batch])
     copy = deepcopy(case.untouched).eval()
     parameters = {name: each for name, each in copy.named_parameters() if each.requires_grad}
     expected = {name: torch.zeros_like(each) for name, each in parameters.items()}
@@ -111,7 +110,7 @@ def test_every_method_is_right_or_refused(family: str) -> None:
     own = case.answers(first)
 
     def experts(networks: list[Any], tasks: list[Any]) -> coin.Experts:
-        return coin.Experts(networks, calibration=tasks, initial=case.initial, forward=case.forward)
+        return coin.Experts(networks, calibration=tasks, initial=case.initial)
 
     pair = experts([first, second], case.tasks)
     swapped = experts([second, first], case.tasks[::-1])
@@ -120,15 +119,15 @@ def test_every_method_is_right_or_refused(family: str) -> None:
     residuals = {}
     for name, make in METHODS.items():
         with problems.of(name):
-            merged = case.answers(plain(make().make(pair, ROW).network))
+            merged = case.answers(make().make(pair, ROW).network)
             assert merged.shape == wanted.shape
             assert bool(torch.isfinite(merged).all())
             residuals[name] = float((merged - wanted).norm() / wanted.norm())
             if name in SWAPPED:
                 moved = make().make(swapped, ROW[::-1])
-                check_close(case.answers(plain(moved.network)), merged, 1e-6, "in the other order")
+                check_close(case.answers(moved.network), merged, 1e-6, "in the other order")
             if name in TWINS:
-                check_close(case.answers(plain(make().make(same, ROW).network)), own, 1e-6, "identical experts")
+                check_close(case.answers(make().make(same, ROW).network), own, 1e-6, "identical experts")
             if name == "distillation":  # BatchNorms of its start see other batches
                 assert residuals[name] <= 1.1 * residuals["average"], residuals
     for expert, state in zip(case.experts, states, strict=True):
@@ -140,8 +139,8 @@ def test_every_method_is_right_or_refused(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_decoder_is_right_or_refused(family: str) -> None:
     case, problems, code = make_case(family), Problems(family), coin.Code([ROW])
-    coded = coin.merge_networks(coin.Average(batchnorm="average"), case.experts, code, forward=case.forward)
-    system = coin.Coded(code, case.experts, coded, forward=case.forward)
+    coded = coin.merge_networks(coin.Average(batchnorm="average"), case.experts, code)
+    system = coin.Coded(code, case.experts, coded)
     batch, survivor = case.tasks[1][0], case.experts[1]
     samples = [batch for task in case.tasks for batch in task]
     by_hand = (case.answers(coded[0], batch) - ROW[1] * case.answers(survivor, batch)) / ROW[0]
