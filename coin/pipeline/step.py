@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,11 @@ _KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
     """Return a dataclass field of which the key has what a function makes of its value."""
     return field(metadata={"keyed": digest}, **options)
+
+
+def in_order(named: Mapping[str, Any]) -> list[Any]:
+    """Return the names and values of a mapping in their order, where that decides which rows of the code are whose."""
+    return list(named.items())
 
 
 def unkeyed(**options: Any) -> Any:

@@ -16,7 +16,7 @@ from coin.modules import DecodingEvaluator
 from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options
-from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
+from coin.pipeline.step import DONE, Step, in_order, keyed_by, unkeyed
 from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.tracking.runs import RunLog
@@ -57,7 +57,7 @@ class Evaluate(Step):
     collective: ClassVar[bool] = True
 
     experiment: str
-    experts: dict[str, ExpertStep]
+    experts: dict[str, ExpertStep] = keyed_by(in_order)
     merges: list[Merge]
     replicas: list[CompressExperts]
     code: Code = keyed_by(code_key)

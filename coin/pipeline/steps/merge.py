@@ -28,7 +28,7 @@ from coin.networks.batchnorm import batchnorms
 from coin.networks.files import kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options, training_tasks
-from coin.pipeline.step import Step, keyed_by, unkeyed
+from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
@@ -97,7 +97,7 @@ class Merge(Step):
 
     method: Method
     code: Code = keyed_by(code_key)
-    experts: dict[str, ExpertStep]
+    experts: dict[str, ExpertStep] = keyed_by(in_order)
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None  # given, as the trainer, to methods that read it only
     tasks: dict[str, TaskData] = keyed_by(training_tasks)
