@@ -126,23 +126,13 @@ class Step(ABC):
             f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name]
         )
 
-    def last_seconds(self) -> float | None:
-        """Return the seconds that the latest finished step of this name took; None if there is none."""
-        any_key = "?" * _KEY_LENGTH
-        finished = list(self.store.glob(f"{self.name}-{any_key}/{DONE}"))
-        if not finished:
-            return None
-        latest = max(finished, key=lambda path: path.stat().st_mtime)
-        return float(json.loads(latest.read_text(encoding="utf-8"))["seconds"])
-
     def finish(self, seconds: float) -> None:
-        """Mark its folder as finished, with what it was made from and the seconds that it took."""
+        """Mark its folder as finished, with its options, the versions and the seconds that it took."""
         made = {
             "key": self.key,
             "seconds": seconds,
             "options": self.options,
             "versions": versions(),
-            "made_from": [step.folder.name for step in self.closure.values()],
         }
         write_text(self.folder / DONE, json.dumps(made, indent=1))
 
