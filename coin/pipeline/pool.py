@@ -26,9 +26,8 @@ from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
 
 _STATUS = "# exit status "
-_LOCAL = {
-    "timeout_min": 7 * 24 * 60
-}  # submitit ends a job on this machine after two minutes by default
+# Of jobs on this machine, which submitit would end after two minutes.
+_LOCAL = {"timeout_min": 7 * 24 * 60}
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
 # In a reason of SLURM's: what no end of another job changes.
 _NO_NODE = ("DOWN", "DRAINED", "NotAvail")
@@ -242,7 +241,8 @@ class _Jobs:
                 job = self.executor.submit(replace(command, variables=variables))
             job_id = str(job.job_id)
             write_text(command.job, job_id)
-            self.reasons[job_id] = ""
+            if self.is_slurm:
+                self.reasons[job_id] = ""
         self.own[job_id] = job
         return partial(self._has_ended, job, variables)
 
