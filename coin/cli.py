@@ -120,7 +120,7 @@ def _run(name: str, options: list[str]) -> None:
     short, full = (
         ("output", "trainer.default_root_dir")
         if name in ON_TRAINER
-        else ("executor", "launch.executor")
+        else ("cluster", "launch.cluster")
     )
     options = [re.sub(f"^--{short}(?==|$)", f"--{full}", option) for option in options]
     if name in ON_TRAINER:

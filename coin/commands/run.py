@@ -11,9 +11,8 @@ from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import Planned, plan, union
+from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch, check_launch
-from coin.pipeline.prune import remove, size_mib, unreferenced
 from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.report import REPORT_HTML
@@ -21,16 +20,13 @@ from coin.reporting.results import as_json
 from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
-DRY_RUN = "Print the plan: every step, done or to do, and what it took last time."
-PRUNE = "Remove the finished steps that no experiment beside the store refers to, and run nothing."
+DRY_RUN = "Print the plan: every step, done or to do."
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, options = read_experiment(arguments)
-    if options["prune"]:
-        prune(plan(experiment))
-    elif options["dry_run"]:
+    if options["dry_run"]:
         print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
     elif options["only"] is not None:
         run_only(experiment, options["only"])
@@ -71,26 +67,14 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     return shlex.join(words)
 
 
-def prune(steps: Sequence[Planned]) -> None:
-    """Remove the finished steps that nothing refers to, and print them."""
-    folders = unreferenced(steps)
-    store = steps[0].step.store
-    size = size_mib(folders)
-    remove(folders, store)
-    for folder in folders:
-        print(f"removed {folder.name}")
-    print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
-
-
 def print_plan(
     name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False
 ) -> None:
-    """Check what a run checks, and print every step: done or to do, and what it cost last time; and what is unused."""
+    """Check what a run checks, and print every step: done or to do."""
     for experiment in experiments:
         check_options(experiment)
     steps = union(map(plan, experiments))
-    store = steps[0].step.store
-    check_launch(launch, store)
+    check_launch(launch, steps[0].step.store)
     rows: list[dict[str, Any]] = []
     for planned in steps:
         step = planned.step
@@ -99,32 +83,15 @@ def print_plan(
                 "step": planned.what,
                 "name": step.folder.name,
                 "state": "done" if step.is_done else "to do",
-                "seconds": None if step.is_done else step.last_seconds(),
-                "made_by": step.other_versions,
             }
         )
     to_do = sum(row["state"] == "to do" for row in rows)
-    unused = unreferenced(steps)
     if as_document:
-        left = {"folders": unused, "mib": size_mib(unused)}
-        print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
+        print(as_json({"experiment": name, "to_do": to_do, "steps": rows}))
         return
-    seconds = sum(row["seconds"] or 0 for row in rows)
-    last_time = f", which took {seconds:.0f} s last time" if seconds else ""
-    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
-    width = max(len(row["step"]) for row in rows)
+    print(f"{name}: {to_do} of {len(rows)} steps to do")
     for row in rows:
-        took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
-        versions = f"  by {row['made_by']}, not the versions of now" if row["made_by"] else ""
-        step = row["step"].ljust(width)
-        print(f"{row['state']:>5}  {step} {took:>7}{versions}".rstrip())
-    if unused:
-        print(
-            f"nothing refers to {len(unused)} finished steps in '{store}', {size_mib(unused):.1f} MiB"
-        )
-        print("--prune in place of --dry-run removes them:")
-        for folder in unused:
-            print(f"       {folder.name}")
+        print(f"{row['state']:>5}  {row['step']}")
 
 
 def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
@@ -135,11 +102,10 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
-    parser.add_argument("--prune", action="store_true", help=PRUNE)
     add_json_argument(parser)
     given: dict[str, Any] = {}
     options = parsed(parser, arguments, given)
-    beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run", "prune")}
+    beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
     own = {name: value for name, value in given.items() if name in options}
     for task in own["tasks"].values():
         task.setdefault("init_args", {})["image_size"] = options["network"].image_size

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coin.commands.parser import command_parser, parsed
-from coin.commands.run import DRY_RUN, PRUNE, print_plan, prune, read_experiment
+from coin.commands.run import DRY_RUN, print_plan, read_experiment
 from coin.commands.shipped import SWEEPS, shipped
 from coin.errors import ConfigurationError
-from coin.pipeline.plan import plan, union
 from coin.pipeline.pool import Launch
 from coin.pipeline.sweep import read_sweep, run_sweep, sweep_points
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table, sweep_text
@@ -28,7 +27,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_class_arguments(Launch, "launch")
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
-    parser.add_argument("--prune", action="store_true", help=PRUNE)
     options = parsed(parser, arguments)
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
@@ -41,9 +39,6 @@ def main(arguments: Sequence[str]) -> None:
         experiment, _ = read_experiment(point.arguments)
         points.append((point, experiment))
     experiments = [experiment for _, experiment in points]
-    if options["prune"]:
-        prune(union(map(plan, experiments)))
-        return
     if options["dry_run"]:
         print_plan(f"{sweep.name}, {len(points)} points", experiments, options["launch"])
         return

@@ -88,6 +88,8 @@ class Glyphs(TaskData):
         train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
     """
 
+    for_tests = TaskData.for_tests | {"test_per_class"}
+
     def __init__(
         self,
         *,

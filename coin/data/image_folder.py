@@ -13,7 +13,7 @@ from coin.errors import DataError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 IN_MEMORY = 2**30  # up to how many bytes of decoded images a task is held in memory by default
-KEYED_BYTES = 256 * 2**20  # of a folder's files together that are read for an experiment's keys
+KEYED_BYTES = 256 * 2**20  # of a split's files together that are read for an experiment's keys
 
 
 class ImageFolder(TaskData):
@@ -28,6 +28,8 @@ class ImageFolder(TaskData):
         in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, always
             at ``image_size`` and in worker processes. None holds in memory what takes up to 1 GiB, all splits together.
     """
+
+    without_effect = TaskData.without_effect | {"root"}
 
     def __init__(self, root: str, *, in_memory: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -62,18 +64,18 @@ class ImageFolder(TaskData):
         train, test, *validation = read_splits(splits, self.image_size, most)
         return Source(train, test, *validation)
 
-    def content_key(self) -> str:
-        """A hash of the image files' names, sizes and contents, the same for a copy of the folder.
+    def content_key(self) -> dict[str, str]:
+        """A hash of each split's names, sizes and contents of image files, the same for a copy of the folder.
 
-        At most 256 MiB are read in all, the same number of bytes from the beginning of each file. A change after these
-        bytes that leaves a file's size as it was is not noticed.
+        At most 256 MiB of a split are read, the same number of bytes from the beginning of each file. A change after
+        these bytes that leaves a file's size as it was is not noticed.
         """
-        return self.once("content", self._hash_files)
+        return self.once(
+            "content", lambda: {split: self._hash_files(split) for split in self.files()}
+        )
 
-    def _hash_files(self) -> str:
-        paths: list[Path] = []
-        for images in self.files().values():
-            paths += [Path(path) for path, _ in images]
+    def _hash_files(self, split: str) -> str:
+        paths = [Path(path) for path, _ in self.files()[split]]
         most = KEYED_BYTES // len(paths)
         digest = sha256()
         for path in paths:

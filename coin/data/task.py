@@ -111,6 +111,11 @@ class TaskData(LightningDataModule, ABC):
 
     names: tuple[str, ...]
     content: ClassVar[str] = "images"  # what networks read of it: images or texts
+    # Options that change no result of an experiment, whose steps have batches and augmentations of their own.
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"augmentation", "batch_size", "num_workers"}
+    )
+    for_tests: ClassVar[frozenset[str]] = frozenset({"eval_batch_size", "max_test"})
 
     def __init__(
         self,
@@ -155,6 +160,10 @@ class TaskData(LightningDataModule, ABC):
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; a network is built with them before data are read."""
         return self.names
+
+    def content_key(self) -> dict[str, str]:
+        """Hashes of a user's own files, those of the test samples by the name ``test``."""
+        return {}
 
     @abstractmethod
     def load(self) -> Source:

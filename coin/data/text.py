@@ -1,6 +1,5 @@
 """What tasks of texts have in common, and a user's own texts."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from coin.core.choices import check_integer
 from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError, first_line
+from coin.files.atomic import sha256_of
 from coin.files.packaged import extra_module, packaged_file
 
 
@@ -74,6 +74,8 @@ class TextFile(TextTask):
         label_column: The column of the classes.
     """
 
+    without_effect = TextTask.without_effect | {"train", "test", "tokenizer"}
+
     def __init__(
         self,
         train: str,
@@ -106,13 +108,12 @@ class TextFile(TextTask):
         """Read and tokenise both files."""
         return Source(self._samples(self.train), self._samples(self.test))
 
-    def content_key(self) -> str:
-        """A hash of the files' contents: an experiment notices when they have changed."""
-        digest = hashlib.sha256()
-        for path in (self.train, self.test, self.tokenizer):
-            if path is not None and Path(path).is_file():
-                digest.update(Path(path).read_bytes())
-        return digest.hexdigest()
+    def content_key(self) -> dict[str, str]:
+        """Hashes of the files' contents: an experiment notices when they have changed."""
+        files = {"train": self.train, "test": self.test}
+        if self.tokenizer is not None:
+            files["tokenizer"] = Path(self.tokenizer)
+        return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
 
     def _samples(self, path: Path) -> Samples:
         table = self._checked(path)

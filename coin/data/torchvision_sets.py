@@ -47,6 +47,7 @@ class TorchvisionTask(TaskData):
         download: Download what is missing. False is for machines without network: errors name the place of the files.
     """
 
+    without_effect = TaskData.without_effect | {"root", "download"}
     folder: ClassVar[str]  # where torchvision keeps the files, under root
     # Torchvision's arguments beside root and download: of the training, any validation, the test split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})

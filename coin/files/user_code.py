@@ -25,7 +25,7 @@ def source_of_path(path: str) -> str | None:
 
 
 def source_of(named: Any) -> str | None:
-    """Return the SHA-256 of a class's or function's file and of the modules beside it that this imports.
+    """Return the SHA-256 of a class's or function's file and of the modules beside it that this imports, but comments.
 
     It is None for coin's own and torch's, and for what was typed in, which has no file.
 
@@ -45,8 +45,13 @@ def source_of(named: Any) -> str | None:
         return sha256_of(path)
     digest = sha256()
     for module, source in sorted(_with_imports(name, root).items()):
-        digest.update(f"{module}:{sha256_of(source)};".encode())
+        digest.update(f"{module}:{_code_of(source)};".encode())
     return digest.hexdigest()
+
+
+def _code_of(path: Path) -> str:
+    """Return a file's code, without comments and spacing."""
+    return ast.unparse(ast.parse(path.read_bytes()))
 
 
 def _is_versioned(module: str) -> bool:

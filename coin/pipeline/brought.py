@@ -74,10 +74,10 @@ def check_experts(
         warn_of_chance(name, expert, task, _classes_of(place, config))
         if base_is_trained:
             continue
-        if base is None or first is None:
+        if base is None:
             base = initial_network(config, task.num_classes, base_file)
-            first = expert
         tell_distances(name, expert, base, first)
+        first = first or expert
 
 
 def _classes_of(place: str, config: NetworkConfig) -> list[str]:
@@ -108,13 +108,11 @@ def warn_of_chance(name: str, expert: nn.Module, task: TaskData, classes: list[s
         )
 
 
-def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Module) -> None:
+def tell_distances(name: str, expert: nn.Module, base: nn.Module, first: nn.Module | None) -> None:
     """Say how far an expert's body is from the base and from the first expert, and warn where the base is another."""
     from_base = _distance(expert, base)
-    from_first = _distance(expert, first)
-    rank_zero_info(
-        f"expert {name}: its weights are {from_base:.1%} from the base, {from_first:.1%} from the first expert"
-    )
+    from_first = f", {_distance(expert, first):.1%} from the first expert" if first else ""
+    rank_zero_info(f"expert {name}: its weights are {from_base:.1%} from the base{from_first}")
     if from_base > UNRELATED:
         warnings.warn(
             f"found the expert '{name}' {from_base:.0%} of its weights from the base, as unrelated networks are, "

@@ -1,6 +1,6 @@
 """An experiment: its options, checked as a whole; `coin.pipeline.run` runs it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.core.choices import did_you_mean
 from coin.core.processes import is_rank_zero
 from coin.data import Augmentation, TaskData
-from coin.data.tasks import Tasks, task_with
+from coin.data.tasks import task_with
 from coin.data.text import TextTask
 from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
@@ -177,8 +177,8 @@ class Experiment:
         for task in self._all_tasks().values():
             task.check_files()
 
-    def fetch(self) -> None:
-        """Download what is missing of experts, CLIP and data; other weights are downloaded where they are read."""
+    def fetch(self, tasks: Iterable[str]) -> None:
+        """Download what is missing of experts, CLIP and tasks' data; other weights come where they are read."""
         source = self.network.source
         places = [
             local_place(place)
@@ -189,15 +189,17 @@ class Experiment:
             places.append(source.place)
         for place in dict.fromkeys(places):
             fetch_from_hub(place)
-        Tasks(self.tasks).prepare_data()
+        for name in tasks:
+            self.tasks[name].prepare_data()
 
-    def check_parts(self) -> None:
-        """Raise CoinError, before any training, if data are unreadable or too few, or a checkpoint does not fit."""
+    def check_parts(self, tasks: Collection[str]) -> None:
+        """Raise CoinError, before any training, if tasks' data are unreadable or too few, or an expert does not fit."""
         if is_rank_zero():
             self.calibration.warn_of_too_few()
         own_samples = [method.samples_per_task or 0 for method in self.methods]
         samples = max(self.calibration.samples_per_task, *own_samples)
-        for name, task in self.tasks.items():
+        for name in tasks:
+            task = self.tasks[name]
             task.calibration(samples, name=name)
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
@@ -206,7 +208,7 @@ class Experiment:
         if base is not None and base.checkpoint is not None:
             base_file = Path(base.checkpoint)
         check_experts(
-            self.expert.checkpoints,
+            {name: place for name, place in self.expert.checkpoints.items() if name in tasks},
             self.tasks,
             self.network,
             base_file,

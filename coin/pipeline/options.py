@@ -12,8 +12,7 @@ import numpy as np
 from jsonargparse import Namespace
 from torch import Tensor
 
-from coin.data import Glyphs, TaskData
-from coin.data.tasks import task_with
+from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.files.user_code import source_of, source_of_path
 from coin.merging import Method
@@ -69,19 +68,22 @@ def _device_count(accelerator: str) -> int:
     return make_trainer(Path(), {"accelerator": accelerator, "devices": "auto"}).num_devices
 
 
-def training_task(task: TaskData) -> TaskData:
-    """Return a task for the keys of what reads no test samples and has batches of its own.
+def task_key(task: TaskData, *, with_tests: bool) -> dict[str, Any]:
+    """Return what decides which samples a step reads of a task; of a step that tests nothing without the test samples.
 
-    Options that change nothing there are at their defaults, so that a key is that of a task without them.
+    Where files lie decides nothing where their contents are known.
     """
-    without = {"max_test": None, "num_workers": 0, "eval_batch_size": 256, "batch_size": 64}
-    tests = {"test_per_class": 100} if isinstance(task, Glyphs) else {}
-    return task_with(task, **without, **tests)
+    found = _object_dict(task)
+    left_out = task.without_effect
+    if not with_tests:
+        left_out |= task.for_tests
+        found["contents"].pop("test", None)
+    return {name: value for name, value in found.items() if name not in left_out}
 
 
-def training_tasks(tasks: Mapping[str, TaskData]) -> dict[str, TaskData]:
-    """Return `training_task` of every task."""
-    return {name: training_task(task) for name, task in tasks.items()}
+def tasks_key(tasks: Mapping[str, TaskData], *, with_tests: bool) -> list[Any]:
+    """Return `task_key` of every task, in their order."""
+    return [(name, task_key(task, with_tests=with_tests)) for name, task in tasks.items()]
 
 
 def config_dict(value: Any) -> Any:
@@ -132,7 +134,7 @@ def _object_dict(value: TaskData | Method) -> dict[str, Any]:
             )
         found[name] = config_dict(getattr(value, attribute))
     if hasattr(value, "content_key"):
-        found["contents"] = value.content_key()
+        found["contents"] = config_dict(value.content_key())
     return found | _source(source_of(kind))
 
 

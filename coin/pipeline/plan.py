@@ -16,13 +16,17 @@ from coin.files.downloads import hub_weights
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
-from coin.pipeline.steps.evaluation import Evaluate, shown_files
+from coin.pipeline.steps.evaluation import Evaluate, shown_names
 from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
+from coin.reporting.report import REPORT_HTML
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.runs import RunLog
 
 S = TypeVar("S", bound=Step)
+
+EVALUATION = "evaluation"
+"""The link in a seed's folder to the evaluation whose files are copied there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +44,15 @@ class Planned:
 
     def publish(self) -> bool:
         """Show the finished step's files at its places, and return whether an evaluation's files have changed there."""
+        changed = False
+        if self.seed_folder is not None:
+            # Until the link leads to this step it leads to the one whose files are there.
+            before = self.seed_folder / EVALUATION
+            changed = _copy_files(self.step.folder, self.seed_folder, shown_names(before))
         for place, target in self.links.items():
             if target.exists():
                 _link(place, target)
-        return self.seed_folder is not None and _copy_files(self.step.folder, self.seed_folder)
+        return changed
 
 
 def union(plans: Iterable[Iterable[Planned]]) -> list[Planned]:
@@ -140,7 +149,7 @@ class _Plan:
             log=self._log(seed, "evaluate", "evaluate"),
         )
         folder = experiment.folder / f"seed-{seed}"
-        shown = {folder / "evaluation": evaluation.folder}
+        shown = {folder / EVALUATION: evaluation.folder}
         self.steps.append(
             Planned(evaluation, f"seed {seed}: evaluation", experiment, shown, folder)
         )
@@ -311,19 +320,24 @@ def _link(place: Path, target: Path) -> None:
         ) from error
 
 
-def _copy_files(step_folder: Path, seed_folder: Path) -> bool:
-    """Make the files in a seed's folder those of an evaluation, and return whether any has changed."""
-    names = [path.relative_to(step_folder) for path in shown_files(step_folder)]
-    changed = False
-    for place in shown_files(seed_folder):
-        if place.relative_to(seed_folder) not in names:
-            place.unlink()
-            changed = True
-    for name in names:
-        source = step_folder / name
-        place = seed_folder / name
-        if not place.is_file() or not filecmp.cmp(source, place, shallow=False):
-            with atomic_path(place) as temporary:
-                shutil.copyfile(source, temporary)
-            changed = True
-    return changed
+def _copy_files(step_folder: Path, seed_folder: Path, before: Sequence[Path]) -> bool:
+    """Copy an evaluation's files to a seed's folder, and return whether any has changed; `before` are those there.
+
+    A report of other files is removed first: it is drawn anew even if this process is killed.
+    """
+    names = shown_names(step_folder)
+    removed = [seed_folder / name for name in before if name not in names]
+    removed = [place for place in removed if place.is_file()]
+    changed = [name for name in names if not _is_copy(seed_folder / name, step_folder / name)]
+    if removed or changed:
+        (seed_folder / REPORT_HTML).unlink(missing_ok=True)
+    for place in removed:
+        place.unlink()
+    for name in changed:
+        with atomic_path(seed_folder / name) as temporary:
+            shutil.copyfile(step_folder / name, temporary)
+    return bool(removed or changed)
+
+
+def _is_copy(place: Path, source: Path) -> bool:
+    return place.is_file() and filecmp.cmp(source, place, shallow=False)

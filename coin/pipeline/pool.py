@@ -1,4 +1,4 @@
-"""The ``launch`` section: steps side by side, in processes of this machine, jobs of SLURM, or tasks of Ray.
+"""The ``launch`` section: steps side by side, as jobs that submitit starts on this machine or submits to SLURM.
 
 A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folder, where the experiment finds it.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -21,60 +21,52 @@ from typing import Any, TypeAlias
 
 from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
-from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
 
 _STATUS = "# exit status "
-_STOP_SECONDS = 10.0
+# Of jobs on this machine, which submitit would end after two minutes.
+_LOCAL = {"timeout_min": 7 * 24 * 60}
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
 # In a reason of SLURM's: what no end of another job changes.
 _NO_NODE = ("DOWN", "DRAINED", "NotAvail")
 _GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
-class Executor(StrEnum):
-    """Where steps are run: in processes of this machine, in jobs of a SLURM cluster, or in tasks of a Ray cluster."""
+class Cluster(StrEnum):
+    """Where jobs run: on this machine, or on the nodes of a SLURM cluster."""
 
     local = "local"
     slurm = "slurm"
-    ray = "ray"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How independent steps of an experiment, or of a sweep's points, are run: one after the other, or side by side.
+    """How independent steps of an experiment are run: in its own process one after the other, or as jobs side by side.
 
     Args:
-        executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
-            ``slurm``: jobs that submitit (extra ``slurm``) submits, for which the command waits; started again it waits
-            for those that are still alive. ``ray``: tasks of Ray (extra ``serve``), whose machines share this folder
-            and this environment.
-        workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
+        cluster: Where jobs run, which submitit (extra ``slurm``) starts. ``local``: on this machine, whose GPUs they
+            divide among them, or its cores if it has no GPU; they end with the command. ``slurm``: on a SLURM cluster;
+            the command waits for them, and started again for those that are still alive. Without it the experiment
+            runs its steps itself.
+        workers: How many jobs run at a time.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
-            ``slurm_partition``, …; and ``cluster``: ``slurm``, or ``local`` or ``debug`` to try jobs on this machine.
-        ray: What every task needs, as in `ray.remote`: ``num_cpus`` (also its threads; by default the cores divided by
-            `workers`), ``num_gpus`` (by default 0), ``resources``, …; and the ``address`` of a running cluster.
-            Without one Ray is started on this machine.
+            ``slurm_partition``, …
     """
 
-    executor: Executor = Executor.local
+    cluster: Cluster | None = None
     workers: int = 1
     slurm: dict[str, Any] = field(default_factory=dict)
-    ray: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_integer("launch.workers", self.workers, 1)
-        for executor in (Executor.slurm, Executor.ray):
-            if getattr(self, executor) and self.executor is not executor:
-                found = f"found launch.{executor} and launch.executor {self.executor}"
-                raise ConfigurationError(f"{found}; set launch.executor={executor}")
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether steps are run outside the experiment's own process."""
-        return self.executor is not Executor.local or self.workers > 1
+        if self.workers > 1 and self.cluster is None:
+            found = f"found launch.workers={self.workers} and no launch.cluster"
+            raise ConfigurationError(f"{found}; set launch.cluster to local or slurm")
+        if self.slurm and self.cluster is not Cluster.slurm:
+            found = f"found launch.slurm and launch.cluster={self.cluster}"
+            raise ConfigurationError(f"{found}; set launch.cluster=slurm")
 
 
 class CommandFailedError(CoinError):
@@ -83,14 +75,16 @@ class CommandFailedError(CoinError):
 
 @dataclass(frozen=True)
 class Command:
-    """A ``coin`` command, called in a process, job or task of its own; what it prints is appended to `log`."""
+    """A ``coin`` command, called in a job, with environment variables; what it prints is appended to `log`."""
 
     arguments: Sequence[str]
     log: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
 
-    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    def start(self) -> "subprocess.Popen[bytes]":
         """Start it as a process."""
         command = [sys.executable, "-m", "coin", *self.arguments]
+        environment = {**child_environment(cores()), **self.variables}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab", buffering=0) as log:
             log.write(f"# {' '.join(command)}\n".encode())
@@ -104,8 +98,12 @@ class Command:
             log.write(f"\n{_STATUS}{status}\n".encode())
 
     def __call__(self) -> None:
-        """Run it to its end, in a job or task; CommandFailedError unless its exit status is 0."""
-        status = self.start(child_environment(cores())).wait()
+        """Run it to its end; CommandFailedError unless its exit status is 0. It ends with the job."""
+        process = self.start()
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()  # does nothing to one that has ended
         self.note_end(status)
         if status:
             raise CommandFailedError(self.failure())
@@ -113,7 +111,7 @@ class Command:
     def failure(self) -> str:
         """Return why it has failed: its exit status and the last line that it printed, if it came to its end.
 
-        It names a job of SLURM's, and the log if there is one: a job may be cancelled or killed before it writes.
+        It names the job, and the log if there is one: a job may be cancelled or killed before it writes.
         """
         lines = []
         see = ""
@@ -128,7 +126,7 @@ class Command:
 
     @property
     def job(self) -> Path:
-        """The file with the number of its job of SLURM's."""
+        """The file with the number of its job."""
         return self.log.with_suffix(".job")
 
     def checkpoint(self) -> Any:
@@ -144,32 +142,30 @@ Submit: TypeAlias = Callable[[Command], Callable[[], bool]]
 
 @contextlib.contextmanager
 def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
-    """Yield the function that starts commands as a launch section says, none without; jobs of SLURM outlive the block.
+    """Yield the function that submits commands as a launch section says, none without; jobs of SLURM outlive the block.
 
-    Raises ConfigurationError where submitit, SLURM or Ray is missing, or refuses an option.
+    Raises ConfigurationError where submitit or SLURM is missing, or refuses an option.
     """
-    if launch is None or not launch.side_by_side:
+    if launch is None or launch.cluster is None:
         yield None
-    elif launch.executor is Executor.slurm:
-        yield _Slurm(launch, store).submit
-    else:
-        with (
-            _ray(launch)
-            if launch.executor is Executor.ray
-            else _processes(launch.workers) as submit
-        ):
-            # A scheduler sends SIGTERM before the end of an allocation, and Ray's own handler would abort.
-            before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-            try:
-                yield submit
-            finally:
-                signal.signal(signal.SIGTERM, before)
+        return
+    jobs = _Jobs(launch, store)
+    if launch.cluster is Cluster.slurm:
+        yield jobs.submit
+        return
+    # SIGTERM ends the block too.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield jobs.submit
+    finally:
+        jobs.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_launch(launch: Launch, store: Path) -> None:
-    """Refuse a launch section that submits nothing here, before anything is run; for SLURM, with submitit's words."""
-    if launch.executor is Executor.slurm:
-        _Slurm(launch, store)
+    """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
+    if launch.cluster is not None:
+        _Jobs(launch, store)
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -180,10 +176,11 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment of each worker on this machine: its share of the cores and GPUs; several may share one."""
+    """Return the variables of each worker on this machine: its share of the cores and GPUs; several may share one."""
     import torch  # which a job that only starts a command does not need
 
-    shared = child_environment(max(1, cores() // workers))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // workers)))
+    shared = {"OMP_NUM_THREADS": threads}
     count = torch.cuda.device_count()
     if count == 0:
         return [shared] * workers
@@ -196,42 +193,10 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return environments
 
 
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[Submit]:
-    """Yield what starts a command in a process of this machine, which ends with this one."""
-    free = worker_environments(workers)
-    running: list[subprocess.Popen[bytes]] = []
+class _Jobs:
+    """Jobs that submitit submits to SLURM, which outlive this process, or starts on this machine.
 
-    def submit(command: Command) -> Callable[[], bool]:
-        environment = free.pop()
-        process = command.start(environment)
-        running.append(process)
-
-        def has_ended() -> bool:
-            status = process.poll()
-            if status is None:
-                return False
-            command.note_end(status)
-            free.append(environment)
-            return True
-
-        return has_ended
-
-    try:
-        yield submit
-    finally:
-        for process in running:
-            process.terminate()  # does nothing to one that has ended
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-            process.kill()
-
-
-class _Slurm:
-    """Jobs that submitit submits, to SLURM or, to try them, on this machine; they outlive this process.
-
-    A job's number is kept beside its log: started again, the command waits for a job that is still alive.
+    A job's number is kept beside its log: started again, the command waits for a job of SLURM's that is still alive.
     """
 
     def __init__(self, launch: Launch, store: Path) -> None:
@@ -240,19 +205,20 @@ class _Slurm:
         self.folder = store / ".jobs"
         self.reasons: dict[str, str] = {}  # why each job of this user waits, by its number
         self.asked_at = -math.inf  # when SLURM was asked for them
-        self.own: set[str] = set()  # the jobs that are waited for
+        self.own: dict[str, Any] = {}  # the jobs that are waited for, by their numbers
         self.told: set[str] = set()  # the reasons that were printed
         self.left_at: dict[str, float] = {}  # when a job without a result left the queue
-        options: dict[str, Any] = {"cluster": "slurm", "name": "coin", **launch.slurm}
-        cluster = options.pop("cluster")
-        self.is_cluster = cluster == "slurm"
-        if self.is_cluster and shutil.which("srun") is None:
+        self.is_slurm = launch.cluster is Cluster.slurm
+        # What distinguishes the workers of this machine; SLURM gives every job its own cores and GPUs.
+        self.free = [] if self.is_slurm else worker_environments(launch.workers)
+        options = {"name": "coin", **({} if self.is_slurm else _LOCAL), **launch.slurm}
+        if self.is_slurm and shutil.which("srun") is None:
             found = "found no srun on this machine, expected a SLURM cluster's login node"
-            raise ConfigurationError(f"{found}; launch.slurm.cluster=debug tries the jobs here")
+            raise ConfigurationError(f"{found}; launch.cluster=local runs jobs here")
         # Of accounting, which is not everywhere.
         logging.getLogger("submitit").setLevel(logging.ERROR)
         with self._refusals("use"):
-            self.executor = self.submitit.AutoExecutor(self.folder, cluster=cluster)
+            self.executor = self.submitit.AutoExecutor(self.folder, cluster=str(launch.cluster))
             self.executor.update_parameters(**options)
 
     @contextlib.contextmanager
@@ -266,23 +232,33 @@ class _Slurm:
 
     def submit(self, command: Command) -> Callable[[], bool]:
         """Submit a command, unless its job is still alive."""
+        variables = {} if self.is_slurm else self.free.pop()
         job_id = command.job.read_text(encoding="utf-8") if command.job.is_file() else ""
         if job_id in self._queued():
             job = self.submitit.SlurmJob(self.folder, job_id)
         else:
             with self._refusals("submit"):
-                job = self.executor.submit(command)
+                job = self.executor.submit(replace(command, variables=variables))
             job_id = str(job.job_id)
             write_text(command.job, job_id)
-            self.reasons[job_id] = ""
-        self.own.add(job_id)
-        return partial(self._has_ended, job)
+            if self.is_slurm:
+                self.reasons[job_id] = ""
+        self.own[job_id] = job
+        return partial(self._has_ended, job, variables)
 
-    def _has_ended(self, job: Any) -> bool:
+    def cancel(self) -> None:
+        """End the jobs that have not ended."""
+        for job in self.own.values():
+            job.cancel()  # does nothing to one that has ended
+
+    def _has_ended(self, job: Any, variables: dict[str, str]) -> bool:
+        if not self.is_slurm:
+            has_ended = bool(job.done())
+            if has_ended:
+                self.free.append(variables)
+            return has_ended
         if job.paths.result_pickle.exists():
             return True
-        if not self.is_cluster:
-            return bool(job.done())
         if job.job_id in self._queued():
             self.left_at.pop(job.job_id, None)
             return False
@@ -291,7 +267,7 @@ class _Slurm:
 
     def _queued(self) -> dict[str, str]:
         """Return this user's jobs and why they wait, asked for now and then; say once if no node takes one of them."""
-        if not self.is_cluster or time.monotonic() - self.asked_at < _QUEUE_SECONDS:
+        if not self.is_slurm or time.monotonic() - self.asked_at < _QUEUE_SECONDS:
             return self.reasons
         asked = subprocess.run(
             ["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False
@@ -308,40 +284,3 @@ class _Slurm:
                 self.told.add(reason)
                 rank_zero_info(f"job {job} waits for a node: {reason}; sinfo -R says why")
         return self.reasons
-
-
-@contextlib.contextmanager
-def _ray(launch: Launch) -> Iterator[Submit]:
-    """Yield what starts a command as a task of Ray; a task whose machine is lost is started again."""
-    options = {"num_cpus": max(1, cores() // launch.workers), "name": "coin", **launch.ray}
-    address = options.pop("address", None)
-    set_ray_variables(address)
-    ray = extra_module("ray", "serve")
-    folder = Path.cwd()
-    variables = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-    running: list[Any] = []
-
-    def run(command: Command) -> None:  # in this folder, with this command's variables for W&B
-        os.chdir(folder)
-        os.environ.update(variables)
-        command()
-
-    def submit(command: Command) -> Callable[[], bool]:
-        reference = task.remote(command)
-        running.append(reference)
-        done: Callable[[], bool] = reference.future().done
-        return done
-
-    try:
-        task = ray.remote(**options)(run)
-        start_ray(address)
-    except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot start tasks with {launch.ray}: {first_line(error)}"
-        ) from error
-    try:
-        yield submit
-    finally:
-        for each in running:
-            ray.cancel(each, force=True)  # does nothing to one that has ended
-        ray.shutdown()

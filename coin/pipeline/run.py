@@ -4,7 +4,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
@@ -51,18 +51,29 @@ def check_options(experiment: Experiment) -> None:
     experiment.check()
 
 
-def prepared(experiment: Experiment, launch: Launch | None = None) -> list[Planned]:
-    """Return the plan of an experiment that can run: its options and data are checked, its downloads are there."""
+def prepared(
+    experiment: Experiment, launch: Launch | None = None, only: str | None = None
+) -> list[Planned]:
+    """Return the plan of an experiment that can run: its options and data are checked, its downloads are there.
+
+    With the name of a step, `only`, it is of what this needs alone (`needed_for`), and so are the data.
+    """
     check_options(experiment)
     join_processes(experiment)
-    if launch is not None and launch.side_by_side and process_count() > 1:
+    if launch is not None and launch.cluster is not None and process_count() > 1:
         found = f"found {process_count()} processes that share every training, and a launch section"
         raise ConfigurationError(f"{found}; leave out one")
-    on_rank_zero(experiment.fetch)
+    tasks = list(experiment.tasks) if only is None else []
+    on_rank_zero(partial(experiment.fetch, tasks))
     steps = plan(experiment)
+    if only is not None:
+        steps = needed_for(steps, only)
+        read = {task for planned in steps for task in _tasks_of(planned.step)}
+        tasks = [task for task in experiment.tasks if task in read]
+        on_rank_zero(partial(experiment.fetch, tasks))
     on_rank_zero(partial(warn_of_versions, steps))
     if on_rank_zero(lambda: not all(planned.step.is_done for planned in steps)):
-        experiment.check_parts()
+        experiment.check_parts(tasks)
     return steps
 
 
@@ -289,19 +300,32 @@ def _claim(step: Step, locks: ExitStack) -> bool:
 
 def run_only(experiment: Experiment, name: str) -> None:
     """Run the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
-    steps = prepared(experiment)
+    run_steps(prepared(experiment, only=name), on_done=report_seed)
+
+
+def needed_for(steps: Sequence[Planned], name: str) -> list[Planned]:
+    """Return the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
     needed: dict[str, Step] = {}
     for planned in steps:
         if planned.step.name in (name, f"expert-{name}") or planned.step.folder.name == name:
             needed |= planned.step.closure
     if not needed:
-        expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
-        raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
-    run_steps([planned for planned in steps if planned.step.key in needed], on_done=report_seed)
+        tasks = ", ".join(steps[0].experiment.tasks)
+        found = f"found no task or step '{name}'"
+        raise ConfigurationError(
+            f"{found}, expected one of {tasks}, or a step of coin run --dry-run"
+        )
+    return [planned for planned in steps if planned.step.key in needed]
+
+
+def _tasks_of(step: Step) -> Iterable[str]:
+    """Return the names of the tasks whose data a step reads."""
+    several: Iterable[str] | None = getattr(step, "tasks", None)
+    return several or [getattr(step, "task_name", "")]
 
 
 def _command(planned: Planned) -> Command:
-    """Return the command that runs a step in a process of its own."""
+    """Return the command that runs a step in a job of its own."""
     step = planned.step
     text = planned.experiment.as_yaml()
     digest = sha256(text.encode()).hexdigest()

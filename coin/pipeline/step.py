@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,11 @@ _KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
     """Return a dataclass field of which the key has what a function makes of its value."""
     return field(metadata={"keyed": digest}, **options)
+
+
+def in_order(named: Mapping[str, Any]) -> list[Any]:
+    """Return the names and values of a mapping in their order, where that decides which rows of the code are whose."""
+    return list(named.items())
 
 
 def unkeyed(**options: Any) -> Any:
@@ -121,23 +126,13 @@ class Step(ABC):
             f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name]
         )
 
-    def last_seconds(self) -> float | None:
-        """Return the seconds that the latest finished step of this name took; None if there is none."""
-        any_key = "?" * _KEY_LENGTH
-        finished = list(self.store.glob(f"{self.name}-{any_key}/{DONE}"))
-        if not finished:
-            return None
-        latest = max(finished, key=lambda path: path.stat().st_mtime)
-        return float(json.loads(latest.read_text(encoding="utf-8"))["seconds"])
-
     def finish(self, seconds: float) -> None:
-        """Mark its folder as finished, with what it was made from and the seconds that it took."""
+        """Mark its folder as finished, with its options, the versions and the seconds that it took."""
         made = {
             "key": self.key,
             "seconds": seconds,
             "options": self.options,
             "versions": versions(),
-            "made_from": [step.folder.name for step in self.closure.values()],
         }
         write_text(self.folder / DONE, json.dumps(made, indent=1))
 

@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from coin.coding import convex
@@ -64,3 +65,17 @@ def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(run_small:
     assert set(oracle.erased) == erasures
     assert len(oracle) == 3 + 2 * 3
     assert (oracle[["nda", "agreement"]] == 1).all(axis=None)
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_swapped_tasks_are_measured_anew_each_with_the_weight_of_its_place(run_small: Callable[..., Path]) -> None:
+    tasks = {"one": glyphs("A-F"), "two": glyphs("G-L")}
+    sections: dict[str, Any] = {"base": None, "expert": {"epochs": 1}, "code": [[0.2, 0.8]], "decoders": ["linear"]}
+    sections["methods"] = [{"class_path": "Average"}]
+    swapped = dict(reversed(tasks.items()))
+    run_small(tasks=tasks, **sections)
+    again = read_results(run_small(tasks=swapped, **sections))
+    run_small("--output=fresh", tasks=swapped, **sections)
+    fresh = read_results(Path("fresh/tiny/seed-0"))
+    columns = ["method", "task", "decoded_accuracy", "agreement", "residual"]
+    pd.testing.assert_frame_equal(again[columns], fresh[columns], check_exact=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from coin.commands.run import read_experiment
+from coin.data import TaskData
 from coin.errors import FileError
 from coin.files.downloads import folder_contents
 from coin.pipeline.plan import Planned, plan, union
+from coin.pipeline.run import prepared
 from coin.pipeline.step import Step
 from coin.pipeline.steps.train import place_key
 
@@ -51,10 +53,8 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
     [
         ("--trainer={enable_progress_bar: false, log_every_n_steps: 1}", set()),
         ("--wandb.tags=[mine]", set()),
-        (
-            "--calibration.memory_mib=99",
-            FISHERS | {"coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "evaluate"},
-        ),
+        ("--calibration.memory_mib=99", set()),
+        ("--base.task.init_args.num_workers=1", set()),
         ("--trainer={precision: 32, devices: auto, accelerator: cpu}", set()),
         ("--trainer={plugins: [{class_path: a.B}]}", BASE | EXPERTS | AFTER_EXPERTS),
         ("--tasks.letters.init_args.num_workers=1", set()),
@@ -137,9 +137,9 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
     task = "--tasks.digits={class_path: own_classes.Shapes}"
     method = "--methods=[{class_path: own_classes.Middle}, {class_path: Coin}]"
 
-    def changed_by(option: str, file: str) -> set[str]:
+    def changed_by(option: str, file: str, edit: str = "EDITED = 1") -> set[str]:
         before = keys(planned(option))
-        (folder / file).write_text(files[file] + "\n# edited\n")
+        (folder / file).write_text(f"{files[file]}\n{edit}\n")
         after = keys(planned(option))
         (folder / file).write_text(files[file])
         return {name for name, key in after.items() if before[name] != key}
@@ -150,6 +150,7 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
         assert changed_by(method, file) == {"coded-average", "evaluate"}
     for option in (network, task, method):
         assert changed_by(option, "aside.py") == set()
+        assert changed_by(option, "own_classes.py", "# a comment") == set()
 
 
 def test_experts_that_are_brought_are_known_by_their_contents(
@@ -192,3 +193,41 @@ def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[
     expert.step.folder.mkdir(parents=True)
     with pytest.raises(FileError, match=r"found the folder .*digits', expected coin's own link or nothing"):
         expert.publish()
+
+
+def test_only_what_an_evaluation_wrote_is_replaced_and_a_report_of_the_former_goes(
+    planned: Callable[..., list[Planned]], tmp_path: Path
+) -> None:
+    def published(option: str, **files: str) -> bool:
+        each = planned(option)[-1]
+        for name, text in files.items():
+            path = each.step.folder / f"{name}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return each.publish()
+
+    seed = tmp_path / "tiny/seed-0"
+    assert published("--decoders=[linear]", results="1", promise="2")
+    for name in ("mine.csv", "mine.json", "mine.yaml", "report.html"):
+        (seed / name).write_text("mine")
+    assert not published("--decoders=[linear]", results="1")
+    assert (seed / "report.html").is_file()
+    assert published("--decoders=[ridge]", results="3")  # killed after that, a run finds no report and draws it
+    assert {path.name for path in seed.iterdir()} == {
+        "evaluation", "results.csv", "mine.csv", "mine.json", "mine.yaml"
+    }  # fmt: skip
+    assert (seed / "results.csv").read_text() == "3"
+
+
+def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = read_experiment(["-c", str(config), f"--output={tmp_path}"])[0]
+    read: list[str] = []
+    monkeypatch.setattr(TaskData, "prepare_data", lambda task: read.append(type(task).__name__))
+    monkeypatch.setattr(TaskData, "calibration", lambda task, *_, **__: read.append(type(task).__name__))
+    steps = prepared(experiment, only="digits")
+    assert [each.step.name for each in steps] == ["base", "initial-10", "expert-digits"]
+    assert read == ["Digits", "Digits"]
+    prepared(experiment, only="coded-average")
+    assert set(read) == {"Digits", "Glyphs"}

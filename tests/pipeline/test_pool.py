@@ -1,12 +1,11 @@
-"""Steps in processes, SLURM's jobs and Ray's tasks of their own, and what becomes of those that fail."""
+"""Steps as jobs of their own, on this machine and of SLURM, and what becomes of those that fail."""
 
-import importlib.util
+import contextlib
 import json
-import subprocess
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-import coin.pipeline.run
+import coin.files.safetensors
 from coin.cli import main
-from coin.core.processes import cores
 from coin.errors import CoinError, ConfigurationError
 from coin.pipeline.plan import Planned
-from coin.pipeline.pool import Command, CommandFailedError, Executor, Launch, open_pool, worker_environments
+from coin.pipeline.pool import Cluster, Command, CommandFailedError, Launch, open_pool, worker_environments
 from coin.pipeline.run import run_steps
-from coin.pipeline.step import DONE, Step, unkeyed
+from coin.pipeline.step import Step, unkeyed
+from tests.pipeline.finishing import Finish
 
-DEBUG = Launch(Executor.slurm, 2, {"cluster": "local", "timeout_min": 5})
+LOCAL = Launch(Cluster.local, 2)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,86 +55,31 @@ def planned(tmp_path: Path) -> list[Planned]:
     return [Planned(step, step.name, experiment) for step in steps]
 
 
-FINISH = """
-import pathlib, sys, time
-folder = pathlib.Path(sys.argv[-1])
-time.sleep(0.2)
-print("the last word of", folder.name, flush=True)
-if "wrong" in folder.name:
-    sys.exit(3)
-folder.joinpath("done.json").write_text("{}")
-"""
-
-
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have commands finish their step's folder, in place of ``coin run --only``."""
-    start = subprocess.Popen
-
-    def finish(command: list[str], **options: Any) -> Any:
-        if command[1:3] == ["-m", "coin"]:
-            command = [sys.executable, "-c", FINISH, str(Path(options["stdout"].name).parent)]
-        return start(command, **options)
-
-    monkeypatch.setattr("coin.pipeline.pool.subprocess.Popen", finish)
+def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have jobs finish their step's folder alone."""
+    monkeypatch.setattr("coin.pipeline.run.Command", Finish)
+    monkeypatch.setenv("JOB_SECONDS", "0.2")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
-class InstantRay(SimpleNamespace):
-    """Ray with one machine of two cores and one GPU, whose tasks run when they are asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(exceptions=SimpleNamespace(RayError=CoinError), is_initialized=lambda: False)
-        self.options: dict[str, Any] = {}
-        self.calls: list[str] = []
-        self.under_way = self.most = 0
-
-    def init(self, address: str, **options: Any) -> None:
-        self.options |= {"address": address, **options}
-
-    def remote(self, **options: Any) -> Callable[[Callable[[Command], None]], Any]:
-        self.options |= options
-        threads = ThreadPoolExecutor(9)
-
-        def start(run: Callable[[Command], None], command: Command) -> Any:
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            future = threads.submit(run, command)
-            future.add_done_callback(lambda _: setattr(self, "under_way", self.under_way - 1))
-            return SimpleNamespace(future=lambda: future)
-
-        return lambda run: SimpleNamespace(remote=partial(start, run))
-
-    def cancel(self, _: Any, *, force: bool) -> None:
-        self.calls.append(f"cancel {force}")
-
-    def shutdown(self) -> None:
-        self.calls.append("shutdown")
-
-
-@pytest.fixture
-def instant_ray(monkeypatch: pytest.MonkeyPatch) -> InstantRay:
-    ray = InstantRay()
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    return ray
-
-
-RAY = Launch(Executor.ray, 2, ray={"num_gpus": 0.5, "address": "auto"})
-
-
-@pytest.mark.usefixtures("instant_ray", "processes")
-@pytest.mark.parametrize("launch", [Launch(workers=2), RAY], ids=["local", "ray"])
+@pytest.mark.usefixtures("jobs")
 def test_a_failed_step_stops_only_those_that_need_it(
-    launch: Launch, planned: list[Planned], capsys: pytest.CaptureFixture[str]
+    planned: list[Planned], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
     done: list[str] = []
     with pytest.raises(CommandFailedError, match=r"1 of 6 steps failed, the first of them wrong: .*the last word of"):
-        run_steps(planned, launch, lambda each, _: done.append(each.step.name))
+        run_steps(planned, LOCAL, lambda each, _: done.append(each.step.name))
     assert done[0] == "first"
     assert set(done) == {"first", "a", "c", "two"}
     told = capsys.readouterr().err.splitlines()
     assert "[2/6] a: touching, elsewhere" in told
     assert "[2/6] a: done" in told
     assert sum("failed" in line for line in told) == 1
+    (made,) = planned[1].step.store.glob("a-*/threads")
+    assert made.read_text() == "3"  # the share of one worker of two
 
 
 def test_steps_of_this_process_go_on_past_an_error_where_they_are_asked_to(planned: list[Planned]) -> None:
@@ -148,7 +92,7 @@ def test_steps_of_this_process_go_on_past_an_error_where_they_are_asked_to(plann
     assert done[2:] == ["first", "a", "c", "two"]
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("jobs")
 def test_what_another_command_is_at_work_on_takes_no_worker(planned: list[Planned], tmp_path: Path) -> None:
     """A job for it would hold its allocation, and wait."""
     (busy,) = (each.step for each in planned if each.step.name == "a")
@@ -162,17 +106,17 @@ def test_what_another_command_is_at_work_on_takes_no_worker(planned: list[Planne
 
     wanted = [each for each in planned if each.step.name in ("first", "a", "c", "two")]
     with busy.locked():
-        run_steps(wanted, Launch(workers=2), note)
+        run_steps(wanted, LOCAL, note)
     assert started == ["first", "c", "a", "two"]
     assert not (busy.folder / "launch.log").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_reports")
-def test_an_experiment_by_jobs_of_submitit_is_that_of_one_process(
+def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch = ["--launch.executor=slurm", "--launch.workers=2", "--launch.slurm={cluster: local, timeout_min: 9}"]
+    launch = ["--launch.cluster=local", "--launch.workers=2"]
     methods = "--methods=[{class_path: Average}, {class_path: Coin}]"
     command = ["run", "-c", str(config), f"--output={tmp_path}", methods, *launch]
     assert main(command) == 0
@@ -188,36 +132,35 @@ def test_an_experiment_by_jobs_of_submitit_is_that_of_one_process(
     assert "elsewhere" not in capsys.readouterr().err
 
 
-def test_tasks_of_ray_are_as_many_at_a_time_as_workers(
-    instant_ray: InstantRay, processes: None, planned: list[Planned], monkeypatch: pytest.MonkeyPatch
+def is_alive(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return "Z" not in Path(f"/proc/{process}/stat").read_text()
+    return False
+
+
+@pytest.mark.usefixtures("jobs")
+def test_jobs_of_this_machine_are_as_many_as_workers_and_end_with_the_command(
+    planned: list[Planned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CommandFailedError):
-        run_steps(planned, RAY)
-    assert instant_ray.most == 2
-    told = {"num_cpus": max(1, cores() // 2), "num_gpus": 0.5, "name": "coin", "address": "auto"}
-    assert instant_ray.options.items() >= told.items()
-    assert instant_ray.calls[-1] == "shutdown"
-    monkeypatch.setattr("coin.pipeline.run.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    for each in planned:
-        (each.step.folder / DONE).unlink(missing_ok=True)
+    monkeypatch.setenv("JOB_SECONDS", "600")
+    waited = []
+
+    def wait(_: float) -> None:
+        waited.append(list(tmp_path.glob(".steps/*/process")))
+        if len(waited[-1]) == 2:
+            raise KeyboardInterrupt
+        threading.Event().wait(0.2)
+
+    monkeypatch.setattr("coin.pipeline.run.time.sleep", wait)
     with pytest.raises(KeyboardInterrupt):
-        run_steps(planned, RAY)
-    assert instant_ray.calls[-3:] == ["cancel True", "cancel True", "shutdown"]
-
-
-def test_ray_itself_runs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("ray") is None:  # not imported before its variables are set
-        pytest.skip("no Ray")
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")  # of another cluster, which is not asked for
-    commands = [Command([name], tmp_path / f"{name}.log") for name in ("--help", "nonsense")]
-    with open_pool(Launch(Executor.ray, 2), tmp_path) as submit:
-        assert submit is not None
-        asked = [submit(command) for command in commands]
-        while not all(has_ended() for has_ended in asked):
-            time.sleep(0.1)
-    assert "usage: coin" in commands[0].log.read_text()
-    assert commands[0].failure().startswith("exit status 0: ")
-    assert "exit status 2: coin: error: found command 'nonsense'" in commands[1].failure()
+        run_steps(planned, LOCAL)
+    processes = [int(path.read_text()) for path in tmp_path.glob(".steps/*/process")]
+    assert len(processes) == 2
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, processes)):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.2)
 
 
 def test_a_command_that_did_not_come_to_its_end_has_no_last_word(tmp_path: Path) -> None:
@@ -253,22 +196,21 @@ def test_what_does_not_fit_is_one_line(
 
     with pytest.raises(ConfigurationError, match="workers=0"):
         Launch(workers=0)
-    with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
-        Launch(slurm={"timeout_min": 3})
-    with pytest.raises(ConfigurationError, match=r"launch\.ray and launch\.executor slurm; set .*executor=ray"):
-        Launch(Executor.slurm, ray={"num_gpus": 1})
-    refused(Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9}), r"cannot use jobs with .*speed")
+    with pytest.raises(ConfigurationError, match=r"launch\.workers=2 and no launch\.cluster; set .* local or slurm"):
+        Launch(workers=2)
+    with pytest.raises(ConfigurationError, match=r"launch\.slurm and launch\.cluster=local; set .*cluster=slurm"):
+        Launch(Cluster.local, slurm={"timeout_min": 3})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(Launch(Cluster.slurm), r"found no srun .*cluster=local runs jobs here")
+    (tmp_path / "srun").touch(mode=0o755)
+    refused(Launch(Cluster.slurm, 2, {"speed": 9}), r"cannot use jobs with .*speed")
     for more in ([], ["--dry-run"]):
-        options = ["--launch.executor=slurm", "--launch.slurm={cluster: debug, timeout_mni: 9}", *more]
+        options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
         assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
         assert "cannot use jobs with" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/expert*"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    refused(Launch(Executor.slurm), r"found no srun .*cluster=debug tries")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    refused(DEBUG, r"pip install '\.\[slurm\]'")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    refused(RAY, r"pip install '\.\[serve\]'")
+    refused(LOCAL, r"pip install '\.\[slurm\]'")
 
 
 @pytest.mark.slow
@@ -277,5 +219,6 @@ def test_experts_that_are_imported_need_no_process(finished: Path, config: Path,
     experts = {task: str(finished / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}
     given = [f"--expert.checkpoints={json.dumps(experts)}", "--methods=[{class_path: Average}]", "--only=digits"]
     base = f"--base={{task: null, checkpoint: {finished}/base/base.safetensors}}"
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given, "--launch.workers=2"]) == 0
+    launch = ["--launch.cluster=local", "--launch.workers=2"]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given, *launch]) == 0
     assert not list((tmp_path / ".steps").rglob("launch.log"))

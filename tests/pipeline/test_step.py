@@ -2,7 +2,7 @@
 
 import errno
 import json
-import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from coin.core.versions import versions
-from coin.data import Digits, ImageFolder
+from coin.data import MNIST, Digits, ImageFolder
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.merging import Average
-from coin.pipeline.options import config_dict
+from coin.pipeline.options import config_dict, task_key
 from coin.pipeline.plan import Planned
 from coin.pipeline.run import execute, warn_of_versions
 from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
@@ -97,16 +97,6 @@ def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: P
     assert other.folder != both.folder
 
 
-def test_what_a_step_of_this_name_took_last_time(tmp_path: Path) -> None:
-    assert write(tmp_path, option=1).last_seconds() is None
-    for seconds, name in ((3.0, "a"), (5.0, "a"), (9.0, "a-longer")):
-        step = write(tmp_path, name, option=seconds)
-        step.folder.mkdir(parents=True)
-        step.finish(seconds)
-        os.utime(step.folder / DONE, (seconds, seconds))
-    assert write(tmp_path, option=1).last_seconds() == 5.0
-
-
 def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write(tmp_path)
     assert made.other_versions == ""
@@ -169,15 +159,31 @@ def test_reading_the_data_changes_no_key() -> None:
     assert key(task) == before
 
 
-def test_a_changed_image_folder_changes_the_key(tmp_path: Path) -> None:
+def test_a_changed_image_changes_the_keys_of_what_reads_it_wherever_the_folder_lies(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
     for split in ("train", "test"):
         for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / split / name / "0.png")
-    before = key(ImageFolder(str(tmp_path)))
-    assert key(ImageFolder(str(tmp_path))) == before
-    Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(tmp_path / "train/a/1.png")
-    assert key(ImageFolder(str(tmp_path))) != before
+            (folder / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / split / name / "0.png")
+
+    def keys(root: Path = folder) -> list[Any]:
+        return [task_key(ImageFolder(str(root)), with_tests=with_tests) for with_tests in (False, True)]
+
+    before = keys()
+    shutil.copytree(folder, tmp_path / "copy")
+    assert keys(tmp_path / "copy") == before
+    Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(folder / "test/a/0.png")
+    (training, testing), (old_training, old_testing) = keys(), before
+    assert training == old_training
+    assert testing != old_testing
+    Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(folder / "train/a/1.png")
+    assert all(key != old for key, old in zip(keys(), [training, testing], strict=True))
+
+
+def test_where_a_downloaded_set_lies_changes_no_key() -> None:
+    here, there = MNIST(), MNIST(root="elsewhere", download=False)
+    assert task_key(here, with_tests=True) == task_key(there, with_tests=True)
+    assert task_key(here, with_tests=True) != task_key(MNIST(max_train=5), with_tests=True)
 
 
 @dataclass

@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 from coin.coding import Code, DecoderKind
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
-from coin.data.tasks import task_with
 from coin.files.atomic import write_text
 from coin.merging import Experts
 from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
 from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import result_options
-from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
+from coin.pipeline.options import result_options, tasks_key
+from coin.pipeline.step import DONE, Step, in_order, keyed_by, unkeyed
 from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.tracking.runs import RunLog
@@ -44,11 +43,6 @@ def _key(calibration: CalibrationConfig) -> dict[str, Any]:
     return key
 
 
-def measured_tasks(tasks: dict[str, TaskData]) -> dict[str, TaskData]:
-    """Return tasks for the key of an evaluation: workers change nothing, and it reads no training batches."""
-    return {name: task_with(task, num_workers=0, batch_size=64) for name, task in tasks.items()}
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
@@ -57,12 +51,12 @@ class Evaluate(Step):
     collective: ClassVar[bool] = True
 
     experiment: str
-    experts: dict[str, ExpertStep]
+    experts: dict[str, ExpertStep] = keyed_by(in_order)
     merges: list[Merge]
     replicas: list[CompressExperts]
     code: Code = keyed_by(code_key)
     decoders: list[DecoderKind] | None
-    tasks: dict[str, TaskData] = keyed_by(measured_tasks)
+    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=True))
     calibration: CalibrationConfig = keyed_by(_key)
     trainer: dict[str, Any] = keyed_by(partial(result_options, training=False))
     configuration: dict[str, Any] = unkeyed()  # what ``results.json`` says of the experiment
@@ -98,7 +92,9 @@ class Evaluate(Step):
             task.release()
 
 
-def shown_files(folder: Path) -> list[Path]:
-    """Return the files of an evaluation's folder, or of the seed's that it is copied to."""
-    names = ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*")
-    return [path for name in names for path in sorted(folder.glob(name)) if path.name != DONE]
+def shown_names(folder: Path) -> list[Path]:
+    """Return which files of an evaluation's folder a person sees in the seed's, relative to either."""
+    names = []
+    for pattern in ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*"):
+        names += [path.relative_to(folder) for path in sorted(folder.glob(pattern))]
+    return [name for name in names if name.name != DONE]

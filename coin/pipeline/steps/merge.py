@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +28,8 @@ from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
 from coin.networks.files import kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import config_dict, result_options, training_tasks
-from coin.pipeline.step import Step, keyed_by, unkeyed
+from coin.pipeline.options import config_dict, result_options, tasks_key
+from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
 from coin.pipeline.steps.train import ExpertStep, WriteInitial
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
@@ -51,6 +52,13 @@ def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
     return {"samples_per_task": calibration.samples_per_task, "batch_size": calibration.batch_size}
 
 
+def fisher_key(options: FisherOptions | None) -> dict[str, Any] | None:
+    """Return what decides a Fisher beyond its last bits."""
+    if options is None:
+        return None
+    return {name: value for name, value in vars(options).items() if name != "memory_mib"}
+
+
 def code_key(code: Code) -> list[list[float]]:
     """Return the coding weights."""
     return code.matrix.tolist()
@@ -68,10 +76,10 @@ class EstimateStatistic(Step):
     collective: ClassVar[bool] = True
 
     which: Statistic
-    fisher: FisherOptions | None
+    fisher: FisherOptions | None = keyed_by(fisher_key)
     task_name: str
     expert: ExpertStep
-    tasks: dict[str, TaskData] = keyed_by(training_tasks)
+    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] = unkeyed()
     doing: str = unkeyed(default="computing")
@@ -97,10 +105,10 @@ class Merge(Step):
 
     method: Method
     code: Code = keyed_by(code_key)
-    experts: dict[str, ExpertStep]
+    experts: dict[str, ExpertStep] = keyed_by(in_order)
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None  # given, as the trainer, to methods that read it only
-    tasks: dict[str, TaskData] = keyed_by(training_tasks)
+    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
     seed: int
     calibration: CalibrationConfig = keyed_by(samples_key)
     trainer: dict[str, Any] | None = keyed_by(_training_key)

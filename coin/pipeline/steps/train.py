@@ -27,7 +27,7 @@ from coin.networks.files import import_checkpoint, import_pretrained, initial_ne
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
-from coin.pipeline.options import result_options, training_task
+from coin.pipeline.options import result_options, task_key
 from coin.pipeline.step import Step, keyed_by, unkeyed
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
@@ -68,6 +68,12 @@ def network_key(network: NetworkConfig) -> dict[str, Any]:
             network.source.place, weights=network.weights is not None
         )
     return options
+
+
+def recipe_key(config: TrainingConfig) -> dict[str, Any]:
+    """Return how one network is trained, without where others come from."""
+    elsewhere = ("task", "checkpoint", "seed", "overrides", "checkpoints")
+    return {name: value for name, value in vars(config).items() if name not in elsewhere}
 
 
 def place_key(place: str) -> Any:
@@ -118,8 +124,8 @@ class TrainNetwork(Step):
     collective: ClassVar[bool] = True
 
     network: NetworkConfig = keyed_by(network_key)
-    config: TrainingConfig
-    task: TaskData = keyed_by(training_task)
+    config: TrainingConfig = keyed_by(recipe_key)
+    task: TaskData = keyed_by(partial(task_key, with_tests=False))
     seed: int
     trainer: dict[str, Any] = keyed_by(partial(result_options, training=True))
     task_name: str | None = None
