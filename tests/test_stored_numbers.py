@@ -46,7 +46,7 @@ def test_numbers_with_a_spread_stand_in_tables_alone(tables: ModuleType) -> None
 def test_simulations_have_three_seeds_and_suites_at_least_two(tables: ModuleType) -> None:
     assert set(script("stored").simulated("stragglers").seeds) == {3}
     for suite in tables.SUITES:
-        assert tables.measured(f"stand-ins-{suite}").experiment.nunique() >= 2
+        assert tables.measured(suite).run.nunique() >= 2
 
 
 def test_pictures_are_what_their_script_draws() -> None:

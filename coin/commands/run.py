@@ -11,7 +11,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import Planned, plan, union
+from coin.pipeline.plan import Planned, plan
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.prune import remove, size_mib, unreferenced
 from coin.pipeline.run import check_options, run_experiment, run_only
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     if options["prune"]:
         prune(plan(experiment))
     elif options["dry_run"]:
-        print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
+        print_plan(experiment, options["launch"], as_document=options["json"])
     elif options["only"] is not None:
         run_only(experiment, options["only"])
     else:
@@ -82,13 +82,10 @@ def prune(steps: Sequence[Planned]) -> None:
     print(f"{len(folders)} steps, {size:.1f} MiB, removed from '{store}'")
 
 
-def print_plan(
-    name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False
-) -> None:
+def print_plan(experiment: Experiment, launch: Launch, *, as_document: bool = False) -> None:
     """Check what a run checks, and print every step: done or to do, and what it cost last time; and what is unused."""
-    for experiment in experiments:
-        check_options(experiment)
-    steps = union(map(plan, experiments))
+    check_options(experiment)
+    steps = plan(experiment)
     store = steps[0].step.store
     check_launch(launch, store)
     rows: list[dict[str, Any]] = []
@@ -107,11 +104,15 @@ def print_plan(
     unused = unreferenced(steps)
     if as_document:
         left = {"folders": unused, "mib": size_mib(unused)}
-        print(as_json({"experiment": name, "to_do": to_do, "steps": rows, "unreferenced": left}))
+        print(
+            as_json(
+                {"experiment": experiment.name, "to_do": to_do, "steps": rows, "unreferenced": left}
+            )
+        )
         return
     seconds = sum(row["seconds"] or 0 for row in rows)
     last_time = f", which took {seconds:.0f} s last time" if seconds else ""
-    print(f"{name}: {to_do} of {len(rows)} steps to do{last_time}")
+    print(f"{experiment.name}: {to_do} of {len(rows)} steps to do{last_time}")
     width = max(len(row["step"]) for row in rows)
     for row in rows:
         took = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"

@@ -44,7 +44,7 @@ class Executor(StrEnum):
 
 @dataclass(frozen=True)
 class Launch:
-    """How independent steps of an experiment, or of a sweep's points, are run: one after the other, or side by side.
+    """How independent steps of an experiment are run: one after the other, or side by side.
 
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
+
+from coin.reporting import read_results
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,47 +34,43 @@ def command(what: str, *options: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_six_points_killed_three_times_are_those_of_one_run(
+def test_three_seeds_killed_three_times_are_those_of_one_run(
     config: Path, login: dict[str, str], tmp_path: Path
 ) -> None:
     """The driver is killed; its jobs go on, are waited for by the next, and nothing is computed twice."""
-    document = {
-        "name": "grid",
-        "experiment": str(config),
-        "grid": {"calibration.samples_per_task": [12, 24], "seeds": [[0], [1], [2]]},
-        "set": {"methods": [{"class_path": "Average"}], "decoders": ["linear"], "calibration.batch_size": 12},
-    }
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    sweep = command("sweep", "grid.yaml")
-    folder = tmp_path / "runs/grid"
+    small = ["--methods=[{class_path: Average}]", "--decoders=[linear]", "--seeds=[0, 1, 2]", "--name=three"]
+    run = command("run", "-c", str(config), *small)
+    folder = tmp_path / "runs"
 
     def finished() -> dict[str, int]:
         return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(".steps/*/done.json")}
 
     log = (tmp_path / "driver.log").open("w+")
     quiet: dict[str, Any] = {"stdout": log, "stderr": log}
-    for wanted in (2, 6, 10):
+    for wanted in (2, 5, 8):
         before = finished()
-        process = subprocess.Popen(sweep, env=login, **quiet)
+        process = subprocess.Popen(run, env=login, **quiet)
         deadline = time.monotonic() + 300
         while len(finished()) < wanted:
             told = Path(log.name).read_text()[-3000:]
-            assert process.poll() is None, f"the sweep ended before it could be killed: {told}"
-            assert time.monotonic() < deadline, f"the sweep did not come so far: {told}"
+            assert process.poll() is None, f"the run ended before it could be killed: {told}"
+            assert time.monotonic() < deadline, f"the run did not come so far: {told}"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         assert before.items() <= finished().items()
-    done = subprocess.run(sweep, env=login, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(run, env=login, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(finished()) == 3 + 2 * 3 + 6 + 6
+    assert len(finished()) == 3 + 2 * 3 + 3 + 3
     for job in folder.glob(".steps/*/launch.log"):  # no step was begun twice
         assert job.read_text().count(f"--only {job.parent.name}") == 1, job
-    here = [each for each in command("sweep", "grid.yaml", "--output=here") if not each.startswith("--launch")]
-    subprocess.run(here, env=login, check=True, timeout=600, **quiet)
-    tables = [pd.read_csv(f"{place}/grid/sweep.csv") for place in ("runs", "here")]
+    here = [each for each in run if not each.startswith("--launch")]
+    subprocess.run([*here, "--output=here"], env=login, check=True, timeout=600, **quiet)
     columns = ["merge_seconds", "decoder_seconds"]
-    pd.testing.assert_frame_equal(*(table.drop(columns=columns) for table in tables), check_exact=True)
+    for seed in range(3):
+        places = [Path(f"{place}/three/seed-{seed}") for place in ("runs", "here")]
+        tables = [read_results(place).drop(columns=columns) for place in places]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert not squeue(login)
 
 
