@@ -82,7 +82,7 @@ bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
-# The study's suites: what `coin run` is given, a line each. Those of photos need folders that you make: notebooks/BENCHMARK.md.
+# The study's suites: what `coin run` is given, a line each. Those of photos and intents need files that you make: notebooks/BENCHMARK.md.
 define SUITES
 -c quickstart
 -c fleet-32
@@ -95,30 +95,29 @@ define SUITES
 -c vit-small -c stand-ins --name=vit-1 --seeds=[401] --base.seed=1
 -c vit-small -c stand-ins --name=vit-2 --seeds=[402] --base.seed=2
 -c vit-small -c stand-ins --name=vit-3 --seeds=[403] --base.seed=3
--c intents
 endef
+SUITES_OF_INTENTS := -c intents
 define SUITES_OF_PHOTOS
 -c photos
 -c photos -c frontier --name=frontier-photos --seeds=[7]
 -c resnet50
 endef
 # What is measured on the suites' experts: a script of notebooks, and what it is given.
-define MEASURED
-lora.py $(RESULTS)/intents/seed-401 --output $(RESULTS)/lora/lora.csv
-endef
+MEASURED_ON_INTENTS := lora.py $(RESULTS)/intents/seed-401 --output $(RESULTS)/lora/lora.csv
 define MEASURED_ON_PHOTOS
 rivals.py $(RESULTS)/photos/seed-401 --output $(RESULTS)/photos/rivals.csv
 layers.py $(RESULTS)/photos/seed-401 --output $(RESULTS)/photos/layers.csv
 silent_faults.py $(RESULTS)/photos/seed-* --output $(RESULTS)/silent-faults/faults.csv
 endef
-export SUITES SUITES_OF_PHOTOS MEASURED MEASURED_ON_PHOTOS
+export SUITES SUITES_OF_PHOTOS MEASURED_ON_PHOTOS
 PHOTOS := $(wildcard data/photos)
+INTENTS := $(wildcard data/intents)
 
 # Two at a time. A run goes on where it was killed; experts and bases that suites share are made once.
 study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some four hours
 	$(PIP) '.[demo,timm,text]'
-	printf '%s\n' "$$SUITES" $(if $(PHOTOS),"$$SUITES_OF_PHOTOS") | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/coin run % --output=$(RESULTS) || exit 255'
-	printf '%s\n' "$$MEASURED" $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | $(ONE_THREAD) xargs -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
+	printf '%s\n' "$$SUITES" $(if $(INTENTS),"$(SUITES_OF_INTENTS)") $(if $(PHOTOS),"$$SUITES_OF_PHOTOS") | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/coin run % --output=$(RESULTS) || exit 255'
+	printf '%s\n' $(if $(INTENTS),"$(MEASURED_ON_INTENTS)") $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | $(ONE_THREAD) xargs -r -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
