@@ -4,11 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 RESULTS := notebooks/results
-# Suites of photos need folders that you make: see notebooks/BENCHMARK.md.
-PHOTOS := $(wildcard data/photos)
-OF_PHOTOS := stand-ins-photos stand-ins-photos-lite1 stand-ins-resnet50 frontier-photos frontier-resnet50
-SUITES := $(notdir $(basename $(wildcard configs/study/*.yaml)))
-SUITES := $(if $(PHOTOS),$(SUITES),$(filter-out $(OF_PHOTOS),$(SUITES)))
 SLOW := -m 'not slow'
 # For one of several processes side by side: threads that wait do not spin, and memory that was freed is kept.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
@@ -87,28 +82,42 @@ bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
-# What is measured on the suites' experts: a script of notebooks, the folders of seeds that it reads, and what it is given besides.
-define MEASURED
-rivals.py $(RESULTS)/fleet/*/seed-* --svd --output $(RESULTS)/fleet/rivals.csv
-rivals.py $(RESULTS)/stand-ins-imagenet-pair/*/seed-40[1-3] --output $(RESULTS)/stand-ins-imagenet-pair/rivals.csv
-rivals.py $(RESULTS)/stand-ins-small-pair/*/seed-40[1-3] --output $(RESULTS)/stand-ins-small-pair/rivals.csv
-rivals.py $(RESULTS)/stand-ins-vit/*/seed-40[1-3] --output $(RESULTS)/stand-ins-vit/rivals.csv
-rivals.py $(RESULTS)/stand-ins-intents/*/seed-401 --svd --output $(RESULTS)/stand-ins-intents/rivals.csv
-lora.py $(RESULTS)/stand-ins-intents/*/seed-401 --output $(RESULTS)/lora/lora.csv
+# The study's suites: what `coin run` is given, a line each. Those of photos and intents need files that you make: notebooks/BENCHMARK.md.
+define SUITES
+-c quickstart
+-c fleet-32
+-c fleet-8
+-c fleet-2
+-c fleet-32 -c frontier --name=frontier-32
+-c fleet-8 -c frontier --name=frontier-8 --seeds=[402]
+-c fleet-2 -c frontier --name=frontier-2 --seeds=[402]
+-c imagenet-pair -c stand-ins
+-c vit-small -c stand-ins --name=vit-1 --seeds=[401] --base.seed=1
+-c vit-small -c stand-ins --name=vit-2 --seeds=[402] --base.seed=2
+-c vit-small -c stand-ins --name=vit-3 --seeds=[403] --base.seed=3
 endef
+SUITES_OF_INTENTS := -c intents
+define SUITES_OF_PHOTOS
+-c photos
+-c photos -c frontier --name=frontier-photos --seeds=[7]
+-c resnet50
+endef
+# What is measured on the suites' experts: a script of notebooks, and what it is given.
+MEASURED_ON_INTENTS := lora.py $(RESULTS)/intents/seed-401 --output $(RESULTS)/lora/lora.csv
 define MEASURED_ON_PHOTOS
-rivals.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/rivals.csv
-layers.py $(RESULTS)/stand-ins-photos/*/seed-401 --output $(RESULTS)/stand-ins-photos/layers.csv
-silent_faults.py $(RESULTS)/stand-ins-photos/*/seed-* --output $(RESULTS)/silent-faults/faults.csv
+rivals.py $(RESULTS)/photos/seed-401 --output $(RESULTS)/photos/rivals.csv
+layers.py $(RESULTS)/photos/seed-401 --output $(RESULTS)/photos/layers.csv
+silent_faults.py $(RESULTS)/photos/seed-* --output $(RESULTS)/silent-faults/faults.csv
 endef
-export MEASURED MEASURED_ON_PHOTOS
+export SUITES SUITES_OF_PHOTOS MEASURED_ON_PHOTOS
+PHOTOS := $(wildcard data/photos)
+INTENTS := $(wildcard data/intents)
 
-# Two suites at a time. A sweep goes on where it was killed; experts and bases that suites share are made once, in one store of steps.
-study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some hours
+# Two at a time. A run goes on where it was killed; experts and bases that suites share are made once.
+study: $(VENV)/.demo  ## the results in notebooks/results anew, and the tables of README and docs: some four hours
 	$(PIP) '.[demo,timm,text]'
-	mkdir -p $(RESULTS)/.steps $(addprefix $(RESULTS)/,$(SUITES) lora)
-	printf '%s\n' $(SUITES) | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c 'ln -sfn ../.steps $(RESULTS)/%/.steps && $(BIN)/coin sweep % --output $(RESULTS) || exit 255'
-	printf '%s\n' "$$MEASURED" $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | $(ONE_THREAD) xargs -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
+	printf '%s\n' "$$SUITES" $(if $(INTENTS),"$(SUITES_OF_INTENTS)") $(if $(PHOTOS),"$$SUITES_OF_PHOTOS") | OMP_NUM_THREADS=1 xargs -P 2 -I% sh -c '$(BIN)/coin run % --output=$(RESULTS) || exit 255'
+	printf '%s\n' $(if $(INTENTS),"$(MEASURED_ON_INTENTS)") $(if $(PHOTOS),"$$MEASURED_ON_PHOTOS") | $(ONE_THREAD) xargs -r -P 2 -I% sh -c '$(BIN)/python notebooks/% || exit 255'
 	$(BIN)/python notebooks/tables.py
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error

@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
         status = _interruption(error)
         if status is not None:
             by = " by SIGTERM" if status == _TERMINATED else ""
-            resumed = "; the same command goes on where it was" if name in ("run", "sweep") else ""
+            resumed = "; the same command goes on where it was" if name == "run" else ""
             print(f"coin: interrupted{by}{resumed}", file=sys.stderr)
             return status
         line = _mistake(error)

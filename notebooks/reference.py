@@ -49,7 +49,7 @@ ROOMS = {
     "coin.reporting.choice": "What to keep of an experiment",
     "coin.statistics": "Fishers and Gram matrices",
 }
-TASKS = ["ImageFolder", "TextFile", "MNIST5k", "Digits", "Glyphs", "Clinc", "TorchvisionTask"]
+TASKS = ["ImageFolder", "TextFile", "MNIST5k", "Digits", "Glyphs", "TorchvisionTask"]
 
 
 def on_files(files: Files, config: Any) -> Files:

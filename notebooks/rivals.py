@@ -98,16 +98,13 @@ def place_of(folder):
     return {"experiment": folder.parent.name, "seed": int(folder.name.removeprefix("seed-"))}
 
 
-def written(measure, description, output, options=()):
+def written(measure, description, output):
     """Measure the folders that the command line names, write the CSV, and return its rows."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="folders of seeds")
     parser.add_argument("--output", type=Path, default=Path(output), help="the CSV to write")
-    for name, told in options:
-        parser.add_argument(f"--{name}", action="store_true", help=told)
     given = parser.parse_args()
-    chosen = [getattr(given, name) for name, _ in options]
-    found = pd.DataFrame([row for folder in given.folders for row in measure(folder, *chosen)])
+    found = pd.DataFrame([row for folder in given.folders for row in measure(folder)])
     found.to_csv(given.output, index=False)
     return found
 
@@ -309,7 +306,7 @@ def by_masks(experts, base, bits, threshold):
     return networks, size
 
 
-def stand_ins(experts, bodies, bits, svd_alone, calibration, weights, initial):
+def stand_ins(experts, bodies, bits, calibration, weights, initial):
     """Yield (method, r, the networks, all bytes but the heads') of every method; `bodies` are tensors and bytes."""
     for name, (body, size) in bodies.items():
         if name not in ("average", "base"):  # one network for all
@@ -319,17 +316,17 @@ def stand_ins(experts, bodies, bits, svd_alone, calibration, weights, initial):
             networks, kept = by_low_rank(experts, body, directions, roots)
             yield method, rank, networks, size + kept
     base, size = bodies["base"]
-    for name, density in () if svd_alone else DENSITIES.items():
+    for name, density in DENSITIES.items():
         networks, kept = by_sparse(experts, initial, base, density, calibration)
         yield f"ultradelta-{name}", None, networks, size + kept
-    for name, threshold in () if svd_alone else (("emr", None), ("tall", TALL)):
+    for name, threshold in (("emr", None), ("tall", TALL)):
         networks, kept = by_masks(experts, base, bits, threshold)
         yield name, None, networks, size + kept
 
 
 @torch.no_grad()
-def measure(folder, svd_alone):
-    """Yield a row for every method, or for the SVDs alone, and task of a seed's folder."""
+def measure(folder):
+    """Yield a row for every method and task of a seed's folder."""
     found, tasks, base = finished(folder)
     names, experts = list(found), list(found.values())
 
@@ -360,14 +357,14 @@ def measure(folder, svd_alone):
         "magic": Magic(batchnorm="average"),
         "ace": Ace(batchnorm="average"),
     }
-    for name, method in () if svd_alone else others.items():
+    for name, method in others.items():
         merged = coin.merge_networks(method, experts, coin.uniform(len(experts)), **given)[0]
         whole[name] = filled(headless, body_of(merged))
     rows = {}
     for bits, end in ((8, "_8bit"), (4, "_4bit")):
         bodies = {name: in_bits(bits, network) for name, network in whole.items()}
         for method, rank, networks, kept in stand_ins(
-            experts, bodies, bits, svd_alone, samples, weights, body_of(base)
+            experts, bodies, bits, samples, weights, body_of(base)
         ):
             for name, network in zip(names, networks, strict=True):
                 answers = classes_of(network, tasks.tasks[name])
@@ -389,7 +386,7 @@ def measure(folder, svd_alone):
 
 
 if __name__ == "__main__":
-    found = written(measure, __doc__, "rivals.csv", [("svd", "the SVDs alone")])
+    found = written(measure, __doc__, "rivals.csv")
     shown = {name: ["mean", "min"] if "nda" in name else "mean" for name in found.columns[6:]}
     print(
         found.groupby(["method", "rank"], dropna=False, sort=False).agg(shown).round(4).to_string()

@@ -1,6 +1,6 @@
 """Whether the code exposes an expert that answers in time but wrongly, and which one it is: folders of seeds → CSV.
 
-    python notebooks/silent_faults.py runs/stand-ins-photos/*/seed-* --output faults.csv
+    python notebooks/silent_faults.py runs/photos/seed-* --output faults.csv
 
 All servers answer batches of test inputs of all tasks, without labels. `odds` says of every expert how much its answers
 are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert

@@ -1,13 +1,12 @@
 """The stored results in notebooks/results, read for the tables of README.md and docs."""
 
-import math
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
 from coin.reporting import summarise
-from coin.reporting.results import NUMBERS, requested_policy
+from coin.reporting.results import read_results, requested_policy
 from coin.reporting.summary import stand_ins
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,28 +36,28 @@ def percent(share: float) -> str:
 
 @cache
 def measured(suite: str, lost: int | None = 1) -> pd.DataFrame:
-    """The rows of a suite's sweep where so many experts are lost; all if None."""
-    frame = pd.read_csv(
-        RESULTS / suite / "sweep.csv",
-        keep_default_na=False,
-        na_values={"residual": [""], "nda": [""]},
-    )
+    """The rows of a suite where so many experts are lost, all if None; `run` tells its seeds and experiments apart.
+
+    A suite is an experiment, or the pattern of several: ``fleet-*``.
+    """
+    frames = []
+    for path in sorted(RESULTS.glob(f"{suite}/seed-*/results.csv")):
+        rows = read_results(path.parent)
+        frames.append(rows.assign(run=rows.experiment + "/" + path.parent.name))
+    frame = pd.concat(frames, ignore_index=True)
     return frame if lost is None else frame[frame.erased.str.count(r"\+") + 1 == lost]
 
 
 def runs(suite: str, lost: int | None = 1) -> pd.DataFrame:
     """A suite's rows with so many experts lost, or all; each run, a seed and a draw of the base, counts as a seed."""
     rows = measured(suite, lost)
-    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment=suite)
-    return rows.assign(
-        **{name: pd.to_numeric(rows[name]) if name in rows else math.nan for name in NUMBERS}
-    )
+    return rows.assign(seed=rows.groupby("run", sort=False).ngroup(), experiment=suite)
 
 
 def made(suite: str) -> str:
     """Return the command that makes a suite's numbers, and the revision at which it did."""
     revisions = pd.read_csv(RESULTS / "made.csv", index_col="suite").revision
-    return f"coin sweep configs/study/{suite}.yaml, at {revisions[suite]}"
+    return f"make study, at {revisions[suite]}"
 
 
 def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -74,7 +73,7 @@ def rows_of(rows: pd.DataFrame, method: str, decoder: str) -> pd.DataFrame:
 def ndas(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
     """The mean NDA over tasks in %, one number for each run of a suite."""
     own = rows_of(rows, method, decoder)
-    return 100 * own.groupby("experiment").nda.mean()
+    return 100 * own.groupby("run").nda.mean()
 
 
 def cost(rows: pd.DataFrame, method: str) -> float:
@@ -84,28 +83,23 @@ def cost(rows: pd.DataFrame, method: str) -> float:
 
 def network_mib(rows: pd.DataFrame) -> float:
     """The size of one network in MiB: that of the experts' average, read by nothing beside it."""
-    return float(
-        pd.to_numeric(
-            rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib
-        ).mean()
-    )
+    is_average = (rows.method == "average") & (rows.decoder == "linear")
+    return float(rows[is_average].memory_mib.mean())
 
 
 @cache
 def stood_in(suite: str) -> pd.DataFrame:
     """The rows of a suite of stand-ins, with their memory in networks."""
-    rows = measured(f"stand-ins-{suite}")
-    return rows.assign(networks=pd.to_numeric(rows.memory_mib) / network_mib(rows))
+    rows = measured(suite)
+    return rows.assign(networks=rows.memory_mib / network_mib(rows))
 
 
 def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:
     """What may stand in for a lost expert, and the size of a network in MiB."""
-    return stand_ins(summarise(runs(f"stand-ins-{suite}", None))), network_mib(
-        measured(f"stand-ins-{suite}")
-    )
+    return stand_ins(summarise(runs(suite, None))), network_mib(measured(suite))
 
 
-def rivals(suite: str) -> pd.DataFrame:
-    """What `rivals.py` measured on a suite's experts."""
-    rows = pd.read_csv(RESULTS / suite / "rivals.csv", keep_default_na=False, dtype={"rank": str})
+def rivals() -> pd.DataFrame:
+    """What `rivals.py` measured on the photos' experts."""
+    rows = pd.read_csv(RESULTS / "photos/rivals.csv", keep_default_na=False, dtype={"rank": str})
     return rows.assign(rank=rows["rank"].str.removesuffix(".0"))

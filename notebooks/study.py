@@ -26,8 +26,9 @@ def folded(suite: str, table: pd.DataFrame, called: str = "") -> HTML:
 
 
 def sources(suites: tuple[str, ...]) -> str:
-    """The commands and revisions of the results that a table is made of, to stand below it."""
-    return f"\n\n*Made of {'; '.join(map(made, suites))}.*"
+    """The suites of a table, the commands that made them and the revisions at which they did, to stand below it."""
+    made_by = [f"{suite}: {made(suite)}" for suite in suites]
+    return f"\n\n*{'; '.join(made_by)}.*"
 
 
 def cells(part: pd.DataFrame) -> "pd.Series[str]":

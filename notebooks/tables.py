@@ -9,7 +9,6 @@ import math
 import re
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import docstring_parser
 import pandas as pd
@@ -32,7 +31,7 @@ from stored import (
 )
 
 from coin.reporting.figures import legend_below, nda_against_memory
-from coin.reporting.results import COLUMNS, Row
+from coin.reporting.results import COLUMNS, Row, read_promises
 from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
 from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
 from coin.reporting.tables import keep_table
@@ -41,8 +40,7 @@ NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
 SUITES = {
     "imagenet-pair": "ImageNet pair",
-    "small-pair": "small pair",
-    "vit": "small ViT",
+    "vit-*": "small ViT",
     "photos": "six on photos",
 }
 KEPT = {
@@ -107,12 +105,11 @@ IN_SHORT = [
 """The rows of the README's table."""
 
 FLEETS = {
-    "photos": ("six experts on photos", "stand-ins-photos"),
-    "resnet50": ("four experts of ResNet50", "stand-ins-resnet50"),
-    "intents": ("ten experts for intents", "stand-ins-intents"),
-    "lite1": ("photos from EfficientNet-Lite1", "stand-ins-photos-lite1"),
+    "photos": "six experts on photos",
+    "resnet50": "four experts of ResNet50",
+    "intents": "ten experts for intents",
 }
-"""The real fleets: what tables call them, and their suites."""
+"""The real fleets: their suites, and what tables call them."""
 
 CLAIMED = [
     ("coin", "linear"),
@@ -122,17 +119,6 @@ CLAIMED = [
     ("refit+rank16", "expert_head"),
 ]
 """What the paper's claims are checked on."""
-
-SAMPLED = [
-    ("coin", "linear"),
-    ("coin", "feature_ridge"),
-    ("refit", "feature_ridge"),
-    ("refit", "expert_head"),
-    ("base+rank16", "expert_head"),
-    ("refit+rank4", "expert_head"),
-    ("refit+rank16", "expert_head"),
-]
-"""What is measured with few samples."""
 
 DRAWN = {
     ("none", "feature_ridge"): "the survivors alone",
@@ -174,8 +160,6 @@ FLEET = {
     ("replica-2bit-int8base", "replica"): "copies, 2-bit deltas",
 }
 """What is measured from two experts to many."""
-FLEET_RIVALS = (("average+qera", 4), ("average+svd", 8))
-"""The rivals in the table of fleets, and the bits of their bodies."""
 
 
 def forwards_and_losses(method: str, decoder: str, rows: pd.DataFrame) -> list[str]:
@@ -208,19 +192,15 @@ def stand_ins() -> str:
 
 def of_fleet(fleet: str) -> pd.DataFrame:
     """Return a real fleet's rows, with both memories in networks."""
-    _, suite = FLEETS[fleet]
-    rows = measured(suite)
+    rows = measured(fleet)
     size = network_mib(rows)
-    return rows.assign(
-        networks=pd.to_numeric(rows.memory_mib) / size,
-        resident=pd.to_numeric(rows.resident_mib) / size,
-    )
+    return rows.assign(networks=rows.memory_mib / size, resident=rows.resident_mib / size)
 
 
 def agreements(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
     """The mean agreement with the experts over tasks in %, one number for each run of a suite."""
     own = rows_of(rows, method, decoder)
-    return 100 * own.groupby("experiment").agreement.mean()
+    return 100 * own.groupby("run").agreement.mean()
 
 
 def nda_and_agreement(rows: pd.DataFrame, method: str, decoder: str) -> str:
@@ -238,7 +218,7 @@ def real_fleets() -> str:
         memory = " / ".join(f"{each.mean():.2f}" if len(each) else "–" for each in sizes)
         both = [nda_and_agreement(part, method, decoder) for part in every.values()]
         rows.append([KEPT[method, decoder], memory, *both])
-    names = [f"{name}: NDA, agreement" for name, _ in FLEETS.values()]
+    names = [f"{name}: NDA, agreement" for name in FLEETS.values()]
     return markdown(["what stands in", "memory", *names], rows)
 
 
@@ -259,39 +239,27 @@ def real_in_short() -> str:
 def fleets_experts() -> str:
     """How good the experts of the real fleets are: the share of test samples that they are right on, by task."""
     lines = []
-    for fleet, (name, _) in FLEETS.items():
+    for fleet, name in FLEETS.items():
         rows = rows_of(of_fleet(fleet), "average", "expert_head")
         right = 100 * rows.groupby("task", sort=False).expert_accuracy.mean()
         each = ", ".join(f"{task} {share:.1f}" for task, share in right.items())
-        lines.append([name, str(rows.experiment.nunique()), each])
+        lines.append([name, str(rows.run.nunique()), each])
     return markdown(["fleet", "seeds", "right on test samples, %"], lines)
 
 
 def claims(target: float = 97.5) -> str:
     """The paper's claims: in how many runs they hold, where they hold best, and what that takes."""
-    of_suites = {name: measured(f"stand-ins-{suite}") for suite, name in SUITES.items()}
-    of_suites |= {FLEETS[name][0]: measured(FLEETS[name][1]) for name in ("resnet50", "intents")}
-    few, rows = measured("samples"), []
-    for claim, parts in (
-        (f"NDA above {target} % in some cases", of_suites),
-        (
-            "the same with 0.6 % of the training data (P = 25)",
-            {"small pair": few[few.samples_per_task == 25]},
-        ),
-    ):
-        for method, decoder in CLAIMED:
-            found = {suite: ndas(part, method, decoder) for suite, part in parts.items()}
-            found = {suite: each for suite, each in found.items() if len(each)}
-            if not found:
-                continue
-            best = max(found, key=lambda suite: float(found[suite].mean()))
-            runs = pd.concat([*found.values()])
-            took = f"{cost(parts[best], method) / 1000:.1f}k passes"
-            holds = f"{(runs >= target).sum()} of {len(runs)} runs"
-            rows.append(
-                [claim, KEPT[method, decoder], holds, f"{best}: {spread(found[best])}", took]
-            )
-            claim = ""
+    of_suites = {name: measured(suite) for suite, name in (SUITES | FLEETS).items()}
+    rows = []
+    claim = f"NDA above {target} % in some cases"
+    for method, decoder in CLAIMED:
+        found = {suite: ndas(part, method, decoder) for suite, part in of_suites.items()}
+        best = max(found, key=lambda suite: float(found[suite].mean()))
+        every = pd.concat([*found.values()])
+        took = f"{cost(of_suites[best], method) / 1000:.1f}k passes"
+        holds = f"{(every >= target).sum()} of {len(every)} runs"
+        rows.append([claim, KEPT[method, decoder], holds, f"{best}: {spread(found[best])}", took])
+        claim = ""
     claim = f"far cheaper than distillation: in fewer than 1/{FAR} of its passes"
     for method in ("coin", "refit", "refit+rank16"):
         times = [cost(part, "distillation") / cost(part, method) for part in of_suites.values()]
@@ -305,79 +273,48 @@ def claims(target: float = 97.5) -> str:
     return markdown(["the paper", "measured", "holds in", "best", "cost"], rows)
 
 
-def samples() -> str:
-    """NDA on the small pair by P."""
-    rows = measured("samples")
-    parts = {f"P = {count}": own for count, own in rows.groupby("samples_per_task")}
-    lines = []
-    for pair in SAMPLED:
-        if len(rows_of(rows, *pair)):
-            name = KEPT.get(pair, "the base with adapters of rank 16")
-            lines.append([name, *(spread(ndas(part, *pair)) for part in parts.values())])
-    return markdown(["what stands in", *parts], lines)
-
-
 def rivals_table() -> str:
-    """What the rivals keep of the experts of every suite, with bodies in 8 and in 4 bits, and their memory."""
-    named = SUITES | {"intents": "ten for intents"}
-    every = {suite: rivals(f"stand-ins-{suite}") for suite in named}
+    """What the rivals keep of the experts on photos, with bodies in 8 and in 4 bits, and their memory."""
+    found = rivals()
     rows = []
-    found = pd.concat(list(every.values()))[["method", "rank"]].drop_duplicates()
-    order = found.sort_values(
+    order = found[["method", "rank"]].drop_duplicates()
+    order = order.sort_values(
         "method", key=lambda names: names.map(list(RIVALS).index), kind="stable"
     )
     for method, rank in order.itertuples(index=False):
+        own = found[(found.method == method) & (found["rank"] == rank)]
+        name = RIVALS[method] + (f" to rank {rank}" if rank else "")
         for bits in (8, 4):
-            own = {
-                s: part[(part.method == method) & (part["rank"] == rank)]
-                for s, part in every.items()
-            }
-            shown = [
-                spread(100 * part.groupby("experiment")[f"nda_{bits}bit"].mean())
-                for part in own.values()
-            ]
-            sizes = [
-                f"{own[s][f'networks_{bits}bit'].mean():.2f}" if s in own and len(own[s]) else "–"
-                for s in ("imagenet-pair", "photos", "intents")
-            ]
-            name = RIVALS[method] + (f" to rank {rank}" if rank else "")
-            rows.append([f"{name}, {bits} bits", " / ".join(sizes), *shown])
-    return markdown(["rival", "memory, N = 2 / 6 / 10", *named.values()], rows)
+            memory = f"{own[f'networks_{bits}bit'].mean():.2f}"
+            both = [percent(own[f"{each}_{bits}bit"].mean()) for each in ("nda", "agreement")]
+            rows.append([f"{name}, {bits} bits", memory, *both])
+    return markdown(["rival", "memory", "NDA", "agreement"], rows)
 
 
 def fleets() -> pd.DataFrame:
     """Of fleets of N experts, for every stand-in: NDA, the worst task's and agreement in %, and memory in networks."""
-    rows = measured("fleet")
-    # With the heads of two experts.
-    network = pd.to_numeric(rows_of(rows, "refit", "expert_head").memory_mib).min()
+    rows = measured("fleet-*")
+    network = fleet_network_mib()
     found = []
-    for _, part in rows.groupby(rows.groupby("experiment").task.transform("nunique")):
+    for count, part in rows.groupby(rows.groupby("run").task.transform("nunique")):
         for pair, name in FLEET.items():
             own = rows_of(part, *pair)
-            networks = pd.to_numeric(own.memory_mib) / network
-            found.append(fleet_row(name, own.nda, own.agreement, networks))
-    every = rivals("fleet")
-    every = every[every["rank"] == "16"]
-    for method, bits in FLEET_RIVALS:
-        for _, own in every[every.method == method].groupby("experiment"):
-            name = f"{RIVALS[method]} to rank 16, {bits} bits"
-            measures = (own[f"{each}_{bits}bit"] for each in ("nda", "agreement", "networks"))
-            found.append(fleet_row(name, *measures))
+            found.append(
+                {
+                    "experts": count,
+                    "name": name,
+                    "nda": 100 * own.nda.mean(),
+                    "agreement": 100 * own.agreement.mean(),
+                    "worst": 100 * own.nda.min(),
+                    "networks": own.memory_mib.mean() / network,
+                }
+            )
     return pd.DataFrame(found)
 
 
-def fleet_row(
-    name: str, nda: pd.Series, agreement: pd.Series, networks: pd.Series
-) -> dict[str, Any]:
-    """Return what `fleets` has of a stand-in, given its measures on every task."""
-    return {
-        "experts": len(nda),
-        "name": name,
-        "nda": 100 * nda.mean(),
-        "agreement": 100 * agreement.mean(),
-        "worst": 100 * nda.min(),
-        "networks": networks.mean(),
-    }
+def fleet_network_mib() -> float:
+    """The size of one network of the fleets in MiB, with the heads of two experts."""
+    return float(rows_of(measured("fleet-*"), "refit", "expert_head").memory_mib.min())
 
 
 def fleet() -> str:
@@ -398,17 +335,12 @@ Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the
 
 def frontier() -> str:
     """NDA, agreement, the worst task's NDA and memory by rank and bits; bold: best in agreement and memory."""
-    rows = measured("frontier")
-    counts = rows.groupby("experiment").task.transform("nunique")
-    of_fleet = rows_of(measured("fleet"), "refit", "expert_head")
-    fleet_network = pd.to_numeric(of_fleet.memory_mib).min()
     columns = {}
-    for count, part in rows.groupby(counts):
-        columns[f"N = {count}"] = frontier_points(part, fleet_network)
-    photos_network = network_mib(measured("stand-ins-photos"))
+    for count in (2, 8, 32):
+        rows = measured(f"frontier-{count}")
+        columns[f"N = {count}"] = frontier_points(rows, fleet_network_mib())
+    photos_network = network_mib(measured("photos"))
     columns["six on photos"] = frontier_points(measured("frontier-photos"), photos_network)
-    resnet50_network = network_mib(measured("stand-ins-resnet50"))
-    columns["two of ResNet50"] = frontier_points(measured("frontier-resnet50"), resnet50_network)
     every = sorted({point for points in columns.values() for point in points})
     lines = []
     for point in every:
@@ -432,7 +364,7 @@ def frontier_points(rows: pd.DataFrame, network: float) -> dict[Point, dict[str,
         kind, rank, bits = named.groups()
         own = rows_of(rows, method, "expert_head")
         points[kind, int(rank), int(bits)] = {
-            "memory": pd.to_numeric(own.memory_mib).mean() / network,
+            "memory": own.memory_mib.mean() / network,
             "nda": 100 * own.nda.mean(),
             "agreement": 100 * own.agreement.mean(),
             "worst": 100 * own.nda.min(),
@@ -453,7 +385,7 @@ def frontier_cell(own: dict[str, float], points: dict[Point, dict[str, float]]) 
 
 def layers() -> str:
     """How far the outputs of blocks are from the experts', by what stands in."""
-    rows = pd.read_csv(RESULTS / "stand-ins-photos/layers.csv")
+    rows = pd.read_csv(RESULTS / "photos/layers.csv")
     names = {
         "weighted svd": "the SVD weighted by inputs, body rounded to the nearest",
         "in order": "adapters fitted in order, the same body",
@@ -487,12 +419,11 @@ def lora() -> str:
 
 def promises() -> str:
     """What is accepted of the answers that the experts' own heads give, and how many of these differ."""
-    rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
+    seeds = sorted((RESULTS / "imagenet-pair").glob("seed-*"))
+    rows = pd.concat([read_promises(seed) for seed in seeds])
     lines = []
     for method in ("refit+rank16-4bit", "base+rank16-4bit", "refit"):
-        own = rows_of(rows, method, "expert_head").astype(
-            {"alpha": float, "coverage": float, "found": float}
-        )
+        own = rows_of(rows, method, "expert_head")
         (alpha,) = set(own.alpha)
         shares = f"{100 * alpha:.0f}", percent(own.coverage.mean()), percent(own.found.mean())
         lines.append([KEPT[method, "expert_head"].strip("*"), *shares])
@@ -520,7 +451,7 @@ def wrong_experts() -> str:
 def demo() -> str:
     """The end of what `make demo` prints."""
     console = Console(width=80, file=StringIO())
-    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "demo")), "quickstart"))
+    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "quickstart")), "quickstart"))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 
@@ -613,7 +544,6 @@ TABLES = {
     "stand-ins": stand_ins,
     "claims": claims,
     "rivals": rivals_table,
-    "samples": samples,
     "fleet": fleet,
     "frontier": frontier,
     "layers": layers,

@@ -7,11 +7,12 @@ import pytest
 
 from coin.cli import main
 from coin.data.task import read_head
-from coin.pipeline.sweep import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"
 EXPERTS = "--experts={a: a.safetensors, b: b.safetensors}"
 TASKS = "{a: {class_path: MNIST5k}, b: {class_path: Digits}}"
+OVERLAYS = ("foreign", "stand-ins", "frontier")
+"""Experiments' files that are laid over another one."""
 
 COMMANDS = {
     "experiment": ["run"],
@@ -24,6 +25,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("packaged_encoder")
 @pytest.mark.parametrize(
     "path",
     sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "prompts"),
@@ -31,23 +33,18 @@ COMMANDS = {
 )
 def test_configuration_is_parsed(path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     room = path.relative_to(ROOT).parts[0]
-    if room in ("sweep", "study"):  # its first and last point, as experiments
+    command, *rest = COMMANDS[room]
+    over = path.stem in OVERLAYS or room == "cluster"
+    under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
+    if path.parent.name == "paper":
+        under = ["-c", str(path.parent / "base.yaml")]
+        rest = ["--name=mine", f"--tasks={TASKS}"] if path.stem == "base" else []
+    if path.parent.name == "clip8":
         monkeypatch.chdir(ROOT.parent)
-        points = sweep_points(read_sweep(path), Path("runs"))
-        commands = [["run", *point.arguments] for point in (points[0], points[-1])]
-    else:
-        command, *rest = COMMANDS[room]
-        over = path.stem in ("methods", "core", "foreign") or room == "cluster"
-        under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
-        if path.parent.name == "paper":
-            under = ["-c", str(path.parent / "base.yaml")]
-            rest = ["--name=mine", f"--tasks={TASKS}"] if path.stem == "base" else []
-        if path.parent.name == "clip8":
-            monkeypatch.chdir(ROOT.parent)
-            under = ["-c", str(path.parent / "vit-b-32.yaml")]
-        commands = [[command, *under, "-c", str(path), *rest]]
-        if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
-            commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])
+        under = ["-c", str(path.parent / "vit-b-32.yaml")]
+    commands = [[command, *under, "-c", str(path), *rest]]
+    if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
+        commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])
     for arguments in commands:
         with pytest.raises(SystemExit) as stop:
             main([*arguments, "--print_config"])

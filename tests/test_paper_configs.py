@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coin.commands.run import read_experiment
-from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, Clinc, FashionMNIST, Samples, Source, TextTask
+from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextFile, TextTask
 from coin.data.tasks import Tasks
 from coin.distillation import Distillation
 from coin.modules import Expert
@@ -35,7 +35,7 @@ REAL: dict[type, tuple[int, int | None, int, int, int]] = {
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is downloaded: every set holds one image of the real shape many times, under the real labels."""
     for kind, (channels, side, train, test, classes) in REAL.items():
 
@@ -48,14 +48,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "prepare_data", lambda self: None)
         monkeypatch.setattr(kind, "check_files", lambda self: None)
 
-    def texts(self: Clinc) -> Source:
+    def texts(self: TextFile) -> Source:
         """Tokens of as many texts as a domain has, in 15 classes."""
         draw = torch.Generator().manual_seed(0)
         train, test = (torch.randint(1, 1000, (count, self.max_tokens), generator=draw) for count in (1_500, 450))
         return Source(Samples.of(train, torch.arange(1_500) % 15), Samples.of(test, torch.arange(450) % 15))
 
-    monkeypatch.setattr(Clinc, "load", texts)
-    monkeypatch.setattr(Clinc, "class_names", lambda self: tuple(map(str, range(15))))
+    monkeypatch.setattr(TextFile, "load", texts)
+    monkeypatch.setattr(TextFile, "class_names", lambda self: tuple(map(str, range(15))))
+    monkeypatch.setattr(TextFile, "check_files", lambda self: None)
 
 
 def options_of(path: Path) -> list[str]:

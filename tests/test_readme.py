@@ -15,7 +15,6 @@ import coin
 from coin.cli import main
 from coin.commands import COMMANDS
 from coin.commands.parser import checked_arguments
-from coin.commands.shipped import SWEEPS, shipped
 from coin.reporting.results import COLUMNS, KEYS, PROMISE_COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -120,8 +119,6 @@ def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
             known[command] = set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
         given = {re.split(r"[.=+]", each[2:])[0] for each in arguments if each.startswith("--")}
         assert given <= known[command] | {"executor", "print_config"}
-        if command == "sweep":
-            assert Path(shipped(SWEEPS, arguments[0])).is_file()
 
 
 def test_every_column_is_described() -> None:

@@ -8,7 +8,6 @@ COMMANDS = {
     "compress": "Compress a network to its delta from the shared initialisation, in few bits.",
     "export": "Write one expert's plain network, or one of Hugging Face's as a folder that transformers loads.",
     "evaluate": "Measure how well lost experts are decoded.",
-    "sweep": "Run an experiment over a grid of its options.",
     "report": "Write the report of a finished experiment.",
     "choose": "Say which stand-in to keep, from an experiment's results and limits of accuracy and memory.",
     "serve": "Serve an experiment's experts and coded models over HTTP, on Ray Serve.",

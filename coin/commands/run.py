@@ -11,7 +11,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import plan, union
+from coin.pipeline.plan import plan
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, options = read_experiment(arguments)
     if options["dry_run"]:
-        print_plan(experiment.name, [experiment], options["launch"], as_document=options["json"])
+        print_plan(experiment, options["launch"], as_document=options["json"])
     elif options["only"] is not None:
         run_only(experiment, options["only"])
     else:
@@ -67,13 +67,10 @@ def serve_command(folder: Path, kept: pd.DataFrame) -> str:
     return shlex.join(words)
 
 
-def print_plan(
-    name: str, experiments: Sequence[Experiment], launch: Launch, *, as_document: bool = False
-) -> None:
+def print_plan(experiment: Experiment, launch: Launch, *, as_document: bool = False) -> None:
     """Check what a run checks, and print every step: done or to do."""
-    for experiment in experiments:
-        check_options(experiment)
-    steps = union(map(plan, experiments))
+    check_options(experiment)
+    steps = plan(experiment)
     check_launch(launch, steps[0].step.store)
     rows: list[dict[str, Any]] = []
     for planned in steps:
@@ -87,9 +84,9 @@ def print_plan(
         )
     to_do = sum(row["state"] == "to do" for row in rows)
     if as_document:
-        print(as_json({"experiment": name, "to_do": to_do, "steps": rows}))
+        print(as_json({"experiment": experiment.name, "to_do": to_do, "steps": rows}))
         return
-    print(f"{name}: {to_do} of {len(rows)} steps to do")
+    print(f"{experiment.name}: {to_do} of {len(rows)} steps to do")
     for row in rows:
         print(f"{row['state']:>5}  {row['step']}")
 

@@ -10,14 +10,12 @@ from coin.errors import FileError
 # In a wheel they lie in the package, in a repository beside it.
 _PLACES = [place / "configs" for place in Path(coin.__file__).parents[:2]]
 CONFIGS = next(folder for folder in _PLACES if folder.is_dir())
-SWEEPS = "sweep's file"
 _FOLDERS = {  # of a command's files
     "run": ("experiment", "cluster"),
     "fit": ("expert", "logger", "cluster"),
     "evaluate": ("evaluate", "logger", "cluster"),
     "merge": ("merge",),
     "serve": ("serve",),
-    SWEEPS: ("study", "sweep"),
 }
 
 

@@ -1,6 +1,5 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
-from coin.data.clinc import Clinc as Clinc
 from coin.data.embedded import Digits as Digits, Glyphs as Glyphs, MNIST5k as MNIST5k
 from coin.data.image_folder import ImageFolder as ImageFolder
 from coin.data.samples import (

@@ -3,7 +3,7 @@
 import filecmp
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,23 +55,17 @@ class Planned:
         return changed
 
 
-def union(plans: Iterable[Iterable[Planned]]) -> list[Planned]:
-    """Return the steps of several plans, those of one key once, in an order in which they can run."""
-    found: dict[str, Planned] = {}
-    for steps in plans:
-        for planned in steps:
-            key = planned.step.key
-            known = found.get(key, planned)
-            found[key] = replace(known, links={**known.links, **planned.links})
-    return list(found.values())
-
-
 def plan(experiment: Experiment) -> list[Planned]:
-    """Return the steps of an experiment in an order in which they can run."""
+    """Return the steps of an experiment in an order in which they can run, those of one key once."""
     made = _Plan(experiment)
     for seed in experiment.seeds:
         made.add_seed(seed)
-    return union([made.steps])
+    found: dict[str, Planned] = {}
+    for planned in made.steps:
+        key = planned.step.key
+        known = found.get(key, planned)
+        found[key] = replace(known, links={**known.links, **planned.links})
+    return list(found.values())
 
 
 def remove_old_links(steps: Sequence[Planned]) -> None:

@@ -1,8 +1,7 @@
-"""Running the steps of an experiment, or of the points of a sweep, that are not done yet."""
+"""Running the steps of an experiment that are not done yet."""
 
 import os
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
-from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, remove_old_links
@@ -118,8 +117,6 @@ def run_steps(
     steps: Sequence[Planned],
     launch: Launch | None = None,
     on_done: Callable[[Planned, bool], None] = lambda planned, changed: None,
-    *,
-    keep_going: bool = False,
 ) -> None:
     """Run the steps that are not done, each when all that it needs is done, and publish all.
 
@@ -127,11 +124,10 @@ def run_steps(
     several processes all of them call it with the same steps, and share the collective ones.
 
     `on_done` is called on rank zero with every step that is done, and whether its publication has changed results.
-    With `keep_going` the error of a step that runs here ends only those that need it. Raises CommandFailedError if some
-    have failed; all that do not need them have finished.
+    Raises CommandFailedError if some that ran elsewhere have failed; all that do not need them have finished.
     """
     with open_pool(launch, steps[0].step.store) as submit:
-        run = _Run(steps, submit, 1 if launch is None else launch.workers, on_done, keep_going)
+        run = _Run(steps, submit, 1 if launch is None else launch.workers, on_done)
         while run.waiting:
             if not run.go_on():
                 time.sleep(_POLL_SECONDS)
@@ -151,7 +147,6 @@ class _Run:
         submit: Submit | None,
         workers: int,
         on_done: Callable[[Planned, bool], None],
-        keep_going: bool,
     ) -> None:
         self.waiting = {planned.step.key: planned for planned in steps}
         self.places = {planned.step.key: place for place, planned in enumerate(steps, 1)}
@@ -161,7 +156,6 @@ class _Run:
         self.submit = submit
         self.workers = workers
         self.on_done = on_done
-        self.keep_going = keep_going
 
     def go_on(self) -> bool:
         """Collect what has ended elsewhere, submit what can run there, or run one step here; False to wait."""
@@ -217,21 +211,12 @@ class _Run:
 
     def run_here(self, every: Sequence[Planned]) -> None:
         """Run a step in this process, or in all of them; or several that are `alone`, each in one of the processes."""
-        try:
-            execute_beside(
-                [planned.step for planned in every],
-                [partial(self._say, planned) for planned in every],
-            )
-        except Exception as error:
-            if not self.keep_going:
-                raise
-            if not isinstance(error, CoinError):
-                traceback.print_exc()
-            for planned in every:
-                self._fail(planned, first_line(error))
-        else:
-            for planned in every:
-                self._finish(planned)
+        execute_beside(
+            [planned.step for planned in every],
+            [partial(self._say, planned) for planned in every],
+        )
+        for planned in every:
+            self._finish(planned)
 
     def _finish(self, planned: Planned, what: str = "") -> None:
         self.done.add(planned.step.key)

@@ -10,7 +10,6 @@ import pandas as pd
 from coin.core.choices import check_integer, check_number
 from coin.errors import FileError
 from coin.reporting.summary import read_run, stand_ins, summarise
-from coin.reporting.sweeps import read_sweep_table
 from coin.reporting.text import counted, mebibytes, percent, read_by
 
 ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stand-in keeps on the worst task
@@ -110,7 +109,7 @@ def choose(
     FileError where the folder holds no results.
 
     Args:
-        folder: An experiment's folder, a seed's or a sweep's.
+        folder: An experiment's folder, or a seed's.
         accuracy: The share of a lost expert's own accuracy to be kept on the worst task, in (0, 1]; no stand-in counts
             as more accurate than the expert.
         memory_mib: The most memory beyond the experts' own servers, as stored, in MiB.
@@ -122,11 +121,7 @@ def choose(
     Traceback (most recent call last):
     coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
-    sweep = read_sweep_table(Path(folder))
-    if sweep is None:
-        _, frame = read_run(Path(folder))
-    else:
-        frame = sweep.frame
+    _, frame = read_run(Path(folder))
     num_lost = frame["task"].nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_integer("losses", num_lost, 1)
@@ -154,8 +149,7 @@ def choose_from(
     losses: int = 1,
 ) -> tuple[pd.DataFrame, str]:
     """Do what `choose` does with rows of `stand_ins`; `limits` are the most by column."""
-    sound = kept[kept["weak_task"] == ""]  # of a sweep, some experiments may be
-    kept = _cheapest_first(kept if sound.empty else sound)
+    kept = _cheapest_first(kept)
     found = weakness(recommended(kept))
     if found:
         return kept[:0], f"Nothing can be recommended: {found}."

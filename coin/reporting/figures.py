@@ -1,7 +1,6 @@
-"""The figures: NDA against memory and against an option."""
+"""The figure: NDA against memory."""
 
 import math
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,7 +17,6 @@ from coin.reporting.style import (
     plain_numbers,
     style,
 )
-from coin.reporting.summary import REFERENCES, decoders_of, variant_names
 from coin.reporting.text import counted
 
 _MANY = 4  # so many forwards and more have one marker
@@ -101,47 +99,6 @@ def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
         is_named=is_front | is_best_of_name,
         label=rows["name"] + decoders + percents,
     )
-
-
-def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]") -> Figure:
-    """Mean NDA ± spread against an option: a panel for each of the first two of `decoders_of`, a series a variant.
-
-    Numbers are joined by lines; texts stand along the axis in order of appearance. Where several experiments hold one
-    variant and value, the point is the mean of their means.
-    """
-    is_numeric = pd.api.types.is_numeric_dtype(values)
-    is_wide = is_numeric and 0 < 8 * values.min() <= values.max()
-    points = means.assign(name=variant_names(means), value=values)
-    points = points[~points["method"].isin(REFERENCES)]
-    decoders = decoders_of(points)[:2]
-    names = points["name"].unique().tolist()
-    with style():
-        figure, panels = _panels(len(decoders))
-        for axes, decoder in zip(panels, decoders, strict=True):
-            axes.set_title(f"decoder {decoder}")
-            axes.set_ylabel("NDA (%)")
-            of_decoder = points[points["decoder"] == decoder]
-            for name, rows in of_decoder.groupby("name", sort=False):
-                by_value = rows.groupby("value", sort=is_numeric)
-                line = 100 * by_value[["nda_mean", "nda_std"]].mean()
-                axes.errorbar(
-                    line.index,
-                    line["nda_mean"],
-                    line["nda_std"].fillna(0.0),
-                    label=name,
-                    color=method_colour(str(name)),
-                    marker=marker(names.index(name)),
-                    linestyle="-" if is_numeric else "none",
-                    linewidth=1.2,
-                    markersize=5,
-                    capsize=2,
-                )
-        if is_wide:
-            panels[-1].set_xscale("log")
-            plain_numbers(panels[-1].xaxis)
-        panels[-1].set_xlabel(f"{option} (log scale)" if is_wide else option)
-        legend_below(figure)
-        return figure
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an experiment's or a sweep's tables and figures, from its files alone."""
+"""One self-contained HTML page of an experiment's tables and figures, from its files alone."""
 
 import base64
 import math
@@ -14,18 +14,16 @@ from matplotlib.figure import Figure
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting.choice import choose_from, shortlist
-from coin.reporting.figures import nda_against_memory, nda_against_option
+from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import as_json, read_document, read_promises
 from coin.reporting.style import as_png
 from coin.reporting.summary import (
     expert_accuracies,
-    over_tasks,
     read_run,
     stand_ins,
     summarise,
     variant_names,
 )
-from coin.reporting.sweeps import SWEEP_YAML, Sweep, read_sweep_table, sweep_text
 from coin.reporting.tables import nda_tables, promise_table, stand_in_table
 from coin.reporting.text import percents
 
@@ -66,19 +64,15 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     or results are of other experts than those there.
 
     Args:
-        folder: An experiment (``runs/NAME``), a single seed (``runs/NAME/seed-0``) or a sweep.
+        folder: An experiment (``runs/NAME``) or a single seed (``runs/NAME/seed-0``).
         output: The HTML file, or a folder for ``report.html``; by default `folder`.
     """
     place = output or folder
     path = place if place.suffix == ".html" and output else place / REPORT_HTML
-    sweep = read_sweep_table(folder)
-    if sweep is None:
-        seeds, frame = read_run(folder)
-        summary = summarise(frame)
-        name, sections = _experiment(seeds, frame, summary)
-    else:
-        summary = summarise(sweep.frame)
-        name, sections = _sweep(folder, sweep, summary)
+    seeds, frame = read_run(folder)
+    summary = summarise(frame)
+    name = str(frame["experiment"].iloc[0])
+    sections = _sections(name, seeds, frame, summary)
     images = {}
     for section in sections:
         for plot, figure in section.figures.items():
@@ -93,11 +87,10 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     return path
 
 
-def _experiment(
-    seeds: Sequence[Path], frame: pd.DataFrame, summary: pd.DataFrame
-) -> tuple[str, list[Section]]:
-    """Return the name and the sections of an experiment or of one seed, given its seeds' folders and rows."""
-    name = str(frame["experiment"].iloc[0])
+def _sections(
+    name: str, seeds: Sequence[Path], frame: pd.DataFrame, summary: pd.DataFrame
+) -> list[Section]:
+    """Return the sections of an experiment or of one seed, given its name, its seeds' folders and its rows."""
     document = read_document(seeds[0])
     configuration = document["configuration"]
     kept = stand_ins(summary)
@@ -115,7 +108,7 @@ def _experiment(
     versions = [f"{package} {version}" for package, version in document["versions"].items()]
     made = ", ".join([document["date"], document["machine"], *versions])
     options = _text_of(seeds[0] / "config.yaml") or as_json(configuration)
-    return name, [
+    return [
         Section("NDA against memory", _MEMORY, figures={"nda_against_memory": memory}),
         Section("Stand-ins", _KEEP, {"": stand_in_table(short)}),
         Section("NDA by method and decoder", _NDA, tables),
@@ -123,34 +116,6 @@ def _experiment(
         Section("Experts", _EXPERTS, {"": _experts(summary)}),
         Section("Promises", _PROMISES, promised),
         Section("Configuration", made, text=f"{command}\n\n{options}"),
-    ]
-
-
-def _sweep(folder: Path, sweep: Sweep, summary: pd.DataFrame) -> tuple[str, list[Section]]:
-    """Return the name and the sections of a sweep."""
-    kept = stand_ins(summary)
-    means = over_tasks(summary)
-    figures = {}
-    for option, of_experiment in sweep.options.items():
-        values = means["experiment"].map(of_experiment)
-        numbers = pd.to_numeric(values, errors="coerce")
-        shown = values if numbers.isna().any() else numbers
-        figures[f"nda_against_{option}"] = nda_against_option(means, str(option), shown)
-    file = _text_of(folder / SWEEP_YAML)
-    return f"sweep {sweep.name}", [
-        Section("Stand-ins", _KEEP, {"": stand_in_table(kept[shortlist(kept)])}),
-        Section(
-            "NDA against every option",
-            "Mean over the other options, ± spread over seeds.",
-            figures=figures,
-        ),
-        Section(
-            "NDA by experiment, method and decoder",
-            _NDA,
-            {"": sweep_text(sweep), "Numbers": sweep.legend},
-        ),
-        Section("Experts", _EXPERTS, {"": _experts(summary)}),
-        Section("Configuration", "", text=f"coin sweep {sweep.name}.yaml\n\n{file}"),
     ]
 
 
@@ -168,12 +133,10 @@ def _by_task(summary: pd.DataFrame, kept: pd.DataFrame, number: str) -> pd.DataF
 
 
 def _experts(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the experts' own accuracies as text; experiments of a sweep that share their experts share a line."""
+    """Return the experts' own accuracies as text."""
     experts = expert_accuracies(summary)
     texts = percents(experts["mean"], experts["spread"])
-    return (
-        experts.assign(accuracy=texts)[["task", "accuracy", "seeds"]].astype(str).drop_duplicates()
-    )
+    return experts.assign(accuracy=texts)[["task", "accuracy", "seeds"]].astype(str)
 
 
 def _text_of(file: Path) -> str:

@@ -140,7 +140,7 @@ def _no_results(folder: Path) -> FileError:
     points = sorted(folder.glob(f"*/seed-*/{RESULTS_CSV}"))
     if points:
         return FileError(
-            f"{problem}, a sweep or several experiments; name one of them, such as {points[0].parents[1]}"
+            f"{problem}, but several experiments; name one of them, such as {points[0].parents[1]}"
         )
     return FileError(
         f"{problem}, expected the folder of an experiment or of one seed; make it with `coin run`"
@@ -186,10 +186,10 @@ def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
 def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     """Return what may be kept for a lost expert: a row per method's variant and decoder of a `summary`.
 
-    The columns: ``name`` (behind the experiment's where there are several), ``decoder``, ``nda_mean``, ``nda_std``
-    (means over tasks, each lost alone), ``memory_mib``, ``resident_mib``, ``forwards``, ``losses``, ``merge_seconds``,
-    ``nda_worst`` (the mean over seeds on the ``worst_task``), ``experiment``, ``weak_task`` (the first task whose
-    expert is hardly more often right than chance, "" where all are).
+    The columns: ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
+    ``resident_mib``, ``forwards``, ``losses``, ``merge_seconds``, ``nda_worst`` (the mean over seeds on the
+    ``worst_task``), ``weak_task`` (the first task whose expert is hardly more often right than chance, "" where all
+    are).
     """
     summary = summary.assign(name=variant_names(summary))
     keys = ["experiment", "name", "decoder", "code_row", "samples_per_task"]
@@ -200,8 +200,7 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
     means = over_tasks(summary).merge(worst, on=keys, how="left")
     costs = [*STAND_IN_COSTS, "merge_seconds"]
     means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
-    weak = _weak_tasks(summary)
-    means["weak_task"] = [weak.get(name, "") for name in means["experiment"]]
+    means["weak_task"] = _weak_task(summary)
     columns = [
         "name",
         "decoder",
@@ -210,13 +209,10 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
         *costs,
         "nda_worst",
         "worst_task",
-        "experiment",
         "weak_task",
     ]
     kept = means[columns]
     kept = kept.dropna(subset=["nda_mean", "memory_mib"])
-    if kept["experiment"].nunique() > 1:
-        kept = kept.assign(name=kept["experiment"] + ": " + kept["name"])
     by_memory = ["memory_mib", "nda_mean"]
     return kept.sort_values(by_memory, ascending=[True, False], kind="stable", ignore_index=True)
 
@@ -226,11 +222,11 @@ def is_weak(accuracy: Any, chance: Any) -> Any:
     return accuracy < chance + WEAK * (1 - chance)
 
 
-def _weak_tasks(summary: pd.DataFrame) -> dict[str, str]:
-    """Return the first task of each experiment whose expert `is_weak`."""
+def _weak_task(summary: pd.DataFrame) -> str:
+    """Return the first task whose expert `is_weak`, "" where none is."""
     tasks = summary[summary["task"] != "mean"]
     weak = tasks[is_weak(tasks["expert_accuracy_mean"], tasks["chance_mean"])]
-    return dict(weak.drop_duplicates("experiment").set_index("experiment")["task"])
+    return "" if weak.empty else str(weak["task"].iloc[0])
 
 
 def decoders_of(means: pd.DataFrame) -> list[str]:

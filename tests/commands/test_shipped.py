@@ -10,7 +10,7 @@ import pytest
 
 from coin.cli import main
 from coin.commands.parser import checked_arguments
-from coin.commands.shipped import CONFIGS, SWEEPS, shipped
+from coin.commands.shipped import CONFIGS, shipped
 from coin.errors import FileError
 
 ROOT = Path(__file__).parents[2]
@@ -24,16 +24,15 @@ ROOT = Path(__file__).parents[2]
         ("run", "experts", "cluster/experts.yaml"),
         ("fit", "mnist", "expert/mnist.yaml"),
         ("test", "csv", "logger/csv.yaml"),
-        (SWEEPS, "fleet", "study/fleet.yaml"),
-        ("run", "configs/study/fleet.yaml", "study/fleet.yaml"),
+        ("run", "fleet-8", "experiment/study/fleet-8.yaml"),
+        ("run", "configs/experiment/study/fleet-8.yaml", "experiment/study/fleet-8.yaml"),
     ],
 )
 def test_a_name_is_a_shipped_file_of_the_command(command, name, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped(command, name) == str(CONFIGS / file)
-    if command != SWEEPS:
-        given = checked_arguments(command, ["-c", name, f"--config={name}", "x"])
-        assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x"]
+    given = checked_arguments(command, ["-c", name, f"--config={name}", "x"])
+    assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x"]
 
 
 def test_files_and_options_written_out_stay_as_they_are(tmp_path, monkeypatch):
@@ -52,11 +51,11 @@ def test_an_unknown_name_ends_in_a_line_with_the_names_there_are(capsys):
         assert message in line
     assert all(f" {path.stem}," in line for path in (ROOT / "configs/experiment/study").glob("*.yaml"))
     with pytest.raises(FileError, match="found no configuration 'pairs'"):
-        shipped(SWEEPS, "pairs")
+        shipped("merge", "pairs")
 
 
 def test_no_two_files_of_a_command_have_one_name():
-    for folders in (("experiment", "cluster"), ("expert", "logger", "cluster"), ("study", "sweep")):
+    for folders in (("experiment", "cluster"), ("expert", "logger", "cluster")):
         names = [path.stem for folder in folders for path in (CONFIGS / folder).rglob("*.yaml")]
         assert len(names) == len(set(names))
 
@@ -73,7 +72,10 @@ def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_p
     assert {"coin/py.typed", "coin/reporting/report.html.jinja"} <= names
     assert {name.split("/")[0] for name in names} == {"coin", f"{wheel.stem.removesuffix('-py3-none-any')}.dist-info"}
     (tmp_path / "empty").mkdir()
-    command, environment = ["coin", "sweep", "fleet", "--dry-run"], os.environ | {"PYTHONPATH": f"{tmp_path}/installed"}
+    command, environment = (
+        ["coin", "run", "-c", "fleet-2", "--dry-run"],
+        os.environ | {"PYTHONPATH": f"{tmp_path}/installed"},
+    )
     where = {"cwd": tmp_path / "empty", "env": environment}
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True, **where)
     assert "seed 401: evaluation" in done.stdout

@@ -1,8 +1,7 @@
 import json
+import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from coin.data import Augmentation, Clinc, TextFile, clinc
+from coin.data import Augmentation, TextFile
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, DataError
-from coin.files.atomic import sha256_of
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
 
@@ -112,63 +110,19 @@ def test_bad_tables_are_one_line(table, change, message) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def fleet(tmp_path: Path, tokenizer: str, monkeypatch):
-    """Return a function that makes a task of two intents, from tiny files in place of upstream's."""
-    monkeypatch.setattr(clinc, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded"))
+def test_clinc_is_written_as_tables(tmp_path: Path, tokenizer: str) -> None:
     domains = {"meals": ["praise", "blame"], "films": ["play", "stop"]}
-    rows = [("the good meal", "praise"), ("play the film", "play"), ("the bad meal", "blame")]
-    data = {split: rows * times for split, times in {"train": 4, "val": 1, "test": 2}.items()}
-    (tmp_path / "clinc150").mkdir()
-    for name, content in {"domains.json": domains, "data_full.json": data}.items():
-        path = tmp_path / "clinc150" / name
-        path.write_text(json.dumps(content))
-        monkeypatch.setitem(clinc.SHA256, name, sha256_of(path))
-
-    def make(domain: str = "meals", **options):
-        return Clinc(domain, root=str(tmp_path), max_tokens=4, tokenizer=tokenizer, **options)
-
-    return make
-
-
-@pytest.mark.parametrize("download", [True, False])
-def test_a_domain_of_clinc_is_read_from_a_local_copy(fleet, download: bool) -> None:
-    task = fleet(download=download)
-    assert task.classes == ("praise", "blame")
-    task.prepare_data()
-    task.check_files()
+    rows = [("the good, good meal", "praise"), ("play the film", "play"), ("the bad meal", "blame"), ("hm", "oos")]
+    texts = {split: rows * times for split, times in {"train": 4, "val": 1, "test": 2}.items()}
+    (tmp_path / "domains.json").write_text(json.dumps(domains))
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    script = Path(__file__).parents[2] / "notebooks/clinc.py"
+    command = [sys.executable, script, *(tmp_path / name for name in ("texts.json", "domains.json", "out"))]
+    subprocess.run(command, check=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["films", "meals"]
+    train, test = (str(tmp_path / f"out/meals/{name}.csv") for name in ("train", "test"))
+    task = TextFile(train, test, max_tokens=4, tokenizer=tokenizer, validation_share=0.2)
+    assert task.classes == ("blame", "praise")
     assert [len(part) for part in (task.splits.train, task.splits.validation, task.splits.test)] == [8, 2, 4]
-    assert task.splits.test.images().tolist() == [[6, 2, 5, 0], [6, 3, 5, 0]] * 2
-    assert task.splits.test.targets.tolist() == [0, 1] * 2
-    with pytest.raises(ConfigurationError, match="found domain='cats', expected one of meals, films"):
-        _ = fleet("cats").classes
-
-
-def test_clinc_without_its_files_is_one_line(fleet, tmp_path: Path, monkeypatch) -> None:
-    def fail(*_, **__):
-        raise URLError("no\nroute to host")
-
-    monkeypatch.setattr(clinc, "download_url_to_file", fail)
-    place = tmp_path / "clinc150"
-    (place / "domains.json").write_text("{}")
-    with pytest.raises(DataError, match=f"Clinc: .*no usable files in {place} .domains.json has another SHA-256"):
-        _ = fleet().classes
-    (place / "data_full.json").unlink()
-    with pytest.raises(DataError, match=f"^Clinc: the download failed and .* {place} .*route to host.*download: false"):
-        fleet().prepare_data()
-    with pytest.raises(DataError, match=f"^Clinc: there are no usable files in {place} .*set download: true"):
-        fleet(download=False).check_files()
-
-
-def test_a_download_is_of_upstreams_commit_with_its_hash(fleet, tmp_path: Path, monkeypatch) -> None:
-    path = tmp_path / "clinc150/domains.json"
-    content = path.read_bytes()
-    path.unlink()
-
-    def fetch(url, target, hash_prefix, progress):
-        assert url.endswith("/clinc/oos-eval/828f8093932c8fe6ca7936c3d2e52903b1c523de/data/domains.json")
-        assert hash_prefix == sha256(content).hexdigest()
-        Path(target).write_bytes(content)
-
-    monkeypatch.setattr(clinc, "download_url_to_file", fetch)
-    assert fleet("films").classes == ("play", "stop")
+    assert task.splits.test.images().tolist() == [[6, 2, 1, 2], [6, 3, 5, 0]] * 2
+    assert task.splits.test.targets.tolist() == [1, 0] * 2

@@ -19,7 +19,6 @@ from coin.files.yaml import read_yaml
 from coin.networks import load_network, read_weights
 from coin.reporting import read_results
 from coin.reporting.results import COLUMNS, RESULTS_CSV, RESULTS_JSON, check_current, read_document
-from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
 from coin.statistics import Sums
 from coin.statistics.files import check_statistic, open_statistic, save_statistic
 
@@ -211,7 +210,6 @@ RESULTS: dict[str, tuple[str, bytes, Callable[[Path], Any], str]] = {
     "rows: cut": (RESULTS_CSV, ROW.encode()[:-60], read_results, "damaged|has no column"),
     "rows: no text": (RESULTS_CSV, b"\xff\xfe\x00\x01", read_results, "cannot be read|has no column"),
     "document: cut": (RESULTS_JSON, b'{"rows": [', read_document, "cannot be read as JSON"),
-    "sweep: no text": (SWEEP_CSV, b"\xff\xfe\x00\x01", read_sweep_table, "cannot be read as CSV"),
 }
 
 

@@ -79,5 +79,3 @@ def test_processes_without_a_trainer_for_them_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", "-c", str(config)]) == 2
     assert "found WORLD_SIZE=2 and a trainer section for one process" in capsys.readouterr().err
-    assert main(["sweep", "any.yaml"]) == 2
-    assert "found WORLD_SIZE=2, expected one" in capsys.readouterr().err

@@ -30,7 +30,6 @@ EXPERIMENT = {
     "tasks": {"a": {"class_path": "Digits"}, "b": {"class_path": "Glyphs", "init_args": {"classes": "A-F"}}},
     "methods": [{"class_path": "Average"}],
 }
-SWEEP = {"name": "grid", "experiment": "experiment.yaml", "grid": {"seeds": [[0], [1]]}}
 SCRIPT = """
 import faulthandler, json, os, sys
 import wandb
@@ -48,12 +47,11 @@ for case in json.load(sys.stdin):
 
 def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, write_experts: Callable[..., dict]):
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     experts = yaml.safe_dump(write_experts([10, 6]), default_flow_style=True, width=10_000).strip()
     tasks = "{task0: {class_path: Digits}, task1: {class_path: Glyphs, init_args: {classes: A-F}}}"
     fit = ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml")]
     evaluate = ["evaluate", "-c", str(CONFIGS / "evaluate/default.yaml"), f"--model.experts={experts}"]
-    commands = [["run", "-c", "experiment.yaml"], ["sweep", "sweep.yaml"], [*evaluate, f"--data.tasks={tasks}"], fit]
+    commands = [["run", "-c", "experiment.yaml"], [*evaluate, f"--data.tasks={tasks}"], fit]
     online, key = {"WANDB_MODE": "online"}, {"WANDB_API_KEY": "x" * 40}
     cases = [{"arguments": each, "environment": online | given} for given in ({}, key) for each in commands]
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
