@@ -11,7 +11,9 @@ from torch import nn
 
 import coin
 from coin.cli import main
+from coin.coding.metrics import DecodingAccuracy
 from coin.core import devices
+from coin.evaluation.held import HeldNetworks
 from coin.networks import delta
 from coin.networks.kept import Change
 from coin.reporting import read_results
@@ -90,6 +92,22 @@ def moved(value):
 def answers(net, inputs, expert=1):
     with torch.no_grad(), coin.answering([net], expert):
         return net(inputs.to(next(net.parameters()).device)).cpu()
+
+
+def test_a_metric_on_the_cpu_counts_answers_of_the_device(seen):
+    metric = DecodingAccuracy()
+    logits = torch.eye(3, device=DEVICE)
+    metric.update(logits, logits, torch.arange(3, device=DEVICE))
+    assert metric.counts.tolist() == [3, 3, 3, 0, 0, 3]
+
+
+def test_held_networks_move_to_the_device(seen):
+    held = HeldNetworks(4)
+    held.add(Path("before"), network())
+    held.place(DEVICE)
+    held.add(Path("after"), network())
+    for name in ("before", "after"):
+        assert {tensor.device for tensor in held[Path(name)].parameters()} == {DEVICE}
 
 
 def test_files_of_the_package_alone_are_blamed(seen):
@@ -230,7 +248,7 @@ methods:
   - {class_path: HeadFit}
   - {class_path: Coin}
   - {class_path: Ties}
-  - {class_path: Refit, init_args: {adapters: {rank: 2}, compress: {bits: 4, base_bits: 0}}}
+  - {class_path: Refit, init_args: {adapters: {rank: 2}}}
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [ridge, expert_head]
 """
