@@ -174,7 +174,8 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
         raise ConfigurationError(
             f"the code has shape {list(weights.shape)}, expected R rows of N weights"
         )
-    totals = weights.sum(dim=1, keepdim=True)  # [R, 1]
+    # One after the other: the last bits of a vectorised sum differ by processor, and keys hold the matrix.
+    totals = weights.cumsum(dim=1)[:, -1:]  # [R, 1]
     for index, row in enumerate(weights):
         total = float(totals[index])
         is_positive = bool((row >= 0).all())

@@ -211,7 +211,8 @@ class Experts:
         """Return Σ_i β_i f_i ``[P, C]`` on parts of `split`; the experts run once."""
         outputs = [self._run_experts(part) for part in parts]
         every = torch.cat(outputs, dim=1)  # [N, P, C]
-        return torch.tensordot(every.new_tensor(row), every, dims=1)
+        mixed: Tensor = torch.tensordot(every.new_tensor(row), every, dims=1)
+        return mixed
 
     def _run_experts(self, part: int) -> Tensor:
         """Return all experts' logits ``[N, P, C]`` on a part of `split`."""

@@ -112,7 +112,7 @@ def _whole_modules(body: nn.Module, head_place: str, task_type: str | None) -> l
 
     Raises ConfigurationError where one is more than a layer, within which peft would look for layers to adapt.
     """
-    endings = (head_place,)
+    endings: tuple[str, ...] = (head_place,)
     if task_type == "SEQ_CLS":
         endings = (head_place, *SEQUENCE_HEADS)
     places = []
@@ -194,7 +194,7 @@ class LoraFit(AdapterFit):
         body = columns_of(self._network.get_parameter(unit.weight), unit, entries, moments)
         own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
         damping = self._damping(unit, entries)
-        left, best = moments.low_rank(body, own, damping, self._rank)  # V [O, r], B [O, K']
+        left, best = moments.low_rank(body, own, damping, self._options.rank)  # V [O, r], B [O, K']
         right = best.new_zeros(left.shape[1], unit.unknowns)
         right[:, entries] = left.T @ best
         return {unit.weight: _Unrounded(left=left.T.float(), right=right.float())}

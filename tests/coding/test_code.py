@@ -1,4 +1,4 @@
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import pytest
 import torch
@@ -50,6 +50,14 @@ def test_an_erasure_is_refused_from_an_amplification_of_ten_thousand_on():
 def test_row_sums_within_the_tolerance_are_made_exact():
     code = Code([[0.3333333, 0.3333333, 0.3333333]])
     torch.testing.assert_close(code.matrix.sum(1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_rows_are_divided_by_sums_that_are_the_same_on_every_processor():
+    weights = torch.rand(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for row in (weights / weights.sum(1, keepdim=True)).tolist():
+        rounded = [round(weight, 9) for weight in row]
+        total = list(accumulate(rounded))[-1]  # a vectorised sum has other last bits
+        assert Code([rounded]).matrix.tolist() == [[weight / total for weight in rounded]]
 
 
 def test_encode_is_the_weighted_sum():

@@ -11,7 +11,9 @@ from torch import nn
 
 import coin
 from coin.cli import main
+from coin.coding.metrics import DecodingAccuracy
 from coin.core import devices
+from coin.evaluation.held import HeldNetworks
 from coin.networks import delta
 from coin.networks.kept import Change
 from coin.reporting import read_results
@@ -89,6 +91,29 @@ def answers(net, inputs, expert=1):
         return net(inputs.to(next(net.parameters()).device), **named).cpu()
 
 
+def test_a_metric_on_the_cpu_counts_answers_of_the_device(seen):
+    metric = DecodingAccuracy()
+    logits = torch.eye(3, device=DEVICE)
+    metric.update(logits, logits, torch.arange(3, device=DEVICE))
+    assert metric.counts.tolist() == [3, 3, 3, 0, 0, 3]
+
+
+def test_held_networks_move_to_the_device(seen):
+    held = HeldNetworks(4)
+    held.add(Path("before"), network())
+    held.place(DEVICE)
+    held.add(Path("after"), network())
+    for name in ("before", "after"):
+        assert {tensor.device for tensor in held[Path(name)].parameters()} == {DEVICE}
+
+
+def test_files_of_the_package_alone_are_blamed(seen):
+    one = torch.ones(2, device=DEVICE)
+    for file in ("/home/someone/coin/lib/torch/nn.py", coin.__file__):
+        exec(compile("one + one", file, "eval"), {"one": one})
+    assert seen == {"__init__.py"}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_merge_where_the_experts_are(name, seen):
     experts, start, inputs = fleet()
@@ -100,7 +125,7 @@ def test_methods_merge_where_the_experts_are(name, seen):
     here = coin.merge_networks(METHODS[name], [moved(each) for each in experts], code, **options)
     assert {tensor.device for tensor in (*here[0].parameters(), *here[0].buffers())} == {DEVICE}
     torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
-    assert seen
+    assert ("merging/method.py" in seen) == devices.has_float64(DEVICE)  # else merges run on the CPU
 
 
 @pytest.mark.parametrize("method", ["coin", "regmean"])
@@ -233,7 +258,7 @@ calibration: {samples_per_task: 16}
 methods:
   - {class_path: HeadFit}
   - {class_path: Coin}
-  - {class_path: Refit, init_args: {adapters: {rank: 2}, compress: {bits: 4, base_bits: 0}}}
+  - {class_path: Refit, init_args: {adapters: {rank: 2}}}
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [ridge, expert_head]
 """
@@ -255,4 +280,5 @@ def test_a_run_is_the_same(float64, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(own[numbers], here[numbers], rtol=1e-6)
     # Attention has another kernel on the device, and Adam's first steps make much of last bits.
     pd.testing.assert_series_equal(own["residual"], here["residual"], rtol=0.1, atol=1e-5)
-    assert ("coin/merging/units.py" in seen) == float64  # else merges run on the CPU
+    assert "modules/expert.py" in seen
+    assert ("merging/units.py" in seen) == float64  # else merges run on the CPU

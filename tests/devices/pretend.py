@@ -3,7 +3,7 @@
     device = pretend.register()                # once in a process
     with pretend.running() as seen:            # or running(float64=False): as on Apple's MPS
         network.to(device); ...
-    assert "coin/merging/units.py" in seen     # the files of coin that ran a kernel on it
+    assert "merging/units.py" in seen          # the files of coin that ran a kernel on it
 
 It is torch's own place for further backends (PrivateUse1), with a backend in Python, so that autograd's engine, which
 runs a backward pass of a device in a thread of its own, works as it does on a GPU. A `PretendTensor` holds a CPU
@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -31,8 +32,10 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+import coin
+
 NAME = "pretend"
-UNDER = f"{os.sep}coin{os.sep}"  # lines of files below are blamed
+PACKAGE = f"{Path(coin.__file__).parent}{os.sep}"  # lines of files below are blamed
 CPU = torch.device("cpu")
 ANOTHER = "Expected all tensors to be on the same device, but found at least two devices, pretend:0 and cpu!"
 aten = torch.ops.aten
@@ -133,7 +136,7 @@ def _run(function, args, kwargs):
     if function is aten._fused_sdp_choice.default:
         return 0  # the plain kernels
     if target == NAME and function not in _COPIES and not function.is_view:
-        _seen.add(_blamed())
+        _blame()
 
     wrapper_of = {id(each.inner): each for each in ours}
     values = []
@@ -213,15 +216,15 @@ def _check_types(function, flat, kwargs):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
 
 
-def _blamed():
-    """Return the innermost file of coin's code."""
+def _blame():
+    """Note the innermost file of coin's code; autograd's thread and Lightning have none."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if (at := name.rfind(UNDER)) >= 0:
-            return name[at + 1 :]
+        if name.startswith(PACKAGE):
+            _seen.add(name.removeprefix(PACKAGE))
+            return
         frame = frame.f_back
-    return "elsewhere"  # autograd's thread, Lightning
 
 
 class _Mode(TorchDispatchMode):
