@@ -86,7 +86,7 @@ class ExpertOutputs:
             for expert, network in enumerate(self._experts()):
                 is_read = (self._rows.tasks == expert) & (self._rows.shares > 0)
                 samples = is_read.nonzero().flatten()
-                for part in samples.split(self._batch_size):
+                for part in torch.split(samples, self._batch_size):
                     if len(part) > 0:
                         self._add(network, ends, part)
                         advance(len(part))
