@@ -90,8 +90,9 @@ def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
 
 def _most_accurate(ordered: pd.DataFrame) -> "pd.Series[Any]":
     """Return the row that is most accurate on the worst task, the first of several that are printed alike."""
-    printed = _as_printed(ordered)["nda_worst"].to_numpy()
-    return ordered.iloc[int(printed.argmax())]
+    printed = _as_printed(ordered).reset_index(drop=True)
+    best_first = printed.sort_values("nda_worst", ascending=False, kind="stable")
+    return ordered.iloc[int(best_first.index[0])]
 
 
 def choose(
