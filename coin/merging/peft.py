@@ -112,9 +112,8 @@ def _whole_modules(body: nn.Module, head_place: str, task_type: str | None) -> l
 
     Raises ConfigurationError where one is more than a layer, within which peft would look for layers to adapt.
     """
-    endings: tuple[str, ...] = (head_place,)
-    if task_type == "SEQ_CLS":
-        endings = (head_place, *SEQUENCE_HEADS)
+    others = SEQUENCE_HEADS if task_type == "SEQ_CLS" else ()
+    endings = (head_place, *others)
     places = []
     for name, layer in body.named_modules(remove_duplicate=False):
         if not name.endswith(endings):

@@ -342,9 +342,10 @@ class Coded(LightningModule):
         file = SystemFile.load(chosen.path)
         file.decoders = [each for each in file.decoders if each.kind == chosen.decoder]
         folder_of_experts = chosen.path.parent.parent / "experts"
-        experts = [
-            load_network(folder_of_experts / task / "expert.safetensors") for task in file.names
-        ]
+        experts = []
+        for task, place in zip(file.names, file.expert_files, strict=True):
+            of_run = folder_of_experts / task / "expert.safetensors"
+            experts.append(load_network(of_run if of_run.is_file() else place))
         networks = [expert.network for expert in experts]
         system = cls._of_file(file, str(chosen.path), networks)
         system.method = file.told["method"]

@@ -86,8 +86,9 @@ class SystemFile:
     # Every coded model's parameters and buffers; none if they are in files of their own.
     coded: Sequence[State] = ()
     bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
-    # The coded models' own files, kept as SHA-256 and path ``../coded/NAME``.
+    # The coded models' own files, kept as SHA-256, path ``../coded/NAME`` of a run, and where they were.
     coded_files: Sequence[Path] = ()
+    expert_files: Sequence[Path] = ()  # where they were; in a run's folder they are in ``experts/``
     told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
 
     def save(self, path: Path) -> None:
@@ -111,7 +112,10 @@ class SystemFile:
                 }
             )
         coded_files = [
-            {"path": f"../coded/{file.name}", "sha256": sha256_of(file)}
+            {
+                "paths": [f"../coded/{file.name}", os.path.relpath(file, path.parent)],
+                "sha256": sha256_of(file),
+            }
             for file in self.coded_files
         ]
         provenance = {
@@ -124,6 +128,7 @@ class SystemFile:
             "experts": list(self.experts),
             "bodies": [None if body is None else asdict(body) for body in self.bodies],
             "coded_files": coded_files,
+            "expert_files": [os.path.relpath(file, path.parent) for file in self.expert_files],
         }
         floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
         infinite = [name for name, tensor in floating.items() if tensor.isinf().any()]
@@ -140,13 +145,15 @@ class SystemFile:
         code = Code(told["code"])
         files = []
         for each in told["coded_files"]:
-            file = Path(os.path.normpath(path.parent / each["path"]))  # not through links
-            is_there = file.is_file() and sha256_of(file) == each["sha256"]
-            if not is_there:
+            places = [_beside(path, place) for place in each["paths"]]
+            found = [
+                place for place in places if place.is_file() and sha256_of(place) == each["sha256"]
+            ]
+            if not found:
                 raise FileError(
-                    f"'{file}' is not the coded model that '{path}' names; run the evaluation again"
+                    f"'{places[0]}' is not the coded model that '{path}' names; run the evaluation again"
                 )
-            files.append(file)
+            files.append(found[0])
         decoders = []
         for place, each in enumerate(told["decoders"]):
             decoder = make_decoder(each["kind"], code, each["erased"])
@@ -173,8 +180,14 @@ class SystemFile:
             coded=coded,
             bodies=bodies,
             coded_files=files,
+            expert_files=[_beside(path, place) for place in told["expert_files"]],
             told=told,
         )
+
+
+def _beside(path: Path, place: str) -> Path:
+    """Return the path that is told relative to a file's folder, not through links."""
+    return Path(os.path.normpath(path.parent / place))
 
 
 def all_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -261,6 +261,7 @@ class DecodingEvaluator(LightningModule):
                 [each.decoder for each in self.evaluation.fitted if each.variant is variant],
                 self.fingerprints,
                 coded_files=paths,
+                expert_files=self.expert_files,
                 told={"method": variant.method, "batchnorm": requested_policy(variant.batchnorm)},
             )
             system.save(folder / f"{name}.safetensors")

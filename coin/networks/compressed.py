@@ -181,17 +181,23 @@ class Compressed:
         save_state(Path(path), state, {**(provenance or {}), "compressed": own})
 
     @classmethod
-    def load(cls, path: Path | str, base: nn.Module) -> Self:
-        """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits."""
+    def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
+        """Load a compressed network, given its base: the original one for an int8 base, one like it for 0 bits.
+
+        `hashed` is the base's fingerprint, where it is known.
+        """
         file = StateFile(Path(path))
         told = file.provenance.get("compressed")
         if told is None:
             raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote")
         base_bits = told["base_bits"]
-        if base_bits == 8 and fingerprint(base.state_dict()) != told["base"]:
-            base = int8(base).network()
-        found = fingerprint(base.state_dict()) if base_bits else None
         expected = told["base"]
+        found = None
+        if base_bits:
+            found = hashed or fingerprint(base.state_dict())
+        if base_bits == 8 and found != expected:
+            base = int8(base).network()
+            found = fingerprint(base.state_dict())
         if found != expected:
             raise FileError(
                 f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"

@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite
+from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
@@ -166,7 +166,8 @@ def open_network(path: Path) -> NetworkFile:
     provenance = state.provenance
     config, num_classes = _described(path, provenance)
     if "compressed" in provenance:
-        made = Compressed.load(path, _base_of(path, provenance, config, num_classes))
+        base, hashed = _base_of(path, provenance, config, num_classes)
+        made = Compressed.load(path, base, hashed)
         return NetworkFile(path, made, config, num_classes, provenance, made.adapters)
     names, adapters = split_adapters(state, int(provenance.get("adapters", 0)))
     return NetworkFile(path, StateFile(path, names), config, num_classes, provenance, adapters)
@@ -174,18 +175,28 @@ def open_network(path: Path) -> NetworkFile:
 
 def _base_of(
     path: Path, provenance: Mapping[str, Any], config: NetworkConfig, num_classes: int
-) -> nn.Module:
-    """Return the base that a compressed network's file names, or a new network where it has none."""
+) -> tuple[nn.Module, str | None]:
+    """Return the base that a compressed network's file names, with its fingerprint, or a new network without one."""
     named = provenance.get("base_file")
     if named is None:
-        return build_network(config, num_classes)
+        return build_network(config, num_classes), None
     # A run's folder links to the steps' files, beside which the base is; or both were copied to one folder.
     for place in (path.resolve().parent / named, path.parent / Path(named).name):
         if place.is_file():
-            return open_network(place).network
+            return _read_base(place.resolve(), sha256_of(place))
     raise FileError(
         f"found no file '{path.parent / named}', the base that '{path}' is a delta from; put it there"
     )
+
+
+@lru_cache(maxsize=1)
+def _read_base(place: Path, content: str) -> tuple[nn.Module, str]:
+    """Return the network of a base's file, and its fingerprint: read once for all copies that are opened after another.
+
+    Nobody changes it: a copy is made of it. `content` is the file's SHA-256.
+    """
+    network = open_network(place).network
+    return network, fingerprint(network.state_dict())
 
 
 def load_network(path: Path) -> NetworkFile:

@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 from coin.errors import FileError, StateError
-from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks import Compression, NetworkConfig, build_network, files, load_network, save_network
 from coin.networks.files import import_checkpoint, initial_network
+from coin.pipeline.steps.merge import compress_file
 
 
 @pytest.fixture
@@ -98,3 +99,35 @@ def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(small_config
     fewer = initial_network(small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors").state_dict()
     for name, tensor in wide.state_dict().items():
         assert torch.equal(fewer[name], tensor[:2] if name.startswith("fc.") else tensor)
+
+
+@pytest.mark.parametrize("base_bits", [8, 32])
+def test_the_base_of_several_copies_is_built_once_and_again_where_its_file_changes(
+    write_experts, tmp_path, monkeypatch, base_bits
+):
+    built = []
+
+    def building(*args, **options):
+        built.append(args)
+        return build_network(*args, **options)
+
+    base, *experts = map(Path, write_experts([3, 3, 3, 3]).values())
+    copies = [tmp_path / f"copy{place}.safetensors" for place in range(3)]
+
+    def open_all():
+        return [load_network(path).network.state_dict() for path in copies]
+
+    for expert, path in zip(experts, copies, strict=True):
+        compress_file(expert, path, base, Compression(3, base_bits))
+    first = open_all()
+    monkeypatch.setattr("coin.networks.files.build_network", building)
+    files._read_base.cache_clear()
+    assert all(map(same, open_all(), first))
+    assert len(built) == 1
+    again = load_network(experts[0]).network
+    with torch.no_grad():
+        again.get_parameter("fc.weight").add_(1)
+    kept = next(tmp_path.glob("*-int8.safetensors")) if base_bits == 8 else base
+    save_network(kept, again, load_network(base).config, 3, {})
+    with pytest.raises(FileError, match="is a delta from the base"):
+        open_all()

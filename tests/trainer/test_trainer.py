@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
+from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.files.tensors import fingerprint
-from coin.modules import DecodingEvaluator, Expert
+from coin.modules import Coded, DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
@@ -114,3 +115,11 @@ def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
     assert described["x"] == [1]
     assert described["tasks"] == ["task0", "task1"]
     assert described["code"] == [[0.5, 0.5]]
+    system = Coded.from_run(tmp_path / "results", decoder="linear")
+    evaluator, tasks = pair
+    assert system.files == (*evaluator.expert_files, *evaluator.coded_files)
+    inputs = to_input(next(iter(tasks.tasks["task0"].test_dataloader()))[0], 16)
+    with torch.no_grad():
+        expected = 2 * system.coded[0](inputs)
+        expected[:, :2] -= system.experts[1](inputs)
+        torch.testing.assert_close(system.decode(inputs, ["task0"])[0], expected)
