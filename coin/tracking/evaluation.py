@@ -69,9 +69,10 @@ def _best_coded(frame: pd.DataFrame, kept: pd.DataFrame) -> pd.DataFrame:
     contenders = kept[~kept["name"].isin(REFERENCES) & (kept["decoder"] != REPLICA)]
     if contenders.empty:
         return frame[:0]
-    best = contenders.loc[contenders["nda_mean"].idxmax()]
+    best = contenders.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
     is_best = (frame["name"] == best["name"]) & (frame["decoder"] == best["decoder"])
-    return frame[is_best & (frame["erased"] == frame["task"])]
+    rows: pd.DataFrame = frame[is_best & (frame["erased"] == frame["task"])]
+    return rows
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
