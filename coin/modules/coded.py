@@ -170,6 +170,10 @@ class Coded(LightningModule):
             servers[expert] = None
         for row in silent:
             servers[count + row] = None
+        if all(server is None for server in servers):
+            raise ConfigurationError(
+                "found every server erased or silent, expected one that runs; leave one out"
+            )
         with eval_mode(self):
             own = as_input(inputs, self.coded[0])
             return server_answers(servers, count, own, features, tasks)
@@ -466,6 +470,10 @@ class Coded(LightningModule):
             own = None if task_of is None else task_of[done : done + size]
             parts.append(self._answers_for(decoder, batch, decoder.erased, own))
             done += size
+        if not parts:
+            raise DataError(
+                "found no batch of inputs, expected at least one; an iterator that has ended gives none"
+            )
         return replace(Answers.concatenate(parts), tasks=task_of)
 
 

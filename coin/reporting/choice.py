@@ -90,9 +90,9 @@ def _cheapest_first(kept: pd.DataFrame) -> pd.DataFrame:
 
 def _most_accurate(ordered: pd.DataFrame) -> "pd.Series[Any]":
     """Return the row that is most accurate on the worst task, the first of several that are printed alike."""
-    printed = _as_printed(ordered).reset_index(drop=True)
+    printed = _as_printed(ordered)
     best_first = printed.sort_values("nda_worst", ascending=False, kind="stable")
-    return ordered.iloc[int(best_first.index[0])]
+    return ordered.loc[best_first.index].iloc[0]
 
 
 def choose(

@@ -71,8 +71,8 @@ def _best_coded(frame: pd.DataFrame, kept: pd.DataFrame) -> pd.DataFrame:
         return frame[:0]
     best = contenders.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
     is_best = (frame["name"] == best["name"]) & (frame["decoder"] == best["decoder"])
-    found: pd.DataFrame = frame[is_best & (frame["erased"] == frame["task"])]
-    return found
+    rows: pd.DataFrame = frame[is_best & (frame["erased"] == frame["task"])]
+    return rows
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:

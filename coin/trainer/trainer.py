@@ -59,7 +59,13 @@ class Trainer(pl.Trainer):
             found = f"found precision '{precision}', in which no weights are trained or written"
             raise ConfigurationError(f"{found}; use {precision.replace('true', 'mixed')}")
         leave_processes_at_exit()
-        super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+        try:
+            super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+        except MisconfigurationException as error:
+            told = f"the Trainer cannot start: {first_line(error)}"
+            raise ConfigurationError(
+                f"{told}; without a GPU give --trainer.accelerator=cpu"
+            ) from error
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
         if any(isinstance(logger, WandbLogger) for logger in self.loggers):
