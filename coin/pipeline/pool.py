@@ -245,6 +245,7 @@ class _Jobs:
         if job_id in self._queued():
             job = self.submitit.SlurmJob(self.folder, job_id)
         else:
+            command.process.unlink(missing_ok=True)  # of a job that was killed
             with self._refusals("submit"):
                 job = self.executor.submit(replace(command, variables=variables))
             job_id = str(job.job_id)
