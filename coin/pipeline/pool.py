@@ -100,10 +100,12 @@ class Command:
     def __call__(self) -> None:
         """Run it to its end; CommandFailedError unless its exit status is 0. It ends with the job."""
         process = self.start()
+        write_text(self.process, str(process.pid))
         try:
             status = process.wait()
         finally:
             process.terminate()  # does nothing to one that has ended
+            self.process.unlink(missing_ok=True)
         self.note_end(status)
         if status:
             raise CommandFailedError(self.failure())
@@ -128,6 +130,11 @@ class Command:
     def job(self) -> Path:
         """The file with the number of its job."""
         return self.log.with_suffix(".job")
+
+    @property
+    def process(self) -> Path:
+        """The file with the number of its process, while that runs."""
+        return self.log.with_suffix(".pid")
 
     def checkpoint(self) -> Any:
         """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
@@ -206,6 +213,7 @@ class _Jobs:
         self.reasons: dict[str, str] = {}  # why each job of this user waits, by its number
         self.asked_at = -math.inf  # when SLURM was asked for them
         self.own: dict[str, Any] = {}  # the jobs that are waited for, by their numbers
+        self.commands: list[Command] = []
         self.told: set[str] = set()  # the reasons that were printed
         self.left_at: dict[str, float] = {}  # when a job without a result left the queue
         self.is_slurm = launch.cluster is Cluster.slurm
@@ -237,6 +245,7 @@ class _Jobs:
         if job_id in self._queued():
             job = self.submitit.SlurmJob(self.folder, job_id)
         else:
+            command.process.unlink(missing_ok=True)  # of a job that was killed
             with self._refusals("submit"):
                 job = self.executor.submit(replace(command, variables=variables))
             job_id = str(job.job_id)
@@ -244,12 +253,17 @@ class _Jobs:
             if self.is_slurm:
                 self.reasons[job_id] = ""
         self.own[job_id] = job
+        self.commands.append(command)
         return partial(self._has_ended, job, variables)
 
     def cancel(self) -> None:
         """End the jobs that have not ended."""
         for job in self.own.values():
             job.cancel()  # does nothing to one that has ended
+        # Where the processor is busy submitit kills a job before it has ended its process.
+        for command in self.commands:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(int(command.process.read_text(encoding="utf-8")), signal.SIGTERM)
 
     def _has_ended(self, job: Any, variables: dict[str, str]) -> bool:
         if not self.is_slurm:
