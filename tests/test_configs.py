@@ -26,6 +26,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("packaged_encoder")
 @pytest.mark.parametrize(
     "path",
     sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "prompts"),

@@ -35,7 +35,7 @@ REAL: dict[type, tuple[int, int | None, int, int, int]] = {
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is downloaded: every set holds one image of the real shape many times, under the real labels."""
     for kind, (channels, side, train, test, classes) in REAL.items():
 

@@ -26,7 +26,7 @@ class Expert(LightningModule):
     """A classifier fine-tuned on one task with cross-entropy.
 
     Args:
-        network: ``small_resnet``, ``small_vit``, ``minilm``; a classifier of torchvision; ``timm/NAME``;
+        network: ``small_resnet``, ``small_vit``; a classifier of torchvision; ``timm/NAME``;
             ``hf/FOLDER_OR_ID`` of Hugging Face's; or the import path of an `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the images in pixels.
         weights: The name of pretrained weights, or a file of the network's own tensors; None for random ones.

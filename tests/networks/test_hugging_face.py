@@ -14,7 +14,7 @@ from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
 from coin.networks.files import import_pretrained, load_network, save_network
 from coin.networks.heads import replace_head
-from coin.networks.hub import _configuration
+from coin.networks.hub import MINILM, _configuration
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CONFIGURATIONS = {
@@ -114,6 +114,24 @@ def test_texts_that_are_too_long_are_refused(folder):
     network = build_network(NetworkConfig(folder("bert"), 32), 3)
     with pytest.raises(DataError, match="found texts of 13 tokens, expected at most 12; set max_tokens of tasks"):
         network(torch.ones(2, 13, dtype=torch.int64))
+
+
+def test_the_packaged_encoder_is_a_folder_like_others(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("coin.files.packaged.find_spec", lambda name: None)
+    with pytest.raises(FileError, match=rf"no package {MINILM} with a file model/config.json.*\.\[text\]"):
+        NetworkConfig(f"hf/{MINILM}")
+    monkeypatch.undo()
+    (tmp_path / MINILM).mkdir()
+    (tmp_path / MINILM / "__init__.py").touch()
+    name = folder("bert")
+    Path(name.removeprefix("hf/")).rename(tmp_path / MINILM / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    network = build_network(NetworkConfig(f"hf/{MINILM}", 8, "pretrained"), 3).eval()
+    theirs = transformers.BertModel.from_pretrained(tmp_path / MINILM / "model").state_dict()
+    for key, tensor in network.bert.state_dict().items():
+        assert torch.equal(tensor, theirs[key]), key
+    x = inputs_of("bert")
+    torch.testing.assert_close(answers(network, x[1:2, :5]), answers(network, x)[1:2])  # without its padding
 
 
 def test_images_of_another_size_have_their_positions_interpolated(folder):

@@ -165,8 +165,6 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
         (("resnet18", 32, None, {"bogus": 1}), "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
         (("resnet18", 32, None, {"num_classes": 4}), "found network.options with 'num_classes', which coin sets"),
         *((("small_vit", 32, None, {o: n}), "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
-        (("minilm", 32, "IMAGENET1K_V1"), "expected ALL_MINILM_L6_V2, null"),
-        (("minilm", 32, None, {"width": 8, "heads": 3}), r"cannot build minilm .*hidden size \(8\)"),
         (("timm/resnet5O",), r"'timm/resnet5O' \(did you mean timm/resnet50\w*\?\), expected a classifier of timm"),
         (("timm/resnet50.a1_in1k",), r"\(did you mean timm/resnet50\w*\?\), expected a classifier of timm, its tag as"),
         (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected default, a1_in1k.*, null"),

@@ -132,10 +132,11 @@ def texts() -> dict[str, Any]:
         Path(f"{name}.csv").write_text("text,label\n" + "\n".join(rows * 2) + "\n")
         table = {"train": f"{name}.csv", "test": f"{name}.csv", "max_tokens": 6, "tokenizer": "words.json"}
         tasks[name] = {"class_path": "TextFile", "init_args": table}
-    options = {"length": 6, "vocabulary": 13, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    transformers.BertConfig(**sizes, vocab_size=13, max_position_embeddings=6).save_pretrained("bert")
     methods = [{"class_path": name} for name in ("Average", "RegMean", "HeadFit")]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
-    network = {"name": "minilm", "options": options}
+    network = {"name": "hf/bert"}
     expert = {"epochs": 3, "lr": 0.01, "optimizer": "AdamW", "batch_size": 16}
     return {"network": network, "base": None, "tasks": tasks, "expert": expert, "methods": methods}
 
@@ -151,7 +152,7 @@ def test_texts_end_to_end(texts: dict[str, Any], run_small: Run) -> None:
     ("wrong", "told"),
     [
         ("--network={name: small_resnet}", "found a task of texts for the network 'small_resnet', expected images"),
-        ("--tasks.meals={class_path: Digits}", "found a task of images for the network 'minilm', expected texts"),
+        ("--tasks.meals={class_path: Digits}", "found a task of images for the network 'hf/bert', expected texts"),
         (
             "--methods=[{class_path: Distillation}]",
             "found augmentation 'shift' for TextFile, whose samples are texts",

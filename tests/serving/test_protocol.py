@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig
 
 from coin.coding.promise import answer_score
 from coin.data.image_io import read_files as read_from_disk
@@ -182,8 +183,9 @@ def test_replies_are_padded_and_those_to_requests_run_together_are_told_apart(
 
 
 def test_networks_for_texts_are_refused(tmp_path: Path) -> None:
-    options = {"vocabulary": 20, "depth": 1, "heads": 2, "width": 8, "mlp_width": 8}
-    config = NetworkConfig("minilm", 6, None, options)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertConfig(**sizes, vocab_size=20).save_pretrained(tmp_path / "bert")
+    config = NetworkConfig(f"hf/{tmp_path}/bert", 6)
     save_network(tmp_path / "text.safetensors", build_network(config, 3), config, 3, {})
     with pytest.raises(ConfigurationError, match="which reads texts, expected a network for images"):
         NetworkServer(tmp_path / "text.safetensors", 3, features=True)
