@@ -16,7 +16,7 @@ from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
-from coin.networks.files import fill_head, initial_network
+from coin.networks.files import initial_network
 
 Labelled = tuple[Tensor, Tensor]
 """Images ``[B, 3, H, W]`` and their classes ``[B]``."""
@@ -69,7 +69,7 @@ class Expert(LightningModule):
             self._build(num_classes)
 
     def configure_model(self) -> None:
-        """Build the network when training starts, if the class count was left to the datamodule; fill a frozen head."""
+        """Build the network when training starts, if the class count was left to the datamodule."""
         trainer = self._trainer  # none where the class is used without one
         datamodule = getattr(trainer, "datamodule", None)
         if self.network is None:
@@ -79,11 +79,6 @@ class Expert(LightningModule):
                 )
             self.hparams["num_classes"] = datamodule.num_classes
             self._build(datamodule.num_classes)
-        zero_shot = getattr(datamodule, "zero_shot", None)
-        # Otherwise a checkpoint brings the head.
-        is_fitted = trainer is not None and trainer.state.fn == "fit"
-        if zero_shot is not None or is_fitted:
-            fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, DataError, FileError, first_line
 from coin.files.packaged import extra_module, packaged_file
-from coin.networks import clip
 from coin.networks.heads import linear_head, replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
@@ -27,25 +26,14 @@ CACHE = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
 class HuggingFace(NetworkSource):
     """``hf/FOLDER_OR_ID``: what `AutoModelForImageClassification` or `AutoModelForSequenceClassification` makes of it.
 
-    With the option ``head: zero_shot`` it is a CLIP's vision tower (`coin.networks.clip.ClipTower`), whose heads the
-    tasks describe. Other options replace entries of the configuration. Texts are attended to where their tokens are not
-    its ``pad_token_id``; images are normalised as ``preprocessor_config.json`` says, or as ImageNet's or CLIP's.
+    Options replace entries of the configuration. Texts are attended to where their tokens are not its
+    ``pad_token_id``; images are normalised as ``preprocessor_config.json`` says, or as ImageNet's.
     """
 
     @property
     def place(self) -> str:
         """A folder's absolute path, or an ID."""
         return local_place(self.name)
-
-    @property
-    def zero_shot(self) -> bool:
-        """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
-        head = self.options.get("head")
-        if head not in (None, clip.ZERO_SHOT):
-            raise ConfigurationError(
-                f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing"
-            )
-        return head is not None
 
     def check(self) -> None:
         """Check that it is a folder or ID of a classifier, and the weights."""
@@ -59,17 +47,14 @@ class HuggingFace(NetworkSource):
 
     @property
     def configuration(self) -> Any:
-        """The model's configuration, with the options in it; of CLIP with a zero-shot head that of the vision tower."""
+        """The model's configuration, with the options in it."""
         found = _configuration(self.place, self.name)
-        if self.zero_shot:
-            found = clip.vision_config(found, self.name)
-        options = {name: value for name, value in self.options.items() if name != "head"}
-        for name in options:
+        for name in self.options:
             if not hasattr(found, name):
                 raise ConfigurationError(
                     f"found network.options with '{name}', expected entries of the configuration"
                 )
-        return type(found).from_dict({**found.to_dict(), **options})
+        return type(found).from_dict({**found.to_dict(), **self.options})
 
     @property
     def tokenizer(self) -> Path | None:
@@ -100,11 +85,7 @@ class HuggingFace(NetworkSource):
         """Build the network; with pretrained weights, under a fresh head."""
         reads, auto = self._kind()
         found = self.configuration
-        if self.zero_shot:
-            network = self.construct(clip.ClipTower, found, num_classes)
-            if self.weights is not None:
-                self.load(network, self.place)
-        elif self.weights is None:
+        if self.weights is None:
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
@@ -121,10 +102,7 @@ class HuggingFace(NetworkSource):
         return network
 
     def load(self, network: nn.Module, place: str) -> None:
-        """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID."""
-        if isinstance(network, clip.ClipTower):
-            self.download(lambda: clip.load_tower(network, place), CACHE)
-            return
+        """Fill a network that was built here with the weights of another folder or ID."""
         auto = self._kind()[1]
         found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
@@ -133,20 +111,14 @@ class HuggingFace(NetworkSource):
         """Return the classes of another folder's or ID's head in the order of its outputs; [] where it names none."""
         names = getattr(_configuration(place, f"{PREFIX}{place}"), "id2label", None) or {}
         found = [str(names[index]) for index in sorted(names)]
-        return (
-            []
-            if self.zero_shot or found == [f"LABEL_{index}" for index in range(len(found))]
-            else found
-        )
+        unnamed = [f"LABEL_{index}" for index in range(len(found))]
+        return [] if found == unnamed else found
 
     def save(self, network: nn.Module, folder: Path) -> None:
         """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
         inner: Any = network
-        if isinstance(network, clip.ClipTower):
-            inner = network.vision
-        else:
-            # An expert's own is smaller than the body's.
-            inner.config.num_labels = linear_head(network).out_features
+        # An expert's own is smaller than the body's.
+        inner.config.num_labels = linear_head(network).out_features
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
         if processor:
@@ -155,11 +127,8 @@ class HuggingFace(NetworkSource):
             )
 
     def _kind(self) -> tuple[str, Any]:
-        """Return what it reads and the class of transformers that builds it, None for a CLIP."""
+        """Return what it reads and the class of transformers that builds it."""
         found = _configuration(self.place, self.name)
-        if self.zero_shot:
-            clip.vision_config(found, self.name)
-            return "images", None
         import transformers
 
         images = transformers.AutoModelForImageClassification
@@ -184,8 +153,8 @@ class HuggingFace(NetworkSource):
     def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
         """Return the hook for images, which are resized where positions were learned for images of another size."""
         processor = self._processor()
-        mean = processor.get("image_mean") or (clip.MEAN if self.zero_shot else IMAGENET_MEAN)
-        std = processor.get("image_std") or (clip.STD if self.zero_shot else IMAGENET_STD)
+        mean = processor.get("image_mean") or IMAGENET_MEAN
+        std = processor.get("image_std") or IMAGENET_STD
         option = "interpolate_pos_encoding"
         is_resized = getattr(found, "image_size", self.image_size) != self.image_size
         can_interpolate = option in inspect.signature(network.forward).parameters

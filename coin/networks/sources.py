@@ -43,11 +43,6 @@ class NetworkSource(ABC):
     def check_vocabulary(self, count: int) -> None:  # noqa: B027 (most have none)
         """Refuse texts of so many different tokens, with a ConfigurationError, where the network has others."""
 
-    @property
-    def zero_shot(self) -> bool:
-        """Whether the head is computed from the tasks' class names, and not trained."""
-        return False
-
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; what is random is drawn from torch's global generator."""

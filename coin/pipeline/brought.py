@@ -66,7 +66,7 @@ def check_experts(
         task = tasks[name]
         if place.startswith(PREFIX):
             expert = initial_network(config, task.num_classes, base_file)
-            import_pretrained(config, place, expert, task.zero_shot, name)
+            import_pretrained(config, place, expert)
         else:
             expert = import_checkpoint(config, task.num_classes, Path(place))
         if not is_rank_zero():
