@@ -50,7 +50,7 @@ class TrainerCLI(LightningCLI):
             )
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
-        for name in ("network", "image_size", "options", "num_classes"):
+        for name in ("network", "image_size", "options", "mean", "std", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
         # About to be overwritten: nothing to download or to look for.

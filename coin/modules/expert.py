@@ -35,6 +35,7 @@ class Expert(LightningModule):
         initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
         initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
         seed: The seed of dropout and the like, together with the epoch. None is 0, or ``--seed_everything``.
+        mean, std: As `coin.networks.NetworkConfig`.
         **recipe: The training options; see `coin.modules.recipe.Recipe`.
     """
 
@@ -48,16 +49,20 @@ class Expert(LightningModule):
         initial: str | None = None,
         initial_seed: int = 0,
         seed: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         **recipe: Any,
     ) -> None:
         super().__init__()
         self.recipe = Recipe(**recipe)
-        self.config = NetworkConfig(network, image_size, weights, options or {})
+        self.config = NetworkConfig(network, image_size, weights, options or {}, mean, std)
         own = {
             "network": network,
             "image_size": image_size,
             "weights": weights,
             "options": self.config.options,
+            "mean": mean,
+            "std": std,
             "num_classes": num_classes,
             "initial": initial,
             "initial_seed": initial_seed,

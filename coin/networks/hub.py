@@ -121,6 +121,9 @@ class HuggingFace(NetworkSource):
         inner.config.num_labels = linear_head(network).out_features
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
+        if self.mean is not None:
+            processor |= {"image_mean": list(self.normalisation[0])}
+            processor |= {"image_std": list(self.normalisation[1])}
         if processor:
             (folder / "preprocessor_config.json").write_text(
                 json.dumps(processor, indent=2), encoding="utf-8"
@@ -142,6 +145,14 @@ class HuggingFace(NetworkSource):
             f"found network.name '{self.name}', a {own}, expected a classifier of images or texts"
         )
 
+    @property
+    def usual_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """What ``preprocessor_config.json`` says, or ImageNet's."""
+        processor = self._processor()
+        return processor.get("image_mean") or IMAGENET_MEAN, processor.get(
+            "image_std"
+        ) or IMAGENET_STD
+
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
@@ -152,14 +163,11 @@ class HuggingFace(NetworkSource):
 
     def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
         """Return the hook for images, which are resized where positions were learned for images of another size."""
-        processor = self._processor()
-        mean = processor.get("image_mean") or IMAGENET_MEAN
-        std = processor.get("image_std") or IMAGENET_STD
         option = "interpolate_pos_encoding"
         is_resized = getattr(found, "image_size", self.image_size) != self.image_size
         can_interpolate = option in inspect.signature(network.forward).parameters
         options = {option: True} if is_resized and can_interpolate else {}
-        return _ByName("pixel_values", normalise=Renormalised(mean, std), options=options)
+        return _ByName("pixel_values", options=options)
 
     def _reading_texts(self, found: Any) -> "_ByName":
         """Return the hook for texts, which refuses those that are too long."""
@@ -202,7 +210,9 @@ class Renormalised:
             self.shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the inputs in the network's normalisation."""
+        """Return the inputs in the network's normalisation; inputs by name stay."""
+        if not inputs:
+            return inputs
         images, *others = inputs
         scale = images.new_tensor(self.scale).view(3, 1, 1)
         shift = images.new_tensor(self.shift).view(3, 1, 1)
@@ -211,11 +221,10 @@ class Renormalised:
 
 @dataclass
 class _ByName:
-    """A hook that hands inputs over by name: images in their own normalisation, tokens with the mask of no padding."""
+    """A hook that hands inputs over by name, tokens with the mask of no padding."""
 
     name: str
     padding: int | None = None
-    normalise: Renormalised | None = None
     options: dict[str, Any] = field(default_factory=dict)
     longest: int | None = None  # text, in tokens
 
@@ -227,8 +236,6 @@ class _ByName:
     ) -> tuple[Any, Any]:
         if not inputs:
             return inputs, given
-        if self.normalise is not None:
-            inputs = self.normalise(network, inputs)
         batch = inputs[0]
         options = dict(self.options)
         if self.longest is not None and batch.shape[1] > self.longest:

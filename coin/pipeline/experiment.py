@@ -169,6 +169,8 @@ class Experiment:
                 self.network.name,
                 self.network.image_size,
                 options=self.network.options,
+                mean=self.network.mean,
+                std=self.network.std,
                 num_classes=2,
                 trainable=recipe.trainable,
             )

@@ -144,6 +144,8 @@ class TrainNetwork(Step):
             image_size=self.network.image_size,
             weights=self.network.weights if self.initial is None else None,
             options=self.network.options,
+            mean=self.network.mean,
+            std=self.network.std,
             num_classes=data.num_classes,
             initial=None if self.initial is None else str(self.initial.output),
             seed=self.seed,
