@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.merging.peft import SEQUENCE_HEADS, save_peft
@@ -12,8 +11,6 @@ from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
 from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace
-
-HEADS = "heads.safetensors"  # zero-shot heads, in the folder of a CLIP's vision tower
 
 
 def export(
@@ -29,14 +26,11 @@ def export(
     safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads, with the body beside it; those
     of all experts without ``expert``.
 
-    Of a CLIP's vision tower it is a `CLIPVisionModelWithProjection`, with ``heads.safetensors`` beside it: the heads
-    ``[C, F]`` by task; the logits of a task are its head times the features, ``image_embeds`` of length 1.
-
     Args:
         network: The network's safetensors file, which may be a compressed one.
         output: The folder, or an expert's file; by default beside `network`, with its name.
-        experts: The experts' files by task, for the head of an expert, and the heads beside a coded vision tower; by
-            default those of the run whose ``coded/`` the file lies in.
+        experts: The experts' files by task, for the head of an expert; by default those of the run whose
+            ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
         peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``: of all
             experts, or of that one. It is plain LoRA: adapters must have been fitted with ``scales: false``.
@@ -60,8 +54,6 @@ def export(
         )
     folder = file.path.with_suffix("") if output is None else Path(output)
     source.save(file.network, folder, _classes(file))
-    if source.zero_shot:
-        save_file(_heads(file, files), folder / HEADS)
     return folder
 
 
@@ -99,10 +91,6 @@ def _classes(file: NetworkFile) -> Sequence[str]:
 def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> Path:
     """Write these experts' adapters for peft, and then the body, and return where that is."""
     source = file.config.source
-    if isinstance(source, HuggingFace) and source.zero_shot:
-        raise ConfigurationError(
-            f"found '{file.path}' of a CLIP's vision tower, which peft cannot load with a head; leave out --peft"
-        )
     is_text = isinstance(source, HuggingFace) and source.reads == "texts"
     is_sequence = is_text and head_name(file.network) in SEQUENCE_HEADS
     tasks = file.provenance["tasks"]
@@ -138,15 +126,3 @@ def _write(
         path, network, file.config, num_classes, {"made_by": "coin export", "task": expert}
     )
     return path
-
-
-def _heads(file: NetworkFile, files: dict[str, Path]) -> dict[str, Tensor]:
-    """Return the experts' heads ``[C, F]`` by task; of an expert its own."""
-    opened = {task: load_network(path) for task, path in files.items()}
-    if "code" not in file.provenance:
-        opened = {str(file.provenance.get("task")): file}
-    head = f"{head_name(file.network)}.weight"
-    heads = {}
-    for task, other in opened.items():
-        heads[task] = other.state[head].clone().contiguous()
-    return heads

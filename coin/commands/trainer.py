@@ -58,7 +58,7 @@ class TrainerCLI(LightningCLI):
         named = found.get("network")
         if named is not None and named != init_args.get("network"):
             check_imported(named, Path(path))
-        for name in ("network", "image_size", "options", "num_classes"):
+        for name in ("network", "image_size", "options", "mean", "std", "num_classes"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
         # About to be overwritten: nothing to download or to look for.

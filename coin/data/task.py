@@ -1,7 +1,7 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,13 +11,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.core.choices import check_integer, check_number, is_list_of_names, parse_enum
+from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.processes import cores
 from coin.data.samples import BatchDataset, Calibration, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import Augmentation, check_stored, to_input
 from coin.errors import ConfigurationError, DataError
-from coin.files.yaml import read_yaml
 
 T = TypeVar("T")
 Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -43,28 +42,6 @@ class Shared(dict[Hashable, Any]):
 
     def __reduce__(self) -> tuple[type["Shared"], tuple[()]]:
         return Shared, ()
-
-
-def read_head(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return ``{zero_shot: {prompts: [...], classes: [...]}}``; the inner part may be the name of a file with it.
-
-    ``{}`` in a prompt is replaced by the class. Without classes these are the task's own, with spaces for underscores.
-    """
-    if given is None:
-        return None
-    section = given.get("zero_shot")
-    if isinstance(section, str):
-        section = read_yaml(Path(section))
-    found = dict(section) if isinstance(section, Mapping) else {}
-    prompts = found.pop("prompts", None)
-    classes = found.pop("classes", None)
-    are_prompts = is_list_of_names(prompts) and all("{}" in prompt for prompt in prompts)
-    are_classes = classes is None or is_list_of_names(classes)
-    has_repeats = classes is not None and are_classes and len(set(classes)) < len(classes)
-    if has_repeats or found or not are_prompts or not are_classes:
-        expected = "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, of distinct names, or a file"
-        raise ConfigurationError(f"found head {section or given!r:.200}, expected {expected}")
-    return {"zero_shot": {"prompts": prompts, "classes": classes}}
 
 
 def unusable_files(
@@ -104,9 +81,6 @@ class TaskData(LightningDataModule, ABC):
         max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; with 0 only files that are decoded batch by batch have workers,
             one a core, 8 at most.
-        head: A CLIP's zero-shot head, ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or
-            ``{zero_shot: FILE.yaml}`` (`read_head`). The classes, in the order of the labels, become the task's names.
-            None is for heads that are trained.
     """
 
     names: tuple[str, ...]
@@ -130,7 +104,6 @@ class TaskData(LightningDataModule, ABC):
         max_train: int | None = None,
         max_test: int | None = None,
         num_workers: int = 0,
-        head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -143,7 +116,6 @@ class TaskData(LightningDataModule, ABC):
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
-        self.head = read_head(head)
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
@@ -171,18 +143,8 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels; with a zero-shot head those in its prompts."""
-        own = None if self.head is None else self.head["zero_shot"]["classes"]
-        return self.class_names() if own is None else tuple(own)
-
-    @property
-    def zero_shot(self) -> tuple[list[str], list[str]] | None:
-        """The prompts and class names of a zero-shot head; None where the head is trained."""
-        if self.head is None:
-            return None
-        section = self.head["zero_shot"]
-        own = [name.replace("_", " ") for name in self.class_names()]
-        return section["prompts"], section["classes"] or own
+        """The names of the classes, in the order of their labels."""
+        return self.class_names()
 
     @property
     def vocabulary(self) -> int | None:
@@ -232,10 +194,6 @@ class TaskData(LightningDataModule, ABC):
         source = self.load()
         task = type(self).__name__
         count = len(self.class_names())
-        if count != self.num_classes:
-            raise DataError(
-                f"{task} has {count} classes, head.zero_shot.classes {self.num_classes}; name each once"
-            )
         if count < 2:
             raise DataError(
                 f"{task} has {count} class, expected at least two to tell apart; add another"

@@ -17,7 +17,7 @@ from coin.errors import ConfigurationError
 from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
 from coin.networks.calling import logits_of
-from coin.networks.files import fill_head, initial_network
+from coin.networks.files import initial_network
 
 Labelled = tuple[Tensor, Tensor]
 """Images ``[B, 3, H, W]`` and their classes ``[B]``."""
@@ -36,6 +36,7 @@ class Expert(LightningModule):
         initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
         initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
         seed: The seed of dropout and the like, together with the epoch. None is 0, or ``--seed_everything``.
+        mean, std: As `coin.networks.NetworkConfig`.
         **recipe: The training options; see `coin.modules.recipe.Recipe`.
     """
 
@@ -49,16 +50,20 @@ class Expert(LightningModule):
         initial: str | None = None,
         initial_seed: int = 0,
         seed: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         **recipe: Any,
     ) -> None:
         super().__init__()
         self.recipe = Recipe(**recipe)
-        self.config = NetworkConfig(network, image_size, weights, options or {})
+        self.config = NetworkConfig(network, image_size, weights, options or {}, mean, std)
         own = {
             "network": network,
             "image_size": image_size,
             "weights": weights,
             "options": self.config.options,
+            "mean": mean,
+            "std": std,
             "num_classes": num_classes,
             "initial": initial,
             "initial_seed": initial_seed,
@@ -70,7 +75,7 @@ class Expert(LightningModule):
             self._build(num_classes)
 
     def configure_model(self) -> None:
-        """Build the network when training starts, if the class count was left to the datamodule; fill a frozen head."""
+        """Build the network when training starts, if the class count was left to the datamodule."""
         trainer = self._trainer  # none where the class is used without one
         datamodule = getattr(trainer, "datamodule", None)
         if self.network is None:
@@ -80,11 +85,6 @@ class Expert(LightningModule):
                 )
             self.hparams["num_classes"] = datamodule.num_classes
             self._build(datamodule.num_classes)
-        zero_shot = getattr(datamodule, "zero_shot", None)
-        # Otherwise a checkpoint brings the head.
-        is_fitted = trainer is not None and trainer.state.fn == "fit"
-        if zero_shot is not None or is_fitted:
-            fill_head(self.network, self.config, zero_shot, type(datamodule).__name__)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""

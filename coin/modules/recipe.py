@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
-from coin.networks.heads import head_name, without_head
+from coin.networks.heads import head_name
 
 HEAD = "head"  # the pattern that means a network's head, whatever its name
 
@@ -150,15 +150,9 @@ def _class_and_options(name: str, given: Any, home: str) -> tuple[str, dict[str,
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Return names that match globs or `HEAD`, all by default, no frozen head's; ConfigurationError for no match."""
+    """Return names that match globs or `HEAD`, all by default; ConfigurationError for no match."""
     names = [name for name, _ in network.named_parameters()]
     kind = type(network).__name__
-    if getattr(network, "frozen_head", False):
-        names = without_head(network, names)
-        if patterns is not None and HEAD in patterns:
-            raise ConfigurationError(
-                f"found trainable pattern '{HEAD}' and a {kind}, whose head is computed from class names; leave it out"
-            )
     if patterns is None:
         return names
     found: set[str] = set()

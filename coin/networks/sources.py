@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.core.choices import did_you_mean
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, FileError, first_line
@@ -27,6 +28,8 @@ class NetworkSource(ABC):
     image_size: int
     weights: str | None
     options: dict[str, Any]
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     # Whether images come with the channels last in memory, in which depthwise convolutions train at twice the speed. A
     # network of the user's may view its activations in a way that only the usual order allows.
     channels_last: ClassVar[bool] = False
@@ -40,13 +43,20 @@ class NetworkSource(ABC):
         """What the network reads: ``images`` or ``texts``."""
         return "images"
 
-    def check_vocabulary(self, count: int) -> None:  # noqa: B027 (most have none)
-        """Refuse texts of so many different tokens, with a ConfigurationError, where the network has others."""
+    @property
+    def usual_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The mean and deviation of images in [0, 1] that the family's networks were trained with: ImageNet's."""
+        return IMAGENET_MEAN, IMAGENET_STD
 
     @property
-    def zero_shot(self) -> bool:
-        """Whether the head is computed from the tasks' class names, and not trained."""
-        return False
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The mean and deviation that images are normalised with."""
+        if self.mean is None or self.std is None:
+            return self.usual_normalisation
+        return self.mean, self.std
+
+    def check_vocabulary(self, count: int) -> None:  # noqa: B027 (most have none)
+        """Refuse texts of so many different tokens, with a ConfigurationError, where the network has others."""
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:

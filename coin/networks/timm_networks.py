@@ -1,5 +1,6 @@
 """Networks of timm by name, under timm's own names."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from coin.errors import ConfigurationError
 from coin.files.packaged import extra_module, packaged_file
 from coin.networks.heads import head_name, replace_head
-from coin.networks.hub import CACHE, Renormalised
+from coin.networks.hub import CACHE
 from coin.networks.sources import NetworkSource
 from coin.networks.weights import fill_network
 
@@ -49,6 +50,18 @@ class Timm(NetworkSource):
         """Timm's own name."""
         return self.name.removeprefix("timm/")
 
+    @property
+    def tagged(self) -> str:
+        """Timm's own name, with the tag of its weights."""
+        has_tag = self.weights not in (None, "default", *PACKAGED)
+        return f"{self.architecture}.{self.weights}" if has_tag else self.architecture
+
+    @property
+    def usual_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """What timm has for these weights."""
+        usual = extra_module("timm", "timm").get_pretrained_cfg(self.tagged)
+        return super().usual_normalisation if usual is None else (usual.mean, usual.std)
+
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
         timm = extra_module("timm", "timm")
@@ -60,10 +73,8 @@ class Timm(NetworkSource):
         if self.weights is None or self.weights in PACKAGED:
             network = self.construct(timm.create_model, self.architecture, **options)
         else:
-            tag = "" if self.weights == "default" else f".{self.weights}"
-            tagged = f"{self.architecture}{tag}"
             network = self.download(
-                lambda: timm.create_model(tagged, pretrained=True, **options), CACHE
+                lambda: timm.create_model(self.tagged, pretrained=True, **options), CACHE
             )
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
@@ -77,7 +88,6 @@ class Timm(NetworkSource):
             _fill_in_order(network, self.weights, head)
         if self.weights is not None:
             replace_head(network, num_classes)
-        network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
         return network
 
 

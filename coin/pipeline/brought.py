@@ -66,12 +66,12 @@ def check_experts(
         task = tasks[name]
         if place.startswith(PREFIX):
             expert = initial_network(config, task.num_classes, base_file)
-            import_pretrained(config, place, expert, task.zero_shot, name)
+            import_pretrained(config, place, expert)
         else:
             expert = import_checkpoint(config, task.num_classes, Path(place))
         if not is_rank_zero():
             continue
-        warn_of_chance(name, expert, task, _classes_of(place, config))
+        tell_accuracy(name, expert, task, _classes_of(place, config), config)
         if base_is_trained:
             continue
         if base is None:
@@ -89,14 +89,26 @@ def _classes_of(place: str, config: NetworkConfig) -> list[str]:
 
 
 @torch.no_grad()
-def warn_of_chance(name: str, expert: nn.Module, task: TaskData, classes: list[str]) -> None:
-    """Warn where an expert is hardly more often right than chance on training samples; `classes` are its own."""
+def tell_accuracy(
+    name: str, expert: nn.Module, task: TaskData, classes: list[str], config: NetworkConfig
+) -> None:
+    """Say how often an expert is right on training samples, and warn where that is hardly more often than chance.
+
+    `classes` are its own.
+    """
     train = task.splits.train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     drawn = train.subset(order[:_CHANCE_SAMPLES])
     logits = expert.eval()(drawn.inputs(torch.arange(len(drawn)), task.image_size))  # [P, C]
     accuracy = float((logits.argmax(1) == drawn.targets).float().mean())
     chance = 1 / task.num_classes
+    normalised = ""
+    if config.reads == "images":
+        mean, std = config.source.normalisation
+        normalised = f", images normalised with mean {list(mean)} and std {list(std)}"
+    rank_zero_info(
+        f"expert {name}: right on {accuracy:.1%} of {len(drawn)} training samples{normalised}"
+    )
     if is_weak(accuracy, chance):
         own = f"its own classes are {', '.join(classes[:8])}, " if classes else ""
         warnings.warn(

@@ -20,7 +20,6 @@ from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig
-from coin.networks.files import check_heads
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
 from coin.pipeline.brought import check_experts, check_places
@@ -130,9 +129,8 @@ class Experiment:
 
     def _check_content(self) -> None:
         """Raise ConfigurationError if the network does not read the tasks, or a task takes no augmentation given."""
-        for name, data in self._all_tasks().items():
+        for data in self._all_tasks().values():
             self.network.check_content(data.content, data.vocabulary)
-            check_heads(self.network, data.head is not None, name)
         for name, data in self.tasks.items():
             own = self.expert.of(name)
             data.check_augmentation(own.augmentation)
@@ -171,6 +169,8 @@ class Experiment:
                 self.network.name,
                 self.network.image_size,
                 options=self.network.options,
+                mean=self.network.mean,
+                std=self.network.std,
                 num_classes=2,
                 trainable=recipe.trainable,
             )
@@ -178,15 +178,12 @@ class Experiment:
             task.check_files()
 
     def fetch(self, tasks: Iterable[str]) -> None:
-        """Download what is missing of experts, CLIP and tasks' data; other weights come where they are read."""
-        source = self.network.source
+        """Download what is missing of experts and tasks' data; other weights come where they are read."""
         places = [
             local_place(place)
             for place in self.expert.checkpoints.values()
             if place.startswith(PREFIX)
         ]
-        if isinstance(source, HuggingFace) and source.zero_shot and source.weights:
-            places.append(source.place)
         for place in dict.fromkeys(places):
             fetch_from_hub(place)
         for name in tasks:

@@ -238,9 +238,7 @@ class _Plan:
             files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
             classes = list(task.classes)
             doing = f"importing '{place}'"
-            step = ImportExpert(
-                **shared, classes=classes, place=place, files=files, head=task.head, doing=doing
-            )
+            step = ImportExpert(**shared, classes=classes, place=place, files=files, doing=doing)
         return self._add(step, f"seed {seed}: expert {name}", {f"seed-{seed}/experts/{name}": ""})
 
     def _statistics(

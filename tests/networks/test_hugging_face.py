@@ -169,13 +169,13 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 def test_an_expert_from_a_folder_brings_its_head(kind, folder):
     name = folder(kind)
     config = NetworkConfig(name, size_of(kind), "pretrained")
-    expert, theirs = import_pretrained(config, name, build_network(config, 5), None, "task"), build_network(config, 5)
+    expert, theirs = import_pretrained(config, name, build_network(config, 5)), build_network(config, 5)
     found = getattr(transformers, AUTO[kind in TEXTS]).from_pretrained(name.removeprefix("hf/"))
     theirs.load_state_dict(found.state_dict())
     x = inputs_of(kind)
     assert torch.equal(answers(expert.eval(), x), answers(theirs.eval(), x))
     with pytest.raises(StateError, match=r"of shape \[5, 16\], expected \[4, 16\]; it has another architecture or"):
-        import_pretrained(config, name, build_network(config, 4), None, "task")
+        import_pretrained(config, name, build_network(config, 4))
 
 
 def test_a_folder_says_how_many_classes_its_head_has(folder, tmp_path):

@@ -67,6 +67,25 @@ def test_a_network_gets_its_own_normalisation():
     torch.testing.assert_close(answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3)))
 
 
+def test_a_normalisation_that_is_given_takes_the_place_of_timms(tmp_path):
+    config = NetworkConfig(LITE0, 32, mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
+    network = build_network(config, 4, seed=1).eval()
+    plain = timm.create_model("tf_efficientnet_lite0", num_classes=4).eval()
+    plain.load_state_dict(network.state_dict())
+    x = usual(images())
+    torch.testing.assert_close(answers(network, x), answers(plain, x))
+    save_network(tmp_path / "expert.safetensors", network, config, 4, {})
+    torch.testing.assert_close(answers(load_network(tmp_path / "expert.safetensors").network, x), answers(plain, x))
+
+
+@pytest.mark.parametrize(
+    "given", [{"mean": [0.5] * 3}, {"mean": [0.5], "std": [0.5]}, {"mean": [0.5] * 3, "std": [0, 1, 1]}]
+)
+def test_half_a_normalisation_is_refused(given):
+    with pytest.raises(ConfigurationError, match=r"expected neither, or both .*: three numbers each, std above 0"):
+        NetworkConfig(LITE0, 32, **given)
+
+
 @pytest.mark.parametrize("weights", PACKAGED)
 def test_the_packaged_weights_are_timms_to_the_last_bit(weights):
     name, package, file = PACKAGED[weights]

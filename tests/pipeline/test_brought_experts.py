@@ -1,5 +1,6 @@
 """What is said of experts that were trained elsewhere, and which tokenizer their texts get, before anything runs."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def test_distances_and_guessing_are_told_of_folders_before_a_run(
     assert "training samples (chance is 10.0%)" in first
     assert "its own classes are digit 9, digit 8, digit 7" in first
     assert "the task's classes are 0, 1, 2" in first
-    one, two = (line for line in capsys.readouterr().err.splitlines() if "its weights are" in line)
+    said = capsys.readouterr().err
+    assert re.search(r"expert one: right on \d+\.\d% of \d+ training samples, images normalised with mean \[0\.4", said)
+    one, two = (line for line in said.splitlines() if "its weights are" in line)
     assert one.startswith("expert one: its weights are ")
     assert one.endswith("% from the base")
     assert two.endswith("% from the first expert")

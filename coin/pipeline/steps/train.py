@@ -150,6 +150,8 @@ class TrainNetwork(Step):
             image_size=self.network.image_size,
             weights=self.network.weights if self.initial is None else None,
             options=self.network.options,
+            mean=self.network.mean,
+            std=self.network.std,
             num_classes=data.num_classes,
             initial=None if self.initial is None else str(self.initial.output),
             seed=self.seed,
@@ -202,7 +204,6 @@ class ImportExpert(Step):
     classes: list[str]
     place: str = keyed_by(place_key)
     files: list[Path]
-    head: dict[str, Any] | None
     initial: WriteInitial
     task: TaskData = unkeyed()
 
@@ -210,9 +211,7 @@ class ImportExpert(Step):
         """Write the file."""
         if self.place.startswith(PREFIX):
             network = load_network(self.initial.output).network
-            import_pretrained(
-                self.network, self.place, network, self.task.zero_shot, self.task_name
-            )
+            import_pretrained(self.network, self.place, network)
         else:
             network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
         made: dict[str, Any] = {
@@ -222,8 +221,6 @@ class ImportExpert(Step):
             "classes": self.classes,
             "sha256": hashes([*self.files, self.initial.output]),
         }
-        if self.head is not None:
-            made["head"] = self.head
         save_network(self.output, network, self.network, self.task.num_classes, made)
 
 
