@@ -163,8 +163,8 @@ class Experts:
         initial = self.source.initial_tensors
         if initial is None:
             raise ConfigurationError(
-                "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
-                "needs; give one, choose another, or compress with base_bits: 0"
+                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give one, or "
+                "choose another"
             )
         parameters, _ = initial
         check_finite(parameters, "the shared initialisation")

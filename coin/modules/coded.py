@@ -107,17 +107,14 @@ class Coded(LightningModule):
                 f"found names {self.names} of {len(experts)} experts, expected a name each"
             )
         self.nbytes = 0
-        base_nbytes = 0  # of the base that compressed coded models share
         networks: list[nn.Module] = []
         for each in coded:
             if isinstance(each, Compressed):
                 self.nbytes += each.nbytes
-                base_nbytes = max(base_nbytes, each.base_nbytes)
                 networks.append(Adapted(each.packed(), each.adapters))
             else:
                 self.nbytes += stored_nbytes(each)
                 networks.append(each)
-        self.nbytes += base_nbytes
         self.experts = nn.ModuleList(experts)
         self.coded = nn.ModuleList(networks)
         self.decoders: dict[tuple[int, ...], Decoder] = {}
@@ -294,8 +291,7 @@ class Coded(LightningModule):
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
 
-        Compressed coded models are written as they run: packed, or where they are deltas from a base whole, since the
-        base is in no file of the system; `nbytes` after `load` is then that of whole networks.
+        Compressed coded models are written as they run, packed.
         """
         file = SystemFile(
             code=self.code,

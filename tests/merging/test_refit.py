@@ -580,7 +580,7 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         assert experts.passes == PROBES + every + sum(SIZES)
         assert told.pop() == ("refit, layers", every, every)
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
-    packed = Refit(target, head=False, compress={"bits": 4, "base_bits": 0})
+    packed = Refit(target, head=False, compress={"bits": 4})
     coin.merge_networks(packed, networks, coin.Code([ROW]), calibration=[[task] for task in tasks])
     assert [what for what, *_ in told] == ["refit, layers", "refit, layers again, rounded"]
 

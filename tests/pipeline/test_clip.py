@@ -75,7 +75,7 @@ def test_the_whole_table_in_small_and_its_export(places: Path, tmp_path: Path, m
 
 
 def check_results(frame: pd.DataFrame) -> None:
-    methods = {"base", "average", "task_arithmetic", "ties", "wudi", "regmean", "coin", "refit", "refit-4bit-delta"}
+    methods = {"base", "average", "task_arithmetic", "ties", "wudi", "regmean", "coin", "refit", "refit-4bit"}
     methods |= {"iso_c", "tsv_m", "replica-3bit-int8base", "none", "oracle"}
     assert set(frame.method) == methods
     assert (frame[frame.method == "oracle"].nda == 1).all()
@@ -97,7 +97,7 @@ def check_export(folder: Path, places: Path) -> None:
     """The folder gives the same logits with transformers alone."""
     experts = {name: str(folder / f"experts/{name}/expert.safetensors") for name in tasks(places)}
     pixels = small_clip.pixels(tasks(places)["mnist"].splits.test.images()[:8])
-    for coded in ("refit", "refit-4bit-delta"):
+    for coded in ("refit", "refit-4bit"):
         file = folder / f"coded/{coded}.safetensors"
         given = [f"--experts={json.dumps(experts)}"] if coded == "refit" else []  # else those of its run
         assert main(["export", str(file), f"--output={coded}", *given]) == 0
