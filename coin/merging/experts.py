@@ -12,10 +12,12 @@ from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
+from coin.networks.adapted import Adapted
+from coin.networks.adapter import Adapter
 from coin.networks.calling import as_input, checked_batch
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
-from coin.networks.running import Run, linear_heads, run_network
+from coin.networks.running import Run, check_as_plain, linear_heads, run_network
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
@@ -215,6 +217,14 @@ class Experts:
         )
         self.passes += len(run.logits)
         return run
+
+    def check_as_plain(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
+        """Raise StateError as `coin.networks.running.check_as_plain`, on two samples if there are any."""
+        if self.is_calibrated:
+            adapted = Adapted(body, adapters).to(self.source.device)
+            few = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+            with evaluating(adapted, gradients=False):
+                check_as_plain(adapted, as_input(few, adapted))
 
     def runs(self, part: int, features: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""

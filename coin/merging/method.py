@@ -164,11 +164,13 @@ class Method(ABC):
         if made.body is None:
             packed = compress(made.network, None, bits=bits, base_bits=0)
             packed.adapters = made.adapters
+            experts.check_as_plain(packed.packed(), made.adapters)
             return packed
         rounding = Rounding(made.body.network, bits)
         network, adapters = self.fit(experts, row, made.body, rounding)
         packed = compress(network, None, bits=bits, base_bits=0, rounded=rounding.rounded)
         packed.adapters = adapters
+        experts.check_as_plain(packed.packed(), adapters)
         return packed
 
     @torch.inference_mode(False)
@@ -195,6 +197,7 @@ class Method(ABC):
         with torch.inference_mode(False):
             body = folded_body(made.network, experts, self.label)
         network, adapters = self.fit(experts, row, body)
+        experts.check_as_plain(network, adapters)
         return replace(made, network=network, adapters=adapters, body=body)
 
     def statistics(self) -> tuple[Statistic, ...]:

@@ -282,6 +282,7 @@ def fit_adapters(
     with torch.inference_mode(False):
         folded = folded_body(body, every, label)
         fitted, adapters = fit_body(folded, every, row, label, ridge=None, adapters=options)
+    every.check_as_plain(fitted, adapters)
     return Adapted(fitted, adapters).to(home)
 
 

@@ -1,5 +1,6 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.devices import device_of
-from coin.errors import ConfigurationError, FileError, StateError
+from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
@@ -126,35 +127,48 @@ class Compressed:
         fill_network(network, state, "the compressed network")
         return network
 
+    @torch.no_grad()
     def packed(self) -> nn.Module:
         """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
 
-        Where it has parameters that are `not_makeable`, that is `network`. Raises ConfigurationError for a delta.
+        Parameters that are `not_makeable` are whole; a warning names them. Raises ConfigurationError for a delta.
         """
         if self.base_bits:
             raise ConfigurationError(
                 f"found a delta from a base of {self.base_bits} bits, expected base_bits=0; give its network()"
             )
-        if not_makeable(self.base):
-            return self.network()
-        network = clone(self.base, shared=True).eval()
+        refused = not_makeable(self.base)
+        network = clone(self.base, shared=not refused).eval()
         own = stored(network)
         self._check_layout(own)
         tied = tied_names(network)
-        values: dict[str, Tensor] = {}  # of what is no matrix
+        values: dict[str, Tensor] = {}  # of what is not packed
+        whole: list[str] = []
         for name, tensor in own.items():
             kind = self._kinds[name]
             data = self._data[name]
-            if 1 <= kind <= 8:
+            is_matrix = 1 <= kind <= 8
+            if is_matrix and refused.isdisjoint(tied[name]):
                 codes, scale = split_matrix(data, tensor.shape)
                 kept = Kept(network.get_parameter(name), codes.clone(), scale, kind)
                 keep(network, tied[name], kept)
-            else:
-                value = decode(kind, data, torch.zeros_like(tensor))
-                values |= dict.fromkeys(tied[name], value)
+                continue
+            if is_matrix:
+                whole.append(name)
+            value = decode(kind, data, torch.zeros_like(tensor))
+            values |= dict.fromkeys(tied[name], value)
         state = network.state_dict()
-        state.update(values)
-        network.load_state_dict(state, assign=True)  # the base's own tensors stay as they are
+        for name in refused & values.keys():  # other attributes hold these very tensors
+            state[name].copy_(values.pop(name))
+        # What is packed has no value here; the base's own tensors stay as they are.
+        network.load_state_dict(values, strict=False, assign=True)
+        if whole:
+            warnings.warn(
+                f"{type(network).__name__} is held packed but for {', '.join(map(repr, whole))}, which containers own "
+                "or other attributes hold too, as those of LSTMs",
+                CoinWarning,
+                stacklevel=2,
+            )
         return network
 
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:

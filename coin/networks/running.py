@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from coin.core.batches import Batch, map_tensors, take
 from coin.core.devices import double, multiplies_in_bfloat16
-from coin.errors import DataError, HeadError
+from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
 from coin.networks.calling import explained_inputs, logits_of
@@ -52,6 +52,31 @@ def features_and_logits(
             f"{found}; pool positions before the head, or leave out methods and decoders that read it"
         )
     return features, logits
+
+
+@torch.no_grad()
+def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
+    """Raise StateError where a body, which makes its parameters as they are read, answers otherwise than a plain copy.
+
+    So do networks whose forward passes read `parameters()`, ask for the class of a layer or write a weight.
+    """
+    inputs = take(inputs, slice(0, 2))
+    expected = run_network(adapted.network(0), inputs, features=False).logits
+    kind = type(adapted.body).__name__
+    found = f"{kind} answers otherwise where its layers make their weights as they are read"
+    advice = "read weights as attributes of their layers, and write none, or leave out adapters and compress"
+    try:
+        logits = run_network(adapted, inputs, features=False, experts=0).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: the plain copy has run
+        raise StateError(
+            f"{found} ({first_line(error):.80}), expected the same; {advice}"
+        ) from error
+    difference = float((logits - expected).abs().max())
+    precision = torch.finfo(expected.dtype).eps
+    if not difference <= precision**0.5 * float(expected.abs().max()):
+        raise StateError(f"{found} (a difference of {difference:.3g}), expected the same; {advice}")
 
 
 class Run(NamedTuple):

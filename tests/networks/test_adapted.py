@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import coin
-from coin.errors import ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.networks.adapted import resident_nbytes, stored_nbytes, tensor_nbytes
 from coin.networks.kept import kept_parameters
 from coin.networks.running import features_and_logits
@@ -189,6 +189,7 @@ class Tied(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is held packed but for")
 @pytest.mark.parametrize("kind", [Recurrent, Container, Tied])
 def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
     torch.manual_seed(0)
@@ -196,12 +197,72 @@ def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
     compressed = coin.compress(network, None, bits=4, base_bits=0)
     expected = compressed.network()(x)
     assert not torch.equal(expected, network(x))
-    torch.testing.assert_close(compressed.packed()(x), expected)
+    whole = {Recurrent: r"'lstm.weight_hh_l0', 'map.weight'", Container: "'prompt'", Tied: None}[kind]
+    if whole is None:
+        packed = compressed.packed()
+    else:
+        before = deepcopy(compressed.base.state_dict())
+        with pytest.warns(CoinWarning, match=rf"{kind.__name__} is held packed but for .*{whole}"):
+            packed = compressed.packed()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in compressed.base.state_dict().items())
+        packed_names = [name for name, _, _ in kept_parameters(packed)]
+        assert packed_names == ["head.weight"] if kind is Recurrent else ["0.weight", "2.weight"]
+    torch.testing.assert_close(packed(x), expected)
     system = coin.Coded(coin.uniform(2), [network, deepcopy(network)], [compressed])
     system.fit_decoder([x], [0], "linear").save(tmp_path / "system")
     again = coin.Coded.load(tmp_path / "system", system.experts)
     assert torch.equal(again.coded[0](x), system.coded[0](x))
     assert torch.equal(deepcopy(system).coded[0](x), system.coded[0](x))
+
+
+class Reading(nn.Module):
+    """A network that reads its second layer in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.head(self.read(self.first(x).relu()).relu())
+
+
+class ByParameters(Reading):
+    def read(self, x):
+        return self.second(x) / sum(parameter.norm() for parameter in self.second.parameters())
+
+
+class ByFunctionalCall(Reading):
+    def read(self, x):
+        return torch.func.functional_call(self.second, {"weight": 2 * self.second.weight}, x)
+
+
+class ByClass(Reading):
+    def read(self, x):
+        return self.second(x) if type(self.second) is nn.Linear else x
+
+
+class Renormed(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+class ByWriting(Reading):
+    """As EEGNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = Renormed(40, 40)
+
+
+@pytest.mark.filterwarnings("ignore:method")
+@pytest.mark.parametrize("kind", [ByParameters, ByFunctionalCall, ByClass, ByWriting])
+def test_a_network_that_would_answer_otherwise_packed_is_refused(kind):
+    torch.manual_seed(0)
+    experts, inputs = [kind().eval() for _ in range(2)], [[torch.randn(60, 40)] for _ in range(2)]
+    for method in (coin.Average(compress={"bits": 4}), coin.Average(adapters={"rank": 1}, compress={"bits": 4})):
+        with pytest.raises(StateError, match=rf"{kind.__name__} answers otherwise where .*, expected the same; read"):
+            coin.merge_networks(method, experts, [[0.5, 0.5]], calibration=inputs)
 
 
 @torch.no_grad()
