@@ -81,6 +81,21 @@ class Coin(MergeMethod):
                     CoinWarning,
                     stacklevel=4,
                 )
+            known = in_all(fishers)
+            first, *others = experts.parameters
+            frozen = [
+                name
+                for name in first
+                if name not in known
+                and any(not torch.equal(first[name], each[name]) for each in others)
+            ]
+            if frozen:
+                warnings.warn(
+                    f"{len(frozen)} parameters, such as '{frozen[0]}', are frozen and differ between experts: they "
+                    "have no Fisher and are averaged; train them, or freeze what is equal",
+                    CoinWarning,
+                    stacklevel=4,
+                )
             merged = coin_parameters(experts.parameters, fishers, row, self.damping)
             yield Candidate({"fisher_data": str(data)}, merged)
 

@@ -14,10 +14,11 @@ from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter
-from coin.networks.calling import as_input, checked_batch
+from coin.networks.calling import as_input, checked_batch, clone
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
 from coin.networks.running import Run, check_as_plain, linear_heads, run_network
+from coin.networks.weights import fill_network
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
@@ -137,6 +138,7 @@ class Experts:
         check_row(row, self.count)
         for index, state in enumerate(self.parameters):
             check_finite(state, f"expert {index}")
+        self._check_copies()
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -217,6 +219,33 @@ class Experts:
         )
         self.passes += len(run.logits)
         return run
+
+    def _check_copies(self) -> None:
+        """Raise StateError where a copy of the first expert with the last's tensors does not answer as the last."""
+        if not self.is_calibrated or isinstance(self.source, ExpertFiles):
+            return
+        inputs = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+        first, last = self.networks[0], self.networks[-1]
+        with evaluating(first, gradients=False):
+            run_network(first, as_input(inputs, first), features=False)
+        copied = clone(first)
+        fill_network(copied, last.state_dict(), "the last expert")
+        with torch.no_grad():
+            for own, other in zip(copied.buffers(), last.buffers(), strict=True):
+                if not torch.equal(own, other):  # one that is not persistent
+                    own.copy_(other)
+        logits = []
+        for network in (copied, last):
+            with evaluating(network, gradients=False):
+                run = run_network(network, as_input(inputs, network), features=False)
+                logits.append(run.logits)
+        found, expected = logits
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+        if bool(((found - expected).abs() > tolerance).any()):
+            raise StateError(
+                f"a copy of the first {type(first).__name__} with the last one's tensors does not answer as the last, "
+                "expected a network that is its parameters and buffers; keep nothing made of them in an attribute"
+            )
 
     def check_as_plain(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
         """Raise StateError as `coin.networks.running.check_as_plain`, on two samples if there are any."""

@@ -171,7 +171,7 @@ class Coded(LightningModule):
             return server_answers(servers, count, own, features, tasks)
 
     def heads(self, inputs: Any = None) -> list[Head]:
-        """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
+        """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the inputs, if any."""
         own = None if inputs is None else as_input(inputs, self.coded[0])
         with eval_mode(self.experts):
             return linear_heads(list(self.experts), own)

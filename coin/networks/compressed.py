@@ -50,7 +50,7 @@ class Compression:
     base_bits: int = 32
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
+        if type(self.bits) is not int or self.bits not in range(1, 9):
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
@@ -142,7 +142,7 @@ class Compressed:
         own = stored(network)
         self._check_layout(own)
         tied = tied_names(network)
-        values: dict[str, Tensor] = {}  # of what is not packed
+        state = network.state_dict()
         whole: list[str] = []
         for name, tensor in own.items():
             kind = self._kinds[name]
@@ -156,12 +156,10 @@ class Compressed:
             if is_matrix:
                 whole.append(name)
             value = decode(kind, data, torch.zeros_like(tensor))
-            values |= dict.fromkeys(tied[name], value)
-        state = network.state_dict()
-        for name in refused & values.keys():  # other attributes hold these very tensors
-            state[name].copy_(values.pop(name))
-        # What is packed has no value here; the base's own tensors stay as they are.
-        network.load_state_dict(values, strict=False, assign=True)
+            if refused.isdisjoint(tied[name]):
+                _replace(network, tied[name], value)  # the base's own tensors stay as they are
+            else:
+                state[name].copy_(value)  # other attributes hold this very tensor
         if whole:
             warnings.warn(
                 f"{type(network).__name__} is held packed but for {', '.join(map(repr, whole))}, which containers own "
@@ -289,6 +287,18 @@ def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tu
         rounded = int8(base)
         return rounded.network(), rounded.nbytes
     return _on_cpu(base), sum(tensor.nbytes for tensor in state.values())
+
+
+def _replace(network: nn.Module, names: Sequence[str], value: Tensor) -> None:
+    """Give a network, in place, another tensor for a parameter or buffer, by all its tied names."""
+    place, _, attribute = names[0].rpartition(".")
+    own = getattr(network.get_submodule(place), attribute)
+    made = value
+    if isinstance(own, nn.Parameter):
+        made = nn.Parameter(value, requires_grad=own.requires_grad)
+    for name in names:
+        place, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(place), attribute, made)
 
 
 def int8(base: nn.Module) -> Compressed:

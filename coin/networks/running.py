@@ -163,9 +163,6 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
         raise HeadError(f"{found} (found a difference of {largest:.3g}); {advice}")
 
 
-_FEW = 8  # samples that tell whether logits are the head's of the features
-
-
 @torch.no_grad()
 def linear_heads(
     networks: Iterable[nn.Module],
@@ -173,14 +170,13 @@ def linear_heads(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
 
-    The networks, in eval mode, are checked by `check_head` on the first few of the inputs, if there are any.
+    The networks, in eval mode, are checked by `check_head` on the inputs, if there are any.
     """
     heads = []
     for network in networks:
         head = linear_head(network)
         if inputs is not None:
-            few = take(inputs, slice(0, _FEW))
-            features, logits = features_and_logits(network, few)
+            features, logits = features_and_logits(network, inputs)
             check_head(network, features, logits)
         weight = head.weight.detach()
         bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()

@@ -641,7 +641,7 @@ class Tied(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.place = nn.Embedding(7, 4), nn.Parameter(torch.zeros(5, 4))
-        self.capped = nn.Embedding(7, 4, max_norm=100.0)
+        self.capped = nn.Embedding(7, 4)
         self.twice, self.read, self.once = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.bias = nn.Linear(4, 4)
         self.bias.bias = self.twice.bias

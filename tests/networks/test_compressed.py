@@ -138,6 +138,8 @@ def test_tied_weights_are_kept_once_and_stay_tied(monkeypatch, tmp_path):
         ({"bits": 9}, "bits=9"),
         ({"bits": 2.5}, "bits=2.5"),
         ({"bits": 0}, "bits=0"),
+        ({"bits": 4.0}, "bits=4.0"),
+        ({"bits": True}, "bits=True"),
         ({"bits": 3, "base_bits": 16}, "base_bits=16"),
     ],
 )
@@ -223,3 +225,10 @@ def test_compressing_into_what_it_reads_is_refused(base, tmp_path, capsys):
     path = str(tmp_path / "network.safetensors")
     assert main(["compress", path, f"--base={path}", "--bits=3", f"--output={path}"]) == 2
     assert "expected another file" in capsys.readouterr().err
+
+
+def test_every_entry_of_a_buffer_is_kept():
+    network = nn.BatchNorm1d(4).eval()
+    network.running_var.copy_(torch.tensor([1e-9, 1e-5, 1e-3, 1.0]))
+    read = coin.compress(network, None, bits=4, base_bits=0).network()
+    torch.testing.assert_close(read.running_var, network.running_var, rtol=1e-3, atol=0)
