@@ -181,7 +181,7 @@ def test_averages_are_of_parameters_and_of_statistics_or_keep_those_of_the_initi
     kept = keep.make(Experts(networks, initial=initial), WEIGHTS).network
     assert same(dict(kept.named_buffers()), dict(initial.named_buffers()))
     assert same(dict(kept.named_parameters()), dict(merged.named_parameters()))
-    with pytest.raises(ConfigurationError, match="no shared initialisation, which the method, its B"):
+    with pytest.raises(ConfigurationError, match="no shared initialisation, which the method or its B"):
         keep.make(Experts(networks), WEIGHTS)
     assert keep.make(Experts(setup("mlp")[1]), WEIGHTS).chosen == {}  # without BatchNorm a policy needs nothing
     for wrong in (Coin, "Coin"):
