@@ -178,8 +178,10 @@ def linear_heads(
         if inputs is not None:
             features, logits = features_and_logits(network, inputs)
             check_head(network, features, logits)
-        weight = head.weight.detach()
-        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
+        weight = full_precision(head.weight.detach())  # as features are
+        bias = weight.new_zeros(len(weight))
+        if head.bias is not None:
+            bias = full_precision(head.bias.detach())
         heads.append((weight, bias))
     width = max(len(bias) for _, bias in heads)
     padded = []

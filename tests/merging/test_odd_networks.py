@@ -366,3 +366,11 @@ def test_frozen_parameters_that_differ_are_told():
         expert[0].requires_grad_(False)
     with pytest.warns(CoinWarning, match=r"2 parameters, such as '0\.weight', are frozen and differ between experts"):
         coin.merge_networks(coin.Coin(), experts, [[0.5, 0.5]], calibration=[[torch.randn(20, 6)]] * 2)
+
+
+def test_heads_in_16_bits_are_of_the_features_type():
+    experts = [nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).bfloat16().eval() for _ in range(2)]
+    system = coin.Coded([[0.5, 0.5]], experts, experts[:1])
+    features = system.answers(torch.randn(4, 6), erased=[0, 1], features=True).coded_features[0]
+    weight, bias = system.heads()[1]
+    assert (features @ weight.T + bias).dtype == torch.float32
