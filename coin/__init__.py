@@ -10,7 +10,7 @@ Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coi
     choose            the cheapest stand-in of an experiment that meets your wishes
 
 Recommended in little memory is a body with adapters, in 4 bits a value: the method `Refit`, or `Base`, which needs no
-merge, with the options ``adapters={"rank": 16}, compress={"bits": 4, "base_bits": 0}``, read by the decoder
+merge, with the options ``adapters={"rank": 16}, compress={"bits": 4}``, read by the decoder
 ``expert_head``. `fit_adapters` makes one of networks in memory.
 
 Names are imported when they are first used, so that the command line can set up the process before PyTorch starts.

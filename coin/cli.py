@@ -30,7 +30,7 @@ _received: list[int] = []
 
 _FORMS = {
     "adapters": "adapters: {rank: 16}",
-    "compress": "compress: {bits: 4, base_bits: 0}",
+    "compress": "compress: {bits: 4}",
     "replicas": "replicas: [{bits: 3, base_bits: 8}]",
     "code": "code: [[0.5, 0.5]], a row of weights for each coded model, or code: 1, how many there are",
     "epochs": "a whole number",

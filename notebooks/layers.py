@@ -64,7 +64,7 @@ def stand_ins(experts, calibration):
     heads = [expert.get_submodule(head_name(expert)) for expert in experts]
     adapted = coin.fit_adapters(filled(whole, body), experts, calibration, rank=RANK)
     yield "in order", [adapted.network(place, head) for place, head in enumerate(heads)]
-    options = {"bits": BITS, "base_bits": 0}
+    options = {"bits": BITS}
     method = coin.Average(adapters={"rank": RANK}, compress=options)
     merged = coin.merge_networks(
         method, experts, coin.uniform(len(experts)), calibration=calibration

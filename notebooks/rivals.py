@@ -49,7 +49,7 @@ import coin
 from coin.data.samples import Calibration
 from coin.files.yaml import read_yaml
 from coin.networks import head_name, load_network, run_network
-from coin.networks.compressed import Rounding, reference_of
+from coin.networks.compressed import Rounding
 from coin.networks.delta import matrix_shape, quantise
 
 RANKS, TALL = (4, 16), 0.6
@@ -141,9 +141,10 @@ def nbytes(tensors):
 def in_bits(bits, network, base=None):
     """Return a body in so many bits a value, or what is left of it beside a base, and its bytes."""
     base_bits = 0 if base is None else 32
-    rounding = Rounding(reference_of(network, base, base_bits), bits)
+    rounding = Rounding(network, bits)
     for name in filter(rounding.takes, dict(network.named_parameters())):
-        rounding.round(name, network.get_parameter(name))
+        own = network.get_parameter(name).detach().double()
+        rounding.round(name, own if base is None else own - base.get_parameter(name).double())
     packed = coin.compress(network, base, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
     return body_of(packed.network()), packed.nbytes
 

@@ -1,4 +1,4 @@
-"""``coin compress``: a network's file in, its packed delta from a base's as a file out."""
+"""``coin compress``: a network's file in, its packed delta from a base's, or itself packed, as a file out."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def compress_network(
     bits: int | None = None,
     base_bits: int = 32,
 ) -> Path:
-    """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
+    """Compress an expert to its delta from the shared initialisation; or, with 0 base bits, any network alone.
 
     Args:
         network: The network's safetensors file.

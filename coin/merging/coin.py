@@ -62,7 +62,7 @@ class Coin(MergeMethod):
         return (Statistic(StatisticKind.fisher, data, kind),)
 
     def parameters(self, experts: Experts, row: Sequence[float]) -> State:
-        """Return the closed form; warns where an expert's Fisher is zero."""
+        """Return the closed form; warns where an expert's Fisher is zero, or frozen parameters differ."""
         (which,) = self.statistics()
         fishers = experts.statistic(which)
         zero = []
@@ -73,6 +73,19 @@ class Coin(MergeMethod):
             warnings.warn(
                 f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
                 "check the expert's outputs on the calibration data",
+                CoinWarning,
+                stacklevel=4,
+            )
+        known = in_all(fishers)
+        first, *others = experts.parameters
+        frozen = []
+        for name in first.keys() - known:
+            if any(not torch.equal(first[name], each[name]) for each in others):
+                frozen.append(name)
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} parameters, such as '{min(frozen)}', are frozen and differ between experts: they "
+                "have no Fisher and are averaged; train them, or freeze what is equal",
                 CoinWarning,
                 stacklevel=4,
             )

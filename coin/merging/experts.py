@@ -12,10 +12,13 @@ from coin.data.samples import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
-from coin.networks.calling import as_input, checked_batch
+from coin.networks.adapted import Adapted
+from coin.networks.adapter import Adapter
+from coin.networks.calling import as_input, checked_batch, clone
 from coin.networks.guard import evaluating
 from coin.networks.heads import padded_state
-from coin.networks.running import Run, linear_heads, run_network
+from coin.networks.running import Run, check_as_plain, linear_heads, run_network
+from coin.networks.weights import fill_network
 from coin.statistics import FisherKind, FisherOptions
 from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
@@ -135,6 +138,7 @@ class Experts:
         check_row(row, self.count)
         for index, state in enumerate(self.parameters):
             check_finite(state, f"expert {index}")
+        self._check_copies()
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -163,8 +167,8 @@ class Experts:
         initial = self.source.initial_tensors
         if initial is None:
             raise ConfigurationError(
-                "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression "
-                "needs; give one, choose another, or compress with base_bits: 0"
+                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give one, or "
+                "choose another"
             )
         parameters, _ = initial
         check_finite(parameters, "the shared initialisation")
@@ -213,6 +217,41 @@ class Experts:
         every = torch.cat(outputs, dim=1)  # [N, P, C]
         mixed: Tensor = torch.tensordot(every.new_tensor(row), every, dims=1)
         return mixed
+
+    def _check_copies(self) -> None:
+        """Raise StateError where a copy of the first expert with the last's tensors does not answer as the last."""
+        if not self.is_calibrated or isinstance(self.source, ExpertFiles):
+            return
+        inputs = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+        first, last = self.networks[0], self.networks[-1]
+        with evaluating(first, gradients=False):
+            run_network(first, as_input(inputs, first), features=False)
+        copied = clone(first)
+        fill_network(copied, last.state_dict(), "the last expert")
+        with torch.no_grad():
+            for own, other in zip(copied.buffers(), last.buffers(), strict=True):
+                if not torch.equal(own, other):  # one that is not persistent
+                    own.copy_(other)
+        logits = []
+        for network in (copied, last):
+            with evaluating(network, gradients=False):
+                run = run_network(network, as_input(inputs, network), features=False)
+                logits.append(run.logits)
+        found, expected = logits
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+        if bool(((found - expected).abs() > tolerance).any()):
+            raise StateError(
+                f"a copy of the first {type(first).__name__} with the last one's tensors does not answer as the last, "
+                "expected a network that is its parameters and buffers; keep nothing made of them in an attribute"
+            )
+
+    def check_as_plain(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
+        """Raise StateError as `coin.networks.running.check_as_plain`, on two samples if there are any."""
+        if self.is_calibrated:
+            adapted = Adapted(body, adapters).to(self.source.device)
+            few = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+            with evaluating(adapted, gradients=False):
+                check_as_plain(adapted, as_input(few, adapted))
 
     def _run_experts(self, part: int) -> Tensor:
         """Return all experts' logits ``[N, P, C]`` on a part of `split`."""

@@ -20,20 +20,13 @@ from coin.merging.passes import Body, fit_body, folded_body
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import (
-    Base,
-    Compressed,
-    Compression,
-    Rounding,
-    compress,
-    reference_of,
-)
+from coin.networks.compressed import Compressed, Compression, Rounding, compress
 from coin.networks.weights import fill_network, parameters_of, to_compute
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None
-"""The option `compress` of methods: a section of `Compression`'s options, or several."""
+"""The option `compress` of methods: a section ``{bits: 4}``, or several."""
 
 Adapters = AdapterOptions | dict[str, Any] | None
 """The option `adapters` of methods: a section of `AdapterOptions`."""
@@ -139,8 +132,7 @@ class Method(ABC):
                 "first; and not none or oracle, other results' names"
             )
         sections = compress if isinstance(compress, list | tuple) else [compress]
-        self.compress = [Compression.of(each) for each in sections if each is not None]
-        self.reads_initial = self.reads_initial or any(each.base_bits for each in self.compress)
+        self.compress = [Compression.of_body(each) for each in sections if each is not None]
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -156,28 +148,24 @@ class Method(ABC):
         experts: Experts,
         row: Sequence[float],
         made: CodedModel,
-        base: Base,
-        compression: Compression,
+        bits: int,
     ) -> Compressed:
-        """Return the coded model of one row, compressed as a delta from a base.
+        """Return the coded model of one row in so many bits a value.
 
         What has a `body` is fitted once more, in order: a matrix is rounded column by column (`coin.networks.delta`),
         its bias and the adapters are fitted to the rest, and the next layer to the inputs that follow. What is in no
         unit of the body, and what has none, is rounded to the nearest.
         """
-        bits = compression.bits
-        base_bits = compression.base_bits
         if made.body is None:
-            packed = compress(made.network, base, bits=bits, base_bits=base_bits)
+            packed = compress(made.network, None, bits=bits, base_bits=0)
             packed.adapters = made.adapters
+            experts.check_as_plain(packed.packed(), made.adapters)
             return packed
-        reference = reference_of(made.body.network, base, base_bits)
-        rounding = Rounding(reference, bits)
+        rounding = Rounding(made.body.network, bits)
         network, adapters = self.fit(experts, row, made.body, rounding)
-        packed = compress(
-            network, reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded
-        )
+        packed = compress(network, None, bits=bits, base_bits=0, rounded=rounding.rounded)
         packed.adapters = adapters
+        experts.check_as_plain(packed.packed(), adapters)
         return packed
 
     @torch.inference_mode(False)
@@ -204,6 +192,7 @@ class Method(ABC):
         with torch.inference_mode(False):
             body = folded_body(made.network, experts, self.label)
         network, adapters = self.fit(experts, row, body)
+        experts.check_as_plain(network, adapters)
         return replace(made, network=network, adapters=adapters, body=body)
 
     def statistics(self) -> tuple[Statistic, ...]:
@@ -261,8 +250,6 @@ def merge_networks(
         calibration=calibration,
     )
     began = time.perf_counter()
-    if any(each.base_bits for each in method.compress):
-        experts.initial()  # refuses, before anything is merged, that there is none
     made = []
     compressed: dict[str, list[Compressed]] = {}
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -271,7 +258,7 @@ def merge_networks(
             made.append(coded)
             for each in method.compress:
                 variants = compressed.setdefault(f"{method.label}-{each.name}", [])
-                variants.append(method.pack(experts, row, coded, initial, each))
+                variants.append(method.pack(experts, row, coded, each.bits))
     merged = Merged(made, experts.passes, time.perf_counter() - began, compressed)
     for network in merged:
         network.to(home)

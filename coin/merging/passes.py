@@ -28,7 +28,6 @@ from coin.merging.units import (
 )
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter, AdapterOptions
-from coin.networks.batchnorm import mark_folded
 from coin.networks.calling import as_input, clone, logits_of
 from coin.networks.compressed import Rounding
 from coin.networks.guard import evaluating
@@ -81,7 +80,6 @@ class Body(NamedTuple):
                 maps = [folded_unit(network, unit, whole_state(state)) for state in states]
                 for name, tensor in weighted_sum(maps, row).items():
                     tensors[name].copy_(tensor)
-                mark_folded(network, {unit.norm: unit.weight})
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 
     def warn_of_kept(self, label: str, what: str) -> None:
@@ -277,6 +275,7 @@ def fit_adapters(
     with torch.inference_mode(False):
         folded = folded_body(body, every, label)
         fitted, adapters = fit_body(folded, every, row, label, ridge=None, adapters=options)
+    every.check_as_plain(fitted, adapters)
     return Adapted(fitted, adapters).to(home)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, size_of, take
 from coin.core.memory import is_out_of_memory
-from coin.errors import StateError
+from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import State
 from coin.networks.batchnorm import folded
 from coin.networks.calling import as_input
@@ -100,6 +100,11 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
     Where values may decide where rows go, these may lie in order by chance: then the network runs on `others` too, if
     they are given.
     """
+    if any(getattr(module, "grad_checkpointing", False) for module in network.modules()):  # timm's
+        raise ConfigurationError(
+            f"found {type(network).__name__} with gradient checkpointing, which hides its layers, expected it off; "
+            "call set_grad_checkpointing(False)"
+        )
     parameters = floating_parameters(network)
     probes = PROBES
     few = _samples(inputs, 3, network)

@@ -107,18 +107,15 @@ class Coded(LightningModule):
                 f"found names {self.names} of {len(experts)} experts, expected a name each"
             )
         self.nbytes = 0
-        base_nbytes = 0  # of the base that compressed coded models share
         networks: list[nn.Module] = []
         for each in coded:
             if isinstance(each, Compressed):
                 self.nbytes += each.nbytes
-                base_nbytes = max(base_nbytes, each.base_nbytes)
                 body = Adapted(each.packed(), each.adapters)
                 networks.append(body.to(device_of(experts[0])))
             else:
                 self.nbytes += stored_nbytes(each)
                 networks.append(each)
-        self.nbytes += base_nbytes
         self.experts = nn.ModuleList(experts)
         self.coded = nn.ModuleList(networks)
         self.decoders: dict[tuple[int, ...], Decoder] = {}
@@ -179,7 +176,7 @@ class Coded(LightningModule):
             return server_answers(servers, count, own, features, tasks)
 
     def heads(self, inputs: Any = None) -> list[Head]:
-        """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
+        """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the inputs, if any."""
         own = None if inputs is None else as_input(inputs, self.coded[0])
         with eval_mode(self.experts):
             return linear_heads(list(self.experts), own)
@@ -299,8 +296,7 @@ class Coded(LightningModule):
     def save(self, path: str | Path) -> None:
         """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
 
-        Compressed coded models are written as they run: packed, or where they are deltas from a base whole, since the
-        base is in no file of the system; `nbytes` after `load` is then that of whole networks.
+        Compressed coded models are written as they run, packed.
         """
         file = SystemFile(
             code=self.code,

@@ -95,7 +95,7 @@ class Adapter:
         return network if head is None else with_head(network, head)
 
 
-_ADAPTERS = "adapters."  # before an expert's index and the tensor's name, in files
+_ADAPTERS = ".adapters."  # before an expert's index and the tensor's name, in files; no module's name is empty
 
 
 def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
         if count == 0 or not key.startswith(_ADAPTERS):
             others.append(key)
             continue
-        _, expert, place = key.split(".", maxsplit=2)
+        expert, place = key.removeprefix(_ADAPTERS).split(".", maxsplit=1)
         name, _, part = place.rpartition(".")
         parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
     adapters = []

@@ -1,7 +1,7 @@
 """BatchNorm merge policies: the running statistics of a merged network, always by an explicit policy."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from itertools import chain
@@ -51,27 +51,6 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
         for each in network.modules()
         if isinstance(each, _BatchNorm) and each.track_running_stats
     ]
-
-
-_FOLDED_INTO = (
-    "folded_into"  # a BatchNorm's attribute: the name of the weight that it is folded into
-)
-
-
-def mark_folded(network: nn.Module, norms: Mapping[str, str]) -> None:
-    """Note at a network's BatchNorms into which weights they are folded, by name."""
-    for norm, weight in norms.items():
-        setattr(network.get_submodule(norm), _FOLDED_INTO, weight)
-
-
-def folded_norms(network: nn.Module) -> dict[str, str]:
-    """Return the BatchNorms that `mark_folded` has noted, and the weights that they are folded into."""
-    every = network.named_modules()
-    return {
-        name: getattr(module, _FOLDED_INTO)
-        for name, module in every
-        if hasattr(module, _FOLDED_INTO)
-    }
 
 
 def folded(

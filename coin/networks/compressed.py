@@ -1,25 +1,23 @@
 """Compressed networks: the difference from a base that is stored anyway, in few bits."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.devices import device_of
-from coin.errors import ConfigurationError, FileError, StateError
+from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
-from coin.networks.batchnorm import folded, folded_norms
 from coin.networks.calling import clone
 from coin.networks.delta import (
     EQUAL,
     Rounded,
-    added,
     decode,
     encode,
     is_smaller_rounded,
@@ -52,7 +50,7 @@ class Compression:
     base_bits: int = 32
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
+        if type(self.bits) is not int or self.bits not in range(1, 9):
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
@@ -68,6 +66,13 @@ class Compression:
             raise ConfigurationError(
                 f"found {options!r:.100}, expected bits and base_bits"
             ) from error
+
+    @classmethod
+    def of_body(cls, options: Any) -> Self:
+        """Return a method's section of options as an object; a body has no base."""
+        if not isinstance(options, Mapping) or set(options) != {"bits"}:
+            raise ConfigurationError(f"found {options!r:.100}, expected {{bits: 4}} or so")
+        return cls(options["bits"], base_bits=0)
 
     @property
     def name(self) -> str:
@@ -95,8 +100,6 @@ class Compressed:
     base_nbytes: int
     _kinds: dict[str, int]  # how every tensor is stored (`encode`), tied ones once
     _data: dict[str, Tensor]  # and its bytes
-    # The BatchNorms that are folded, with the weights that they are folded into.
-    _folded: dict[str, str]
     _outputs: int | None  # of the head, where the base's has others
     adapters: Sequence[Adapter] = ()
 
@@ -117,40 +120,53 @@ class Compressed:
                 replace_head(network, self._outputs)
         own = stored(network)
         self._check_layout(own)
-        reference = (
-            _reference(own, network, self.base, self._folded) if self.base_bits else _zeros(own)
-        )
+        reference = _reference(own, network, self.base) if self.base_bits else _zeros(own)
         state: dict[str, Tensor] = {}
         for name, (first, *_) in tied_names(network).items():
             state[name] = decode(self._kinds[first], self._data[first], reference[first])
         fill_network(network, state, "the compressed network")
         return network
 
+    @torch.no_grad()
     def packed(self) -> nn.Module:
         """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
 
-        Where it is a delta from a base, or has parameters that are `not_makeable`, that is `network`.
+        Parameters that are `not_makeable` are whole; a warning names them. Raises ConfigurationError for a delta.
         """
-        if self.base_bits or not_makeable(self.base):
-            return self.network()
-        network = clone(self.base, shared=True).eval()
+        if self.base_bits:
+            raise ConfigurationError(
+                f"found a delta from a base of {self.base_bits} bits, expected base_bits=0; give its network()"
+            )
+        refused = not_makeable(self.base)
+        network = clone(self.base, shared=not refused).eval()
         own = stored(network)
         self._check_layout(own)
         tied = tied_names(network)
-        values: dict[str, Tensor] = {}  # of what is no matrix
+        state = network.state_dict()
+        whole: list[str] = []
         for name, tensor in own.items():
             kind = self._kinds[name]
             data = self._data[name]
-            if 1 <= kind <= 8:
+            is_matrix = 1 <= kind <= 8
+            if is_matrix and refused.isdisjoint(tied[name]):
                 codes, scale = split_matrix(data, tensor.shape)
                 kept = Kept(network.get_parameter(name), codes.clone(), scale, kind)
                 keep(network, tied[name], kept)
+                continue
+            if is_matrix:
+                whole.append(name)
+            value = decode(kind, data, torch.zeros_like(tensor))
+            if refused.isdisjoint(tied[name]):
+                _replace(network, tied[name], value)  # the base's own tensors stay as they are
             else:
-                value = decode(kind, data, torch.zeros_like(tensor))
-                values |= dict.fromkeys(tied[name], value)
-        state = network.state_dict()
-        state.update(values)
-        network.load_state_dict(state, assign=True)  # the base's own tensors stay as they are
+                state[name].copy_(value)  # other attributes hold this very tensor
+        if whole:
+            warnings.warn(
+                f"{type(network).__name__} is held packed but for {', '.join(map(repr, whole))}, which containers own "
+                "or other attributes hold too, as those of LSTMs",
+                CoinWarning,
+                stacklevel=2,
+            )
         return network
 
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:
@@ -174,7 +190,6 @@ class Compressed:
             "base_bits": self.base_bits,
             "base_nbytes": self.base_nbytes,
             "kinds": self._kinds,
-            "folded": self._folded,
             "outputs": self._outputs,
             "adapters": len(self.adapters),
         }
@@ -210,43 +225,28 @@ class Compressed:
             told["base_nbytes"],
             told["kinds"],
             data,
-            told["folded"],
             told["outputs"],
             adapters,
         )
 
 
-Base = nn.Module | None
-"""What a network is a delta from."""
-
-
-class Reference(NamedTuple):
-    """The tensors that a network's are a delta from, and where they come from."""
-
-    base: nn.Module  # as it is kept; the network itself where there is none
-    base_nbytes: int
-    folded: dict[str, str]  # the BatchNorms that are folded, into which weights
-    tensors: dict[str, Tensor]
-
-
 def compress(
     network: nn.Module,
-    base: Base | Reference,
+    base: nn.Module | None,
     *,
     bits: int,
     base_bits: int = 32,
     rounded: Mapping[str, Rounded] | None = None,
 ) -> Compressed:
-    """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
+    """Compress a network: alone, or an expert to its delta from a base, the shared initialisation.
 
     Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
-    (`coin.networks.delta.quantise`). Where `Refit` has folded the network's BatchNorms into the maps before them, they
-    are folded in the base that the delta is from as well. The base's head may have fewer or more outputs: the rows
-    beyond its own are zero.
+    (`coin.networks.delta.quantise`). The base's head may have fewer or more outputs: the rows beyond its own are
+    zero.
 
     Args:
         network: The network.
-        base: What it was fine-tuned or merged from; not needed for ``base_bits=0``.
+        base: What it was fine-tuned from; not needed for ``base_bits=0``.
         bits: 1 … 8 bits a value.
         base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, from which the delta is; 0: not at all.
         rounded: Deltas that are already rounded, by tensor; used unchanged.
@@ -263,32 +263,25 @@ def compress(
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
     check_finite(own, "the network to compress", buffers.keys())
-    reference = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
+    kept, base_nbytes = _kept_base(network, base, base_bits)
+    reference = _reference(own, network, kept) if base_bits else _zeros(own)
     rounded = rounded or {}
-    of_base = stored(reference.base)
+    of_base = stored(kept)
     outputs = None
     kinds: dict[str, int] = {}
     data: dict[str, Tensor] = {}
     for name, tensor in own.items():
         bits_of_matrix = None if name in buffers else bits
-        kinds[name], data[name] = encode(
-            tensor, reference.tensors[name], bits_of_matrix, rounded.get(name)
-        )
+        kinds[name], data[name] = encode(tensor, reference[name], bits_of_matrix, rounded.get(name))
         if tensor.shape != of_base[name].shape:  # of the head
             outputs = len(tensor)
-    return Compressed(
-        reference.base, base_bits, reference.base_nbytes, kinds, data, reference.folded, outputs
-    )
+    return Compressed(kept, base_bits, base_nbytes, kinds, data, outputs)
 
 
-def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
-    """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are; on the CPU.
-
-    There bytes are kept and read back, wherever the network is.
-    """
-    own = stored(network)
+def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tuple[nn.Module, int]:
+    """Return the base as it is kept, on the CPU, and its bytes; without one the network itself, and 0."""
     if base_bits == 0:
-        return Reference(_on_cpu(network), 0, {}, _zeros(own))
+        return _on_cpu(network), 0
     if base is None:
         raise ConfigurationError(
             f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
@@ -298,13 +291,20 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     check_finite(state, "the base", [name for name, _ in base.named_buffers()])
     if base_bits == 8:
         rounded = int8(base)
-        kept = rounded.network()
-        base_nbytes = rounded.nbytes
-    else:
-        kept = _on_cpu(base)
-        base_nbytes = sum(tensor.nbytes for tensor in state.values())
-    norms = folded_norms(network)
-    return Reference(kept, base_nbytes, norms, _reference(own, network, kept, norms))
+        return rounded.network(), rounded.nbytes
+    return _on_cpu(base), sum(tensor.nbytes for tensor in state.values())
+
+
+def _replace(network: nn.Module, names: Sequence[str], value: Tensor) -> None:
+    """Give a network, in place, another tensor for a parameter or buffer, by all its tied names."""
+    place, _, attribute = names[0].rpartition(".")
+    own = getattr(network.get_submodule(place), attribute)
+    made = value
+    if isinstance(own, nn.Parameter):
+        made = nn.Parameter(value, requires_grad=own.requires_grad)
+    for name in names:
+        place, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(place), attribute, made)
 
 
 def int8(base: nn.Module) -> Compressed:
@@ -334,10 +334,8 @@ def _zeros(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
 
 
-def _reference(
-    own: Mapping[str, Tensor], network: nn.Module, base: nn.Module, norms: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Return what a network's `stored` tensors are a delta from: the base's, these BatchNorms folded."""
+def _reference(own: Mapping[str, Tensor], network: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """Return the base's tensors that a network's `stored` tensors are a delta from."""
     state = stored(base)
     are_alike = all(
         name not in state or state[name].shape == tensor.shape for name, tensor in own.items()
@@ -349,12 +347,7 @@ def _reference(
         if tensor.dtype != state[name].dtype:
             found = f"'{name}' is {tensor.dtype}, in the base {state[name].dtype}"
             raise StateError(f"{found}, expected one type; convert one")
-    for norm, weight in norms.items():
-        layer = cast(_BatchNorm, network.get_submodule(norm))
-        bias = f"{weight.removesuffix('weight')}bias"
-        known_bias = bias if bias in state else None
-        state |= folded(state, weight, known_bias, norm, layer.eps)
-    return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
+    return state
 
 
 def _rows_of_head(
@@ -372,40 +365,40 @@ def _rows_of_head(
 
 
 class Rounding:
-    """Rounds a network's matrices to few bits a value, as deltas from a reference; `rounded` holds those so far."""
+    """Rounds a network's matrices to few bits a value; `rounded` holds those so far."""
 
-    def __init__(self, reference: Reference, bits: int) -> None:
-        self.reference = reference
+    def __init__(self, network: nn.Module, bits: int) -> None:
         self.rounded: dict[str, Rounded] = {}
+        self._like = network.state_dict()
         self._bits = bits
 
     def bits(self, name: str) -> int:
         """Return the bits a value: 8 for short rows, as of depthwise kernels, which few bits cost much."""
-        _, columns = matrix_shape(self.reference.tensors[name].shape)
+        _, columns = matrix_shape(self._like[name].shape)
         return 8 if columns < SHORT else self._bits
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        tensor = self.reference.tensors[name]
+        tensor = self._like[name]
         return tensor.is_floating_point() and is_smaller_rounded(tensor.shape, self.bits(name))
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""
-        return added(self.reference.tensors[name], self.rounded[name].dense())
+        like = self._like[name]
+        return self.rounded[name].dense().reshape(like.shape).to(like.dtype)
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
-        delta = self._delta(name, weight)
-        rounded = quantise(delta.reshape(matrix_shape(delta.shape)), self.bits(name))
-        self.rounded[name] = rounded.cpu()
+        matrix = weight.double().reshape(matrix_shape(weight.shape))
+        self.rounded[name] = quantise(matrix, self.bits(name)).cpu()
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None) -> Tensor:
         """Round a weight after a step of a regression; return the step [G, O, K] from the weight to its rounded form.
 
-        What is rounded is the delta from the reference, with the step in it. The step is the best one: another that is
-        off by E costs tr(E M Eᵀ) more, summed over groups, which is kept small: later columns make up for the errors of
-        earlier ones (`round_columns`).
+        What is rounded is the weight with the step in it. The step is the best one: another that is off by E costs
+        tr(E M Eᵀ) more, summed over groups, which is kept small: later columns make up for the errors of earlier ones
+        (`round_columns`).
 
         Args:
             name: The weight's name.
@@ -413,11 +406,10 @@ class Rounding:
             step: The step of each group's map [G, O, K].
             metric: M [G, K, K]; without it every value is rounded to the nearest.
         """
-        delta = self._delta(name, weight)
         bits = self.bits(name)
-        before = delta.reshape(step.shape)
+        before = weight.double().reshape(step.shape)
         wanted = before + step
-        rows = matrix_shape(delta.shape)  # each with a scale
+        rows = matrix_shape(weight.shape)  # each with a scale
         rounded = quantise(wanted.reshape(rows), bits)
         # A convolution with a single output has a scale for each of its inputs.
         has_row_each = rows[0] == wanted.shape[0] * wanted.shape[1]
@@ -428,8 +420,3 @@ class Rounding:
         self.rounded[name] = rounded.cpu()
         after = rounded.dense().reshape(step.shape)
         return (after - before).to(step)
-
-    def _delta(self, name: str, weight: Tensor) -> Tensor:
-        """Return what a weight differs by from the reference, in float64."""
-        reference = self.reference.tensors[name].to(weight.device)
-        return weight.double() - reference.double()

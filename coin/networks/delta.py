@@ -300,7 +300,8 @@ def encode(
     """Encode a tensor as its difference from a base of its shape and type: return its storage kind and its bytes.
 
     Matrices are kept in `bits` a value, or as they are `rounded` already; vectors, and matrices that would not be
-    smaller, in float16; integers and what float16 does not hold to a thousandth as they are; and what equals the
+    smaller, in float16; integers and what float16 does not hold to a thousandth,
+    of a buffer (without `bits`) entry by entry, as they are; and what equals the
     base's not at all. The bytes of a matrix are its packed rows, and then their scales.
     """
     if torch.equal(tensor, base):
@@ -318,9 +319,11 @@ def encode(
         data = torch.cat([_bytes(packed), _bytes(rounded.scale)])
         return rounded.bits, data
     half = delta.half()
-    error = float((half - delta).abs().max())
-    largest = float(delta.abs().max())
-    if error <= largest / 1000:
+    error = (half - delta).abs()
+    size = delta.abs().max()
+    if bits is None:  # a buffer: every entry counts
+        size = torch.maximum(delta.abs(), _wide(tensor).abs())
+    if bool((error <= size / 1000).all()):
         return HALF, _bytes(half)
     return WHOLE, _bytes(tensor)
 

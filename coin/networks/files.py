@@ -17,8 +17,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
-from coin.networks.batchnorm import folded_norms, mark_folded
-from coin.networks.compressed import Base, Compressed, Compression, int8, stored
+from coin.networks.compressed import Compressed, Compression, int8, stored
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, check_imported
 from coin.networks.weights import fill_network, read_weights, with_own_head
@@ -55,7 +54,6 @@ class NetworkFile:
             return self.content.network()
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.content, str(self.path))
-        mark_folded(network, self.provenance.get("folded", {}))
         return network.eval()
 
     @property
@@ -99,13 +97,14 @@ def save_network(
     # Causal masks are −∞.
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
-    described["folded"] = folded_norms(network)
     if adapters:
         described["adapters"] = len(adapters)
     save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
 
 
-def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
+def kept_base(
+    path: Path, base: Path | None, compression: Compression
+) -> tuple[Path | None, nn.Module | None]:
     """Return the file that a compressed one names as its base, of 8 bits written beside it, and the base."""
     if not compression.base_bits:
         return None, None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.core.batches import tensors_in
+from coin.errors import ConfigurationError
 from coin.networks.calling import clone
 from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
 
@@ -56,6 +57,10 @@ class Change:
         right: Tensor | Rounded | None = None,
     ) -> "Change":
         """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
+        if (left is None) != (right is None):
+            raise ConfigurationError(
+                "found one of left and right, expected both factors or neither"
+            )
         parts: dict[str, Tensor] = {}
         if scale is not None:
             parts["scale"], parts["scale_step"] = _in_bytes(scale.detach() - 1)
@@ -281,9 +286,7 @@ def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
     an embedding those rows alone are made that it looks up.
     """
     owners = [network.get_submodule(name.rpartition(".")[0]) for name in names]
-    kept.is_read_by_rows = all(
-        _looks_up(_plain_class(owner)) and owner.max_norm is None for owner in owners
-    )
+    kept.is_read_by_rows = all(_looks_up(_plain_class(owner)) for owner in owners)
     for name in names:
         place, _, parameter = name.rpartition(".")
         layer = network.get_submodule(place)
@@ -371,8 +374,6 @@ def _looks_up(kind: Any) -> bool:
 
 def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
     """Return the rows of an embedding's weight that are looked up, of what it keeps in the weight's place."""
-    if layer.max_norm is not None:  # which changes the weight
-        return nn.Embedding.forward(layer, input)
     kept: Any = layer._modules[_KEPT + "weight"]
     found: Tensor = kept.rows(input)
     return found

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from coin.core.batches import Batch, map_tensors, take
 from coin.core.devices import double, multiplies_in_bfloat16
-from coin.errors import DataError, HeadError
+from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
 from coin.networks.calling import explained_inputs, logits_of
@@ -52,6 +52,31 @@ def features_and_logits(
             f"{found}; pool positions before the head, or leave out methods and decoders that read it"
         )
     return features, logits
+
+
+@torch.no_grad()
+def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
+    """Raise StateError where a body, which makes its parameters as they are read, answers otherwise than a plain copy.
+
+    So do networks whose forward passes read `parameters()`, ask for the class of a layer or write a weight.
+    """
+    inputs = take(inputs, slice(0, 2))
+    expected = run_network(adapted.network(0), inputs, features=False).logits
+    kind = type(adapted.body).__name__
+    found = f"{kind} answers otherwise where its layers make their weights as they are read"
+    advice = "read weights as attributes of their layers, and write none, or leave out adapters and compress"
+    try:
+        logits = run_network(adapted, inputs, features=False, experts=0).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: the plain copy has run
+        raise StateError(
+            f"{found} ({first_line(error):.80}), expected the same; {advice}"
+        ) from error
+    difference = float((logits - expected).abs().max())
+    precision = torch.finfo(expected.dtype).eps
+    if not difference <= precision**0.5 * float(expected.abs().max()):
+        raise StateError(f"{found} (a difference of {difference:.3g}), expected the same; {advice}")
 
 
 class Run(NamedTuple):
@@ -138,9 +163,6 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
         raise HeadError(f"{found} (found a difference of {largest:.3g}); {advice}")
 
 
-_FEW = 8  # samples that tell whether logits are the head's of the features
-
-
 @torch.no_grad()
 def linear_heads(
     networks: Iterable[nn.Module],
@@ -148,17 +170,19 @@ def linear_heads(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
 
-    The networks, in eval mode, are checked by `check_head` on the first few of the inputs, if there are any.
+    The networks, in eval mode, are checked by `check_head` on the inputs, if there are any.
     """
     heads = []
     for network in networks:
         head = linear_head(network)
         if inputs is not None:
-            few = map_tensors(torch.clone, take(inputs, slice(0, _FEW)))
-            features, logits = features_and_logits(network, few)
+            own = map_tensors(torch.clone, inputs)
+            features, logits = features_and_logits(network, own)
             check_head(network, features, logits)
-        weight = head.weight.detach()
-        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
+        weight = full_precision(head.weight.detach())  # as features are
+        bias = weight.new_zeros(len(weight))
+        if head.bias is not None:
+            bias = full_precision(head.bias.detach())
         heads.append((weight, bias))
     width = max(len(bias) for _, bias in heads)
     padded = []

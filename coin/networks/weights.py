@@ -73,6 +73,8 @@ def _odd_part(network: nn.Module) -> str | None:
         makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__
         if not makes_functions_anew and _holds_closure(module):
             return f"layer '{name}' holds a function of a module, which copies would share,"
+        if getattr(module, "max_norm", None) is not None:  # of an nn.Embedding
+            return f"layer '{name}' has max_norm and writes its weight at every pass,"
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of Hugging Face's GPT-2
             return f"the weight of layer '{name}' is stored transposed"
     return None

@@ -126,7 +126,7 @@ class Body(Calibrated):
     def run(self, modelpool: Any) -> dict[str, Any]:
         """Return the network of each task by its name, and the MiB of the body with all adapters, as stored."""
         names, networks, calibration = self.read(modelpool)
-        options = {"bits": self.bits, "base_bits": 0}
+        options = {"bits": self.bits}
         method = coin.Refit(adapters={"rank": self.rank}, compress=options)
         code = coin.uniform(len(names))
         merged = coin.merge_networks(method, networks, code, calibration=calibration)

@@ -337,7 +337,7 @@ def fleet(count: int, output: Path) -> Path:
             "class_path": "Glyphs",
             "init_args": {"classes": classes, "train_per_class": 200, "test_per_class": 20},
         }
-    adapters = {"adapters": {"rank": 16}, "compress": {"bits": 4, "base_bits": 0}}
+    adapters = {"adapters": {"rank": 16}, "compress": {"bits": 4}}
     experiment = {
         "name": f"fleet-{count}",
         "network": {"name": "timm/tf_efficientnet_lite0", "image_size": 64, "weights": "IMAGENET1K_LITE0"},

@@ -83,7 +83,7 @@ def accuracies(system: System, *lost: str) -> list[float]:
 
 SERVED = [
     ("coin", "linear", "coded_hedged"), ("coin", "feature_ridge", "coded_hedged"), ("coin", "expert_head", "standin"),
-    ("coin-8bit-delta", "expert_head", "standin"), ("refit+rank2", "expert_head", "standin"),
+    ("coin-8bit", "expert_head", "standin"), ("refit+rank2", "expert_head", "standin"),
 ]  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def test_rounding_is_the_same_bytes(seen):
     own = coin.compress(experts[0], start, bits=3)
     here = coin.compress(moved(experts[0]), moved(start), bits=3)
     assert all(torch.equal(data, here._data[name]) for name, data in own._data.items())
-    refit = coin.Refit(compress={"bits": 4, "base_bits": 0}, adapters={"rank": 2})
+    refit = coin.Refit(compress={"bits": 4}, adapters={"rank": 2})
     merged = [
         coin.merge_networks(refit, networks, coin.uniform(3), calibration=inputs).compressed["refit+rank2-4bit"][0]
         for networks in (experts, [moved(each) for each in experts])

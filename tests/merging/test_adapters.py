@@ -268,7 +268,7 @@ def test_rounding_is_made_up_for_and_a_file_holds_body_and_adapters(tmp_path):
             parameter.data += 0.1 * parameter.std().nan_to_num(0.1) * torch.randn_like(parameter)
     inputs = [[torch.randn(40, 3, 16, 16)] for _ in experts]
     for method in (Refit, Average):
-        how = {"adapters": {"rank": 2}, "compress": {"bits": 2, "base_bits": 0}}
+        how = {"adapters": {"rank": 2}, "compress": {"bits": 2}}
         made = merge_networks(method(**how), experts, uniform(2), calibration=inputs)
         (packed,) = made.compressed[f"{method.name}+rank2-2bit"]
         rounded = with_adapters(packed.network(), packed.adapters)
@@ -352,7 +352,7 @@ def test_wrong_options_are_one_line(options, told):
 
 def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     experts, inputs = make_experts(maps)
-    refit = Refit(adapters={"rank": 1}, compress={"bits": 4, "base_bits": 0})
+    refit = Refit(adapters={"rank": 1}, compress={"bits": 4})
     (packed,) = merge_networks(refit, experts, uniform(3), calibration=inputs).compressed["refit+rank1-4bit"]
     system = coin.Coded(uniform(3), experts, [packed])
     system.fit_decoder(inputs[0], [0, 1, 2], "expert_head")
@@ -457,7 +457,7 @@ def test_a_wrapped_network_is_fitted_as_its_own_is(tmp_path):
     assert not found.body.training
     start = deepcopy(experts[0])
     for method in (Average, Base, Refit):
-        options = method(adapters={"rank": 2}, compress=[{"bits": 4}, {"bits": 4, "base_bits": 0}])
+        options = method(adapters={"rank": 2}, compress={"bits": 4})
         one = merge_networks(options, experts, uniform(3), calibration=direct, initial=start)
         two = merge_networks(options, wrapped, uniform(3), calibration=named, initial=Raw(start))
         variants = zip([[*one], *one.compressed.values()], [[*two], *two.compressed.values()], strict=True)
@@ -551,7 +551,7 @@ def test_a_layer_may_have_a_slash_in_its_name(tmp_path):
         expert.add_module("stage/one", nn.Linear(5, 6))
         expert.add_module("head", nn.Linear(6, 4))
     inputs = [[torch.randn(60, 5)] for _ in experts]
-    method = Average(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    method = Average(adapters={"rank": 2}, compress={"bits": 4})
     made = merge_networks(method, experts, uniform(2), calibration=inputs)
     packed = made.compressed["average+rank2-4bit"][0]
     packed.save(tmp_path / "body.safetensors")

@@ -198,7 +198,7 @@ def test_the_base_is_the_initialisation_with_buffers_by_the_policy():
         ([Coin(), RegMean(), Refit()], "found no calibration inputs, which the merge needs; give them as calibration"),
         (
             [Base()],
-            "found no shared initialisation, which the method, its BatchNorm policy 'keep' or its compression",
+            "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import coin
-from coin.errors import StateError
+from coin.errors import CoinWarning, ConfigurationError, HeadError, StateError
 from coin.networks import NetworkConfig, load_network, save_network, sources
 from coin.networks.calling import clone
 
@@ -277,13 +277,8 @@ def test_batches_of_one_list_functions_that_write_and_activations_that_stay():
     expected = merged(coin.Coin(), experts, calibration=batches(4)).state_dict()
     for expert in experts:
         expert.kept = [expert[1].weight * 2]
-    given = [[{"x": each, "label": each}] for ((each,),) in ([batches(4)[0]], [batches(4)[1]])]
-    ways = {"calibration": given, "forward": lambda net, batch: net(batch.pop("x").mul_(batch.pop("label") * 0 + 1))}
-    for options in ({"calibration": [[[each[0]]] for each in batches(4)]}, ways):
-        assert all(
-            torch.equal(each, expected[name])
-            for name, each in merged(coin.Coin(), experts, **options).state_dict().items()
-        )
+    found = merged(coin.Coin(), experts, calibration=[[[each[0]]] for each in batches(4)]).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -307,3 +302,75 @@ def test_a_function_that_holds_the_network_is_refused():
         expert[1].register_forward_hook(lambda module, inputs, output: setattr(expert, "kept", output))  # noqa: B023
     with pytest.raises(StateError, match="layer '1' holds a function of a module"):
         merged(coin.Average(), experts)
+
+
+class Keeping(nn.Module):
+    """It keeps what it made of its weight at its first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.head, self.made = nn.Linear(6, 6), nn.Linear(6, 3), None
+
+    def forward(self, x):
+        if self.made is None:
+            self.made = self.map.weight.detach().abs()
+        return self.head(x @ self.made)
+
+
+class Early(nn.Module):
+    """A sample that is easy leaves before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        logits = self.head(self.map(x))
+        return torch.where(x[:, :1] > 10, x[:, :3], logits)
+
+
+def test_what_a_network_made_of_its_weights_is_not_merged():
+    experts = [Keeping().eval() for _ in range(2)]
+    with pytest.raises(StateError, match=r"a copy of the first Keeping .* keep nothing made of them in an attribute"):
+        coin.merge_networks(coin.Average(), experts, [[0.5, 0.5]], calibration=[[torch.randn(9, 6)]] * 2)
+
+
+def test_an_exit_of_a_later_sample_is_seen():
+    network, inputs = Early().eval(), torch.randn(30, 6)
+    inputs[20, 0] = 11
+    with pytest.raises(HeadError, match="are not its head"):
+        coin.networks.linear_heads([network], inputs)
+
+
+def test_an_embedding_that_writes_its_weight_is_refused_before_it_runs():
+    experts = [nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)) for _ in range(2)]
+    before = deepcopy(experts[0].state_dict())
+    with pytest.raises(StateError, match="layer '0' has max_norm and writes its weight"):
+        coin.merge_networks(coin.Average(), experts, [[0.5, 0.5]], calibration=[[torch.randint(9, (20, 2))]] * 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in experts[0].state_dict().items())
+
+
+def test_gradient_checkpointing_is_to_be_off():
+    experts = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
+    for expert in experts:
+        expert.grad_checkpointing = True
+    with pytest.raises(ConfigurationError, match=r"call set_grad_checkpointing\(False\)"):
+        coin.merge_networks(
+            coin.Average(adapters={"rank": 1}), experts, [[0.5, 0.5]], calibration=[[torch.randn(20, 6)]] * 2
+        )
+
+
+def test_frozen_parameters_that_differ_are_told():
+    experts = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
+    for expert in experts:
+        expert[0].requires_grad_(False)
+    with pytest.warns(CoinWarning, match=r"2 parameters, such as '0\.weight', are frozen and differ between experts"):
+        coin.merge_networks(coin.Coin(), experts, [[0.5, 0.5]], calibration=[[torch.randn(20, 6)]] * 2)
+
+
+def test_heads_in_16_bits_are_of_the_features_type():
+    experts = [nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).bfloat16().eval() for _ in range(2)]
+    system = coin.Coded([[0.5, 0.5]], experts, experts[:1])
+    features = system.answers(torch.randn(4, 6), erased=[0, 1], features=True).coded_features[0]
+    weight, bias = system.heads()[1]
+    assert (features @ weight.T + bias).dtype == torch.float32

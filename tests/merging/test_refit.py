@@ -562,7 +562,7 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         assert experts.passes == PROBES + every + sum(SIZES)
         assert told.pop() == ("refit, layers", every, every)
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
-    packed = Refit(head=False, compress={"bits": 4, "base_bits": 0})
+    packed = Refit(head=False, compress={"bits": 4})
     coin.merge_networks(packed, networks, coin.Code([ROW]), calibration=[[task] for task in tasks])
     assert [what for what, *_ in told] == ["refit, layers", "refit, layers again, rounded"]
 
@@ -621,7 +621,7 @@ class Tied(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.place = nn.Embedding(7, 4), nn.Parameter(torch.zeros(5, 4))
-        self.capped = nn.Embedding(7, 4, max_norm=100.0)
+        self.capped = nn.Embedding(7, 4)
         self.twice, self.read, self.once = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.bias = nn.Linear(4, 4)
         self.bias.bias = self.twice.bias

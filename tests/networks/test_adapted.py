@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 import coin
-from coin.errors import ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.networks.adapted import resident_nbytes, stored_nbytes, tensor_nbytes
+from coin.networks.adapter import adapters_state, split_adapters
 from coin.networks.kept import kept_parameters
-from coin.networks.running import features_and_logits
+from coin.networks.running import check_as_plain, features_and_logits
 
 
 class Network(nn.Module):
@@ -189,6 +190,7 @@ class Tied(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is held packed but for")
 @pytest.mark.parametrize("kind", [Recurrent, Container, Tied])
 def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
     torch.manual_seed(0)
@@ -196,12 +198,78 @@ def test_odd_networks_answer_packed_as_they_do_unpacked(kind, tmp_path):
     compressed = coin.compress(network, None, bits=4, base_bits=0)
     expected = compressed.network()(x)
     assert not torch.equal(expected, network(x))
-    torch.testing.assert_close(compressed.packed()(x), expected)
+    whole = {Recurrent: r"'lstm.weight_hh_l0', 'map.weight'", Container: "'prompt'", Tied: None}[kind]
+    if whole is None:
+        packed = compressed.packed()
+    else:
+        before = deepcopy(compressed.base.state_dict())
+        with pytest.warns(CoinWarning, match=rf"{kind.__name__} is held packed but for .*{whole}"):
+            packed = compressed.packed()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in compressed.base.state_dict().items())
+        packed_names = [name for name, _, _ in kept_parameters(packed)]
+        assert packed_names == ["head.weight"] if kind is Recurrent else ["0.weight", "2.weight"]
+    torch.testing.assert_close(packed(x), expected)
     system = coin.Coded(coin.uniform(2), [network, deepcopy(network)], [compressed])
     system.fit_decoder([x], [0], "linear").save(tmp_path / "system")
     again = coin.Coded.load(tmp_path / "system", system.experts)
     assert torch.equal(again.coded[0](x), system.coded[0](x))
     assert torch.equal(deepcopy(system).coded[0](x), system.coded[0](x))
+
+
+class Reading(nn.Module):
+    """A network that reads its second layer in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.head(self.read(self.first(x).relu()).relu())
+
+
+class ByParameters(Reading):
+    def read(self, x):
+        return self.second(x) / sum(parameter.norm() for parameter in self.second.parameters())
+
+
+class ByFunctionalCall(Reading):
+    def read(self, x):
+        return torch.func.functional_call(self.second, {"weight": 2 * self.second.weight}, x)
+
+
+class ByClass(Reading):
+    def read(self, x):
+        return self.second(x) if type(self.second) is nn.Linear else x
+
+
+class Renormed(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+class ByWriting(Reading):
+    """As EEGNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = Renormed(40, 40)
+
+
+@pytest.mark.filterwarnings("ignore:method")
+@pytest.mark.parametrize("kind", [ByParameters, ByFunctionalCall, ByClass, ByWriting])
+def test_a_network_that_would_answer_otherwise_packed_is_refused(kind):
+    torch.manual_seed(0)
+    message = rf"{kind.__name__} answers otherwise where .*, expected the same; read"
+    packed = coin.compress(kind().eval(), None, bits=4, base_bits=0).packed()
+    with pytest.raises(StateError, match=message):
+        check_as_plain(coin.Adapted(packed), torch.randn(5, 40))
+    if kind is ByWriting:  # of the average of two weights whose rows are short enough nothing is written
+        return
+    experts, inputs = [kind().eval() for _ in range(2)], [[torch.randn(60, 40)] for _ in range(2)]
+    for method in (coin.Average(compress={"bits": 4}), coin.Average(adapters={"rank": 1}, compress={"bits": 4})):
+        with pytest.raises(StateError, match=message):
+            coin.merge_networks(method, experts, [[0.5, 0.5]], calibration=inputs)
 
 
 @torch.no_grad()
@@ -306,11 +374,45 @@ def test_of_a_packed_embedding_the_rows_that_are_looked_up_are_made_alone(bits):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"tied": True}, {"max_norm": 0.5}])
-def test_an_embedding_that_is_read_whole_too_counts_as_such(options):
+def test_an_embedding_that_is_read_whole_too_counts_as_such():
     torch.manual_seed(0)
-    network = Texts(**options).eval()
+    network = Texts(tied=True).eval()
     packed = coin.Adapted(coin.compress(network, None, bits=4, base_bits=0).packed())
     tokens = torch.randint(0, 2000, (7, 5))
     torch.testing.assert_close(packed(tokens), packed.network(0)(tokens))
     assert resident_nbytes(packed) > network.embed.weight.nbytes
+
+
+def test_a_factor_alone_is_refused():
+    with pytest.raises(ConfigurationError, match="found one of left and right, expected both"):
+        coin.Adapter({"weight": {"left": torch.randn(3, 2)}})
+
+
+class Named(nn.Module):
+    """A module is called adapters, and two layers share a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters, self.other, self.head = nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 3)
+        self.other.bias = self.adapters.bias
+
+    def forward(self, x):
+        return self.head(self.other(self.adapters(x).relu()).relu())
+
+
+@pytest.mark.filterwarnings("ignore:method")
+def test_what_was_saved_of_a_shared_bias_and_a_module_called_adapters_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    experts, inputs = [Named().eval() for _ in range(2)], [[torch.randn(60, 40)] for _ in range(2)]
+    method = coin.Average(adapters={"rank": 2}, compress={"bits": 4})
+    made = coin.merge_networks(method, experts, [[0.5, 0.5]], calibration=inputs)
+    (packed,) = made.compressed["average+rank2-4bit"]
+    system = coin.Coded([[0.5, 0.5]], experts, [packed]).fit_decoder(inputs[0], [0, 1], "expert_head")
+    system.save(tmp_path / "system.safetensors")
+    again = coin.Coded.load(tmp_path / "system.safetensors", experts)
+    assert again.coded[0].body.other.bias is again.coded[0].body.adapters.bias
+    assert torch.equal(again.decode(inputs[0][0], [0]), system.decode(inputs[0][0], [0]))
+    state = experts[0].state_dict() | adapters_state(packed.adapters)
+    names, adapters = split_adapters(state, 2)
+    assert names == [*experts[0].state_dict()]
+    assert adapters[1].tensors.keys() == packed.adapters[1].tensors.keys()

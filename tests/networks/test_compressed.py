@@ -85,42 +85,6 @@ def test_the_base_takes_what_it_is_kept_in(base):
     assert (equal.nbytes, same(equal.network(), base)) == (0, True)
 
 
-def test_folded_batchnorms_are_known_in_any_order_of_registration_and_control_flow():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c1, self.c2 = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 8, 3, bias=False)
-            self.b1, self.b2 = torch.nn.BatchNorm2d(8), torch.nn.BatchNorm2d(8)
-            self.plain, self.fc = torch.nn.BatchNorm2d(8, affine=False), torch.nn.Linear(8, 3)
-
-        def forward(self, x):
-            x = x if x.sum() < 1e9 else 2 * x  # which no tracer without inputs follows
-            x = torch.relu(self.b2(self.c2(torch.relu(self.b1(self.c1(x))))))
-            return self.fc(self.plain(x).mean((2, 3)))
-
-    torch.manual_seed(0)
-    base = Net().eval()
-    for norm in (base.b1, base.b2):
-        norm.running_var.uniform_(3, 33)
-    experts, inputs = [near(base), near(base)], torch.randn(60, 3, 9, 9)
-    merged = coin.merge_networks(coin.Refit(), experts, [[0.5, 0.5]], calibration=[[inputs[:30]], [inputs[30:]]])
-    made = coin.compress(merged[0], base, bits=3)
-    assert made._folded == {"b1": "c1.weight", "b2": "c2.weight"}
-    assert apart(merged[0], made.network(), inputs) < 0.1 * apart(merged[0], base, inputs)
-    assert coin.compress(near(base), base, bits=3)._folded == {}
-
-
-def test_a_file_says_which_batchnorms_are_folded(base, tmp_path):
-    experts, inputs = [near(base), near(base, 0.1)], [[torch.randn(30, 3, 16, 16)] for _ in range(2)]
-    merged = coin.merge_networks(coin.Refit(), experts, [[0.5, 0.5]], calibration=inputs)[0]
-    save_network(tmp_path / "merged.safetensors", merged, CONFIG, 6, {})
-    again = coin.compress(load_network(tmp_path / "merged.safetensors").network, base, bits=3)
-    assert again._folded["stages.0.0.bn1"] == "stages.0.0.conv1.weight"
-    made = coin.compress(merged, base, bits=3)
-    assert (again._folded, again.nbytes) == (made._folded, made.nbytes)
-    assert same(again.network(), made.network())
-
-
 @pytest.mark.parametrize("classes", [4, 9])
 def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(base, classes, tmp_path):
     network = build_network(CONFIG, classes)
@@ -174,6 +138,8 @@ def test_tied_weights_are_kept_once_and_stay_tied(monkeypatch, tmp_path):
         ({"bits": 9}, "bits=9"),
         ({"bits": 2.5}, "bits=2.5"),
         ({"bits": 0}, "bits=0"),
+        ({"bits": 4.0}, "bits=4.0"),
+        ({"bits": True}, "bits=True"),
         ({"bits": 3, "base_bits": 16}, "base_bits=16"),
     ],
 )
@@ -259,3 +225,10 @@ def test_compressing_into_what_it_reads_is_refused(base, tmp_path, capsys):
     path = str(tmp_path / "network.safetensors")
     assert main(["compress", path, f"--base={path}", "--bits=3", f"--output={path}"]) == 2
     assert "expected another file" in capsys.readouterr().err
+
+
+def test_every_entry_of_a_buffer_is_kept():
+    network = nn.BatchNorm1d(4).eval()
+    network.running_var.copy_(torch.tensor([1e-9, 1e-5, 1e-3, 1.0]))
+    read = coin.compress(network, None, bits=4, base_bits=0).network()
+    torch.testing.assert_close(read.running_var, network.running_var, rtol=1e-3, atol=0)

@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 REPLICAS = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}]
 METHODS = [
     {"class_path": "Average", "init_args": {"compress": {"bits": 8}}},
-    {"class_path": "Refit", "init_args": {"compress": [{"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}]}},
-    {"class_path": "Average", "init_args": {"adapters": {"rank": 2}, "compress": {"bits": 4, "base_bits": 0}}},
+    {"class_path": "Refit", "init_args": {"compress": [{"bits": 8}, {"bits": 2}]}},
+    {"class_path": "Average", "init_args": {"adapters": {"rank": 2}, "compress": {"bits": 4}}},
 ]
 
 
@@ -49,14 +49,13 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     resident = replicas.groupby("method").resident_mib.first()
     assert (resident - memory).tolist() == pytest.approx([expert] * 3)
     coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
-    assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit"]
+    assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit", "refit-2bit"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
-    assert nda["refit-8bit-int8base"] == pytest.approx(nda["refit"], abs=0.1)
+    assert nda["refit-8bit"] == pytest.approx(nda["refit"], abs=0.1)
     kept_mib = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
-    assert kept_mib["refit-2bit"] < kept_mib["refit-8bit-int8base"] < kept_mib["refit"]
+    assert kept_mib["refit-2bit"] < kept_mib["refit-8bit"] < kept_mib["refit"]
     resident_mib = coded[coded.decoder == "linear"].groupby("method").resident_mib.first()
     assert resident_mib["refit"] == kept_mib["refit"]
-    assert resident_mib["refit-8bit-int8base"] == pytest.approx(resident_mib["refit"], rel=1e-3)  # a delta is unpacked
     assert kept_mib["refit-2bit"] < resident_mib["refit-2bit"] < resident_mib["refit"]
     for method, mib in frame[frame.decoder == "linear"].groupby("method").memory_mib.first().items():
         if method not in ("none", "oracle"):
@@ -95,6 +94,9 @@ def test_the_command_compresses_experts_and_coded_models(
     files = f"--experts={{digits: {seed}/experts/digits/expert.safetensors, letters: {output}}}"
     assert main(["merge", files, "--method=Average", "--method.batchnorm=average", f"--output={tmp_path}/m"]) == 0
     assert load_network(tmp_path / "m/average-average.safetensors").num_classes == 10
+    capsys.readouterr()
+    assert main([*coded[:2], f"--base={base}", "--bits=8", f"--output={tmp_path}/x.safetensors"]) == 2
+    assert "a coded model, which has no base" in capsys.readouterr().err
     for wrong, told in (
         (["--bits=3"], "no base"),
         ([f"--base={base}", "--bits=12"], "bits=12"),

@@ -242,17 +242,14 @@ def make_coded_models(
         for variant, compression in zip(variants, method.compress, strict=True):
             started = time.perf_counter()
             passes_before = experts.passes
-            base_path, base = kept_base(variant, files.initial, compression)
-            packed = method.pack(experts, row, made, base, compression)
+            packed = method.pack(experts, row, made, compression.bits)
             metadata = {
                 **provenance,
                 "label": f"{method.label}-{compression.name}",
                 "passes": passes + experts.passes - passes_before,
                 "seconds": seconds + time.perf_counter() - started,
             }
-            save_compressed(
-                variant, packed, files.config, files.width, base_path, compression, metadata
-            )
+            save_compressed(variant, packed, files.config, files.width, None, compression, metadata)
     return paths
 
 
@@ -315,6 +312,10 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
             f"found the output '{output}', which is read; expected another file, give --output"
         )
     file = load_network(network)
+    if compression.base_bits and "code" in file.provenance:
+        raise ConfigurationError(
+            f"found '{network}', a coded model, which has no base, expected an expert; give --base_bits=0"
+        )
     started = time.perf_counter()
     base_path, kept = kept_base(output, base, compression)
     packed = compress(file.network, kept, bits=compression.bits, base_bits=compression.base_bits)
