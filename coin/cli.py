@@ -181,8 +181,15 @@ def _mistake(error: BaseException) -> str | None:
     if cause is not None:
         return None if "\n" in str(cause) else str(cause)
     text = " ".join(str(error).split())
-    spare = r"Does not validate against .*? Errors: | Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
+    spare = (
+        r"- Not a valid subclass of .*?(?=- Expected a <)|Does not validate against .*? Errors: |"
+        r" Given value type: (.*? Given value: Namespace.*|\S+ \S+)"
+    )
     line = re.sub(spare, "", text)[:400]
+    name = re.search(r"import path string: (\w+)$", line)
+    if name is not None:
+        coin = import_module("coin")
+        line += did_you_mean(name[1], [*dir(coin), *dir(coin.data)])
     options = re.findall(r'Parser key "(?:[\w.]+\.)?(\w+)"', line)
     form = _FORMS.get(options[-1]) if options else None
     return f"{line}, expected {form}" if form else line

@@ -38,7 +38,9 @@ def source_of(named: Any) -> str | None:
         return None
     path = Path(file).resolve()
     if name == "__main__":
-        name = path.stem
+        # Of ``python -m package.module`` relative imports go from the package.
+        spec = sys.modules[name].__spec__
+        name = path.stem if spec is None else spec.name
     depth = name.count(".") + (path.name == "__init__.py")
     root = path.parents[depth]
     if root.name in _INSTALLED:

@@ -78,10 +78,11 @@ class Coin(MergeMethod):
             )
         known = in_all(fishers)
         first, *others = experts.parameters
-        frozen = []
-        for name in first.keys() - known:
-            if any(not torch.equal(first[name], each[name]) for each in others):
-                frozen.append(name)
+        frozen = [
+            name
+            for name in first.keys() - known
+            if any(not torch.equal(first[name], each[name]) for each in others)
+        ]
         if frozen:
             warnings.warn(
                 f"{len(frozen)} parameters, such as '{min(frozen)}', are frozen and differ between experts: they "

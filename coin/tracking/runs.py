@@ -58,7 +58,7 @@ class RunLog:
             write_text(id_file, secrets.token_hex(4))
         given = os.environ.get("WANDB_TAGS", "").split(",")  # W&B itself would leave these out
         tags = [tag.strip()[:TAG_LENGTH] for tag in (*self.tags, *given)]
-        return WandbLogger(
+        logger = WandbLogger(
             name=self.name,
             save_dir=self.seed.absolute(),
             project=os.environ.get("WANDB_PROJECT") or "coin",
@@ -69,3 +69,5 @@ class RunLog:
             config=dict(self.config),
             reinit="create_new",
         )
+        logger._wandb_init.pop("anonymous", None)  # W&B no longer takes it, and warns of it
+        return logger

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -200,3 +202,31 @@ def test_it_holds_what_is_named(tmp_path, mixed):
     assert next(iter(chosen.values())).equal(wanted["half"])
     with pytest.raises(KeyError):
         chosen["count"]
+
+
+MAIN = """
+from coin.files.user_code import source_of
+from . import beside
+
+
+class Mine: ...
+
+
+if __name__ == "__main__":
+    print(source_of(Mine))
+"""
+
+
+def test_a_class_of_a_module_that_is_run_is_known_with_what_it_imports_from_its_package(tmp_path):
+    package = tmp_path / "mypkg"
+    package.mkdir()
+    write_text(package / "__init__.py", "")
+    write_text(package / "main.py", MAIN)
+    found = []
+    for number in (1, 1, 2):
+        write_text(package / "beside.py", f"number = {number}")
+        done = subprocess.run(
+            [sys.executable, "-m", "mypkg.main"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout)
+    assert found[0] == found[1] != found[2]

@@ -48,6 +48,13 @@ def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+def test_the_start_of_a_run_warns_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path / "seed-0", "quickstart", "expert", "expert mnist", (), {})
+    with log.open(tmp_path / "step"):
+        pass
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
     folder = tmp_path / "runs" / "quickstart" / "seed-0"
     rows, confusions = measured(0)
