@@ -146,7 +146,7 @@ RUN = {
     "a rate's other name": (["--expert.learning_rate=1"], "'expert.learning_rate' (did you mean expert.lr?), expected"),
     "a rank alone": (
         [f"--methods={method_with('adapters: 4')}"],
-        "\"adapters\": - Expected a <class 'dict'> - Expected a <class 'NoneType'> Given value: 4, expected adapters: {",
+        "\"adapters\": - Expected a <class 'dict'> - Expected a <class 'NoneType'> Given value: 4, expected adapters: ",
     ),
     "bits alone": ([f"--methods={method_with('compress: 4')}"], ", expected compress: {bits: 4}"),
     "bits in a list": ([f"--methods={method_with('compress: [4]')}"], ", expected compress: {bits: 4}"),
