@@ -108,7 +108,7 @@ def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
     blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = [found[1] for line in lines if (found := re.search(r"\bcoin ([a-z]+ .*)", line))]
-    assert len(commands) >= 20
+    assert len(commands) >= 19
     known: dict[str, set[str]] = {}
     for command, *arguments in (shlex.split(each, comments=True) for each in commands):
         assert command in COMMANDS

@@ -80,12 +80,13 @@ class Coin(MergeMethod):
         first, *others = experts.parameters
         frozen = [
             name
-            for name in first.keys() - known
-            if any(not torch.equal(first[name], each[name]) for each in others)
+            for name in first
+            if name not in known
+            and any(not torch.equal(first[name], each[name]) for each in others)
         ]
         if frozen:
             warnings.warn(
-                f"{len(frozen)} parameters, such as '{min(frozen)}', are frozen and differ between experts: they "
+                f"{len(frozen)} parameters, such as '{frozen[0]}', are frozen and differ between experts: they "
                 "have no Fisher and are averaged; train them, or freeze what is equal",
                 CoinWarning,
                 stacklevel=4,

@@ -156,7 +156,7 @@ def test_statistics(kind, seen):
 def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
     experts, start, inputs = fleet()
     code = coin.uniform(3)
-    method = METHODS["refit, adapters" if decoder == "expert_head" else "refit, both"]
+    method = METHODS["refit, adapters" if decoder == "expert_head" else "refit"]
     coded = coin.merge_networks(method, experts, code, calibration=inputs, initial=start)
     pooled = [torch.cat([batch for (batch,) in inputs])]
     found = []
@@ -178,7 +178,7 @@ def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
 
 def test_compressed_bodies_answer_where_the_experts_are(seen):
     experts, _, inputs = fleet()
-    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4, "base_bits": 0})
+    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4})
     code = coin.uniform(3)
     found = []
     for place in ("cpu", DEVICE):

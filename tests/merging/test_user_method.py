@@ -133,7 +133,7 @@ def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
 def test_its_key_is_of_the_source_that_was_read(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = UserMethod("mine.told")
     key = before.content_key()
-    mine.write_text(MODULE + "\n# changed\n")
+    mine.write_text(MODULE + "\nCHANGED = True\n")
     assert before.content_key() == key
     monkeypatch.delitem(sys.modules, "mine")
     assert UserMethod("mine.told").content_key() != key
