@@ -30,7 +30,6 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import coin
 
@@ -117,7 +116,8 @@ class PretendTensor(Tensor):
 
 def _run(function, args, kwargs):
     """Check an operation, count it, and run it on the tensors inside."""
-    flat, spec = tree_flatten((args, kwargs))
+    flat = []
+    _mapped(flat.append, (args, kwargs))
     tensors = [each for each in flat if isinstance(each, Tensor)]
     ours = [each for each in tensors if isinstance(each, PretendTensor)]
     others = [each for each in tensors if not isinstance(each, PretendTensor)]
@@ -139,14 +139,13 @@ def _run(function, args, kwargs):
         _blame()
 
     wrapper_of = {id(each.inner): each for each in ours}
-    values = []
-    for each in flat:
+
+    def inside(each):
         if isinstance(each, PretendTensor):
-            each = each.inner
-        elif isinstance(each, torch.device) and _is_ours(each):
-            each = CPU
-        values.append(each)
-    inner_args, inner_kwargs = tree_unflatten(values, spec)
+            return each.inner
+        return CPU if isinstance(each, torch.device) and _is_ours(each) else each
+
+    inner_args, inner_kwargs = _mapped(inside, (args, kwargs))
     if "pin_memory" in inner_kwargs:
         inner_kwargs["pin_memory"] = False
     found = function(*inner_args, **inner_kwargs)
@@ -154,6 +153,8 @@ def _run(function, args, kwargs):
         return found
 
     def wrapped(tensor):
+        if not isinstance(tensor, Tensor):
+            return tensor
         if id(tensor) in wrapper_of and not (target == "cpu" and function is aten._to_copy.default):
             return wrapper_of[id(tensor)]  # changed in place
         if target != NAME:
@@ -161,7 +162,16 @@ def _run(function, args, kwargs):
         with torch.inference_mode(False):  # an inference tensor could not be detached
             return PretendTensor(tensor)
 
-    return tree_map_only(Tensor, wrapped, found)
+    return _mapped(wrapped, found)
+
+
+def _mapped(function, value):
+    """Return lists, tuples and dictionaries with a function's results in the place of what they hold."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(function, each) for each in value])
+    if isinstance(value, dict):
+        return {name: _mapped(function, each) for name, each in value.items()}
+    return function(value)
 
 
 def _is_ours(device):
