@@ -257,7 +257,7 @@ def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
 
     torch.manual_seed(0)
     network = Pooled(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Hardswish(), nn.Conv2d(6, 6, 3, groups=6), width=6)
-    fisher = _Pass(network, FisherOptions(), None, None)
+    fisher = _Pass(network, FisherOptions(), None)
     counts = []
     for _ in range(3):
         with Waits() as waits:
