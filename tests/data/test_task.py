@@ -166,6 +166,14 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+@pytest.fixture
+def loaders_end():
+    """Workers that end when a later test collects garbage may print a traceback into what that test captures."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("loaders_end")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, make_trainer, workers):
     options = {"train": 150, "test": 40, "seed": 2, "num_workers": workers, "validation_share": 0.0}
