@@ -1,5 +1,7 @@
 """Every shipped YAML is parsed by the command it is for, with its real class names."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,15 @@ def test_every_file_says_how_to_run_it() -> None:
         assert head[0].startswith("# "), path
         if path.parent.name != "logger":
             assert any(str(path.relative_to(ROOT.parent)) in line for line in head), path
+
+
+@pytest.mark.usefixtures("packaged_encoder")
+def test_every_suite_of_the_study_is_an_experiment(capsys):
+    makefile = (ROOT.parent / "Makefile").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:SUITES_OF_INTENTS := )?(-c .*)$", makefile, flags=re.MULTILINE)
+    assert len(lines) == 15
+    for line in lines:
+        with pytest.raises(SystemExit) as ended:
+            main(["run", *shlex.split(line), "--print_config"])
+        assert ended.value.code == 0
+        assert "methods:" in capsys.readouterr().out

@@ -52,7 +52,7 @@ def source_of(named: Any) -> str | None:
 
 
 def _code_of(path: Path) -> str:
-    """Return a file's code, without comments and spacing."""
+    """Return a file's code without comments and spacing, as this version of Python writes it."""
     return ast.unparse(ast.parse(path.read_bytes()))
 
 

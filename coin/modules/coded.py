@@ -33,6 +33,7 @@ from coin.networks.calling import as_input, clone
 from coin.networks.files import open_network
 from coin.networks.guard import eval_mode
 from coin.networks.heads import of_one_width
+from coin.networks.running import check_as_plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,6 +172,12 @@ class Coded(LightningModule):
             raise ConfigurationError(
                 "found every server erased or silent, expected one that runs; leave one out"
             )
+        runs_body = any(server is not None for server in servers[count:])
+        if self.is_adapted and runs_body and tasks is None:
+            raise ConfigurationError(
+                "found no tasks for a body with adapters, expected of which expert's task the inputs are; "
+                "give tasks=, one for all or [B]"
+            )
         with eval_mode(self):
             own = as_input(inputs, self.coded[0])
             return server_answers(servers, count, own, features, tasks)
@@ -217,6 +224,10 @@ class Coded(LightningModule):
         first = next(batches, None)
         if first is not None:
             self.count_classes(first)
+            with eval_mode(self):
+                for body in self.coded:
+                    if isinstance(body, Adapted):
+                        check_as_plain(body, as_input(first, body))
             batches = chain([first], batches)
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.kind, self.code, decoder.erased, self.heads(first))

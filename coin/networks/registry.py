@@ -1,6 +1,7 @@
 """Networks by name, from wherever they come."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD, channels_last
 from coin.core.devices import seeded
 from coin.errors import ConfigurationError, FileError
+from coin.files.safetensors import load_provenance
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace, Renormalised
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
@@ -112,6 +114,12 @@ def _family(name: str) -> type[NetworkSource]:
     if "." in name.strip(".") and "/" not in name:
         return ImportPath
     return Torchvision
+
+
+def user_modules(paths: Iterable[Path]) -> list[str]:
+    """Return the modules of users' classes that the networks in these files are of."""
+    names = {load_provenance(path)["network"]["name"] for path in paths}
+    return sorted({name.rpartition(".")[0] for name in names if _family(name) is ImportPath})
 
 
 def check_imported(name: str, path: Path) -> None:

@@ -13,6 +13,7 @@ from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.merging.expert_sources import spread
 from coin.networks import NetworkConfig, head_name
+from coin.networks.calling import logits_of
 from coin.networks.files import import_checkpoint, import_pretrained, initial_network
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.reporting.summary import is_weak
@@ -99,7 +100,8 @@ def tell_accuracy(
     train = task.splits.train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     drawn = train.subset(order[:_CHANCE_SAMPLES])
-    logits = expert.eval()(drawn.inputs(torch.arange(len(drawn)), task.image_size))  # [P, C]
+    inputs = drawn.inputs(torch.arange(len(drawn)), task.image_size)
+    logits = logits_of(expert.eval(), inputs)  # [P, C]
     accuracy = float((logits.argmax(1) == drawn.targets).float().mean())
     chance = 1 / task.num_classes
     normalised = ""

@@ -3,7 +3,6 @@
 import math
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coin.reporting.style import (
@@ -99,10 +98,3 @@ def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
         is_named=is_front | is_best_of_name,
         label=rows["name"] + decoders + percents,
     )
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, one below another, which share their horizontal axis."""
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * count))
-    panels = figure.subplots(count, 1, sharex=True, squeeze=False)
-    return figure, list(panels[:, 0])

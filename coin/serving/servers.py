@@ -66,7 +66,9 @@ class NetworkServer:
             raise ConfigurationError(
                 f"found '{path}', which reads {file.config.reads}, expected a network for images"
             )
-        network = file.module() if file.num_classes == outputs else pad_head(file.network, outputs)
+        # What has no adapters answers as it was evaluated, unpacked.
+        is_body = len(file.adapters) > 0 and file.num_classes == outputs
+        network = file.module() if is_body else pad_head(file.network, outputs)
         self.image_size = file.config.image_size
         self._network = network.requires_grad_(False).to(device)
         self._device = device
@@ -154,7 +156,7 @@ class System:
             classes=tuple(coded.classes or ()),
             features=decoder.reads_features,
             holds_copies=bool(copies),
-            modules=sorted({type(each).__module__ for each in coded.modules()}),
+            modules=sorted({module for path in coded.files for module in user_modules(path)}),
         )
 
     def expert_of(self, name: str) -> int:

@@ -107,8 +107,8 @@ def warn_of_weak_experts(accuracies: Mapping[str, float], tasks: Tasks) -> None:
     if weak:
         warnings.warn(
             f"found experts that are hardly right: {', '.join(weak)}, so that NDA says little; train them for longer, "
-            "or see that imported ones were trained on the inputs that networks get here: images normalised as "
-            "ImageNet's, texts cut by the same tokenizer",
+            "or see that imported ones were trained on the inputs that networks get here: images normalised by "
+            "network.mean and network.std, texts cut by the same tokenizer",
             CoinWarning,
             stacklevel=2,
         )

@@ -68,8 +68,11 @@ class Trainer(pl.Trainer):
             ) from error
         if matmul_precision is not None:
             torch.set_float32_matmul_precision(matmul_precision)
-        if any(isinstance(logger, WandbLogger) for logger in self.loggers):
+        of_wandb = [logger for logger in self.loggers if isinstance(logger, WandbLogger)]
+        if of_wandb:
             check_connection()
+        for logger in of_wandb:
+            logger._wandb_init.pop("anonymous", None)  # W&B no longer takes it, and warns of it
         environment = self._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
             environment.auto_requeue = False

@@ -245,7 +245,7 @@ def test_equal_experts_need_no_adapters():
     torch.testing.assert_close(found, own, rtol=1e-2, atol=1e-3)
 
 
-def test_more_rank_is_nearer_and_a_memory_takes_the_largest_rank_that_fits():
+def test_more_rank_is_nearer():
     experts, inputs = make_experts(convolutions, samples=200)
     errors = []
     for rank in (0, 1, 3):

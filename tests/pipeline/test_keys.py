@@ -44,7 +44,6 @@ UNKEYED = {
 """What changes no result of a step, by its class: fields, and parts of fields."""
 
 VALID: dict[str, Any] = {"name": "resnet18", "classes": tuple("XYZ"), "trainer": {"precision": "16-true"}}
-VALID["head"] = {"zero_shot": {"prompts": ["{}"], "classes": None}}
 """Values of what takes no others."""
 
 ATTRIBUTES = {"classes": "names"}
