@@ -18,6 +18,7 @@ from coin.errors import ConfigurationError, ServingError
 from coin.modules import Coded
 from coin.networks import pad_head, run_network
 from coin.networks.files import open_network
+from coin.networks.registry import user_modules
 from coin.reporting.summary import seed_folders
 from coin.serving.policies import Policy, PolicyKind, StandIns
 
@@ -156,7 +157,7 @@ class System:
             classes=tuple(coded.classes or ()),
             features=decoder.reads_features,
             holds_copies=bool(copies),
-            modules=sorted({module for path in coded.files for module in user_modules(path)}),
+            modules=user_modules(coded.files),
         )
 
     def expert_of(self, name: str) -> int:
