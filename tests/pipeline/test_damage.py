@@ -33,7 +33,7 @@ def test_two_samples_a_task_serve_every_method_and_decoder(
         assert all(bool(torch.isfinite(tensor).all()) for tensor in load_state(path)[0].values()), path.name
     frame = read_results(seed)
     assert frame.decoded_accuracy.notna().all()
-    assert len(frame) == 8 * 3 * 2 + 2 * 2 + 2
+    assert len(frame) == 6 * 3 * 2 + 2 * 2 + 2
 
 
 FAILURES = {
