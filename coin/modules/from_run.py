@@ -49,7 +49,7 @@ def chosen_system(
             f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected {kind} "
             f"that '{seeds[0]}' has results and systems of: {known}"
         )
-    return _recommended(fitting, every_row)
+    return fitting[0] if len(fitting) == 1 else _recommended(fitting, every_row)
 
 
 def evaluated_systems(seed: Path) -> list[Evaluated]:

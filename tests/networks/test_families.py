@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import FAMILIES, make_case
+from builders import FAMILIES, call, make_case
 from torch import Tensor
 
 import coin
@@ -83,7 +83,7 @@ def test_the_fisher_is_the_slow_reference(family: str) -> None:
     expected = {name: torch.zeros_like(each) for name, each in parameters.items()}
     for place in range(len(before)):
         pair = take(batch, torch.tensor([place, place]))  # PyTorch's own backward errs for batches of one
-        for logit in case.call(copy, pair)[0]:
+        for logit in call(copy, pair)[0]:
             gradients = torch.autograd.grad(
                 logit, list(parameters.values()), retain_graph=True, materialize_grads=True, allow_unused=True
             )

@@ -137,7 +137,7 @@ def texts() -> dict[str, Any]:
     methods = [{"class_path": name} for name in ("Average", "RegMean", "HeadFit")]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "hf/bert"}
-    expert = {"epochs": 3, "lr": 0.01, "optimizer": "AdamW", "batch_size": 16}
+    expert = {"epochs": 12, "lr": 0.01, "optimizer": "AdamW", "batch_size": 16}
     return {"network": network, "base": None, "tasks": tasks, "expert": expert, "methods": methods}
 
 
@@ -206,7 +206,7 @@ def test_a_method_of_the_users_own_is_a_line_and_is_made_anew_when_its_source_ch
     assert (rows.loc["dare"].merge_seconds > 0).all()
     assert (rows.loc["merge"].batchnorm == "").all()
     assert load_provenance(seed / "coded/tilted.safetensors")["method"]["options"]["options"] == {"share": 0.9}
-    Path("mine.py").write_text(MINE + "# changed\n")
+    Path("mine.py").write_text(MINE + "CHANGED = True\n")
     sys.modules.pop("mine", None)
     capsys.readouterr()
     run_small(**trained, methods=OWN_METHODS, code=[[0.5, 0.5]])

@@ -188,7 +188,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(
     assert changed == FISHERS | MERGES | {"evaluate"}
     assert main(["run", *command, "--dry-run", "--decoders=[linear]"]) == 0
     told = capsys.readouterr().out
-    assert "tiny: 5 of 13 steps to do\n" in told
+    assert "tiny: 1 of 13 steps to do\n" in told
     assert "to do  seed 0: evaluation" in told
     wrong = [*command, "--dry-run", "--expert.trainable=[nothing]"]  # what a run refuses, a dry run refuses
     assert main(["run", *wrong]) == 2
