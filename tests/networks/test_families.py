@@ -128,8 +128,12 @@ def test_every_method_is_right_or_refused(family: str) -> None:
                 check_close(case.answers(moved.network), merged, 1e-6, "in the other order")
             if name in TWINS:
                 check_close(case.answers(make().make(same, ROW).network), own, 1e-6, "identical experts")
-            if name == "distillation":  # BatchNorms of its start see other batches
-                assert residuals[name] <= 1.1 * residuals["average"], residuals
+            if name == "distillation":  # its start's policy is chosen on other batches, which BatchNorms see too
+                starts = []
+                for policy in ("average", "recalibrate"):
+                    start = case.answers(coin.Average(batchnorm=policy).make(pair, ROW).network)
+                    starts.append(float((start - wanted).norm() / wanted.norm()))
+                assert residuals[name] <= 1.1 * max(starts), (residuals, starts)
     for expert, state in zip(case.experts, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in expert.state_dict().items())
     assert torch.equal(case.answers(first), own)
