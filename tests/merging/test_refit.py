@@ -473,18 +473,18 @@ def test_how_many_positions_are_chosen_and_where(monkeypatch):
 
     def chosen(positions, unknowns, is_convolution=True, **weights):
         unit = Unit("w", None, None, (positions,), positions, unknowns, 1, is_convolution)
-        return chosen_places([unit], torch.arange(2048), weights, torch.device("cpu"))["w"]
+        return chosen_places([unit], torch.arange(512), weights, torch.device("cpu"))["w"]
 
     assert chosen(3, 10**4) is None  # fewer than are wanted
-    assert chosen(64, 100).shape == (2048, 2)  # the least
-    places = chosen(64, 2048)  # 8 for each unknown
-    assert places.shape == (2048, 8)
+    assert chosen(64, 100).shape == (512, 2)  # the least
+    places = chosen(64, 1024)  # 4 for each unknown
+    assert places.shape == (512, 8)
     stretches = places / 8 - torch.arange(8)
     assert float(stretches.min()) > -1 / 8
     assert float(stretches.max()) < 1
     weight = torch.full((64,), 0.5)
     weight[7] = 32.5  # as much as all others
-    drawn = (chosen(64, 2048, False, w=weight) == 7).sum(1)
+    drawn = (chosen(64, 1024, False, w=weight) == 7).sum(1)
     assert set(drawn.tolist()) == {3, 4, 5}  # three of the eight stretches lie in it, and parts of two
 
 
