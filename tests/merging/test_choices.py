@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import coin
-from coin.coding.metrics import Residual
 from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError
 from coin.merging import Average, Coin, Experts, RegMean
 from coin.merging.expert_sources import FAR, spread
@@ -108,9 +107,15 @@ def test_without_calibration_data_auto_averages_with_a_warning():
 
 def test_a_policy_whose_outputs_are_not_finite_is_not_taken(monkeypatch):
     networks, calibration = batchnorm_networks("average")
-    for second, wanted in ((0.5, "recalibrate"), (torch.inf, None)):
-        residuals = iter([torch.nan, second])
-        monkeypatch.setattr(Residual, "compute", lambda metric, residuals=residuals: torch.tensor(next(residuals)))
+    run = Experts.run
+    for second, wanted in ((1.0, "recalibrate"), (torch.inf, None)):
+        factors = iter([1.0, 1.0, torch.nan, second])  # of both experts' logits, and of the two policies'
+
+        def spoiled(experts, *given, factors=factors):
+            found = run(experts, *given)
+            return found._replace(logits=found.logits * next(factors))
+
+        monkeypatch.setattr(Experts, "run", spoiled)
         experts = Experts(networks, calibration=calibration)
         if wanted is None:
             with pytest.raises(NumericalError, match="the outputs of method 'average' on held-out calibration samples"):
