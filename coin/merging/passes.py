@@ -147,7 +147,7 @@ def fit_body(
     task = experts.tasks[chosen]
     shares = sample_weights(row, task)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
-    rows = chosen_rows(network, trace, pooled.inputs(chosen), task, shares)
+    rows = chosen_rows(network, trace, pooled.inputs(chosen), task, shares, budget)
     outputs = ExpertOutputs(experts.source.each_network, trace, rows, pooled.batch_size, budget)
     doing = "layers" if rounding is None else "layers again, rounded"
     with progress_bar(f"{label}, {doing}", outputs.passes) as bar:

@@ -1,5 +1,6 @@
 """Refit against regressions written out layer by layer, and what every network and every caller may rely on."""
 
+import math
 import re
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import coin
 from coin.errors import CoinWarning, DataError, NumericalError, StateError
 from coin.merging import Average, Experts, Refit
 from coin.merging.average import average_parameters
-from coin.merging.rows import PROBED, chosen_places, position_weights
+from coin.merging.rows import LEAST, PROBED, chosen_places, position_weights
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.small import SmallViT
 from coin.statistics.solvers import fit_affine
@@ -327,7 +328,7 @@ def test_it_is_the_regression_of_every_layer_in_turn(kind, rows, monkeypatch):
     units = [(name, norm or None) for name, _, norm in (each.partition("+") for each in NETWORKS[kind][2].split())]
     experts, drawn = experts_of(networks, tasks), {}
 
-    def places(units, order, weights, device):
+    def places(units, order, weights, device, budget):
         draw = torch.Generator().manual_seed(5)
         for unit in units:
             each = (unit.positions + 1) // 2
@@ -371,7 +372,7 @@ def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
 def test_of_drawn_rows_the_order_of_the_experts_does_not_matter(kind, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("coin.merging.rows.LEAST", 40)
-    monkeypatch.setattr("coin.merging.rows.ROWS", 0)
+    monkeypatch.setattr("coin.merging.rows.DEAR", 0)
     networks, tasks = kind_of(kind)
     one, two = (
         Refit(RIDGE).make(experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order])
@@ -471,21 +472,24 @@ def test_every_network_runs_once_and_its_passes_are_counted(head):
 def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.undo()
 
-    def chosen(positions, unknowns, is_convolution=True, **weights):
-        unit = Unit("w", None, None, (positions,), positions, unknowns, 1, is_convolution)
-        return chosen_places([unit], torch.arange(512), weights, torch.device("cpu"))["w"]
+    def chosen(positions, unknowns, outputs=1, is_convolution=True, budget=math.inf, **weights):
+        unit = Unit("w", None, None, (positions,), positions, unknowns, outputs, is_convolution)
+        return chosen_places([unit], torch.arange(100), weights, torch.device("cpu"), budget)["w"]
 
-    assert chosen(3, 10**4) is None  # fewer than are wanted
-    assert chosen(64, 100).shape == (512, 2)  # the least
-    places = chosen(64, 1024)  # 4 for each unknown
-    assert places.shape == (512, 8)
-    stretches = places / 8 - torch.arange(8)
-    assert float(stretches.min()) > -1 / 8
+    assert chosen(3, 10) is None  # 300 rows, and 256 are wanted: as many of every sample
+    places = chosen(1000, 500, 500)  # half of 1,000 · 500 · 500 multiplications pay for 165 · 500 · (3 · 500 + 16)
+    assert places.shape == (100, 165)
+    stretches = places / (1000 / 165) - torch.arange(165)
+    assert float(stretches.min()) > -165 / 1000
     assert float(stretches.max()) < 1
-    weight = torch.full((64,), 0.5)
-    weight[7] = 32.5  # as much as all others
-    drawn = (chosen(64, 1024, False, w=weight) == 7).sum(1)
-    assert set(drawn.tolist()) == {3, 4, 5}  # three of the eight stretches lie in it, and parts of two
+    # Half of them; 8 for every unknown; what 4 times their multiplications pay for, also of fewer rows than unknowns.
+    for unknowns, outputs, each in ((100, 100, 11), (100, 25, 8), (100, 2, 5), (4000, 100, 15), (25, 1, 3)):
+        assert chosen(64, unknowns, outputs).shape == (100, each)
+    plenty, few = (chosen(1000, 4, 64, budget=budget).shape[1] for budget in (math.inf, 0))
+    assert LEAST / 100 <= few < plenty  # where outputs do not fit no rows are added for being cheap
+    weight = torch.full((1000,), 0.5)
+    weight[7] = 500.5
+    assert set((chosen(1000, 50, 50, False, w=weight) == 7).sum(1).tolist()) <= {75, 76, 77}
 
 
 def test_tokens_weigh_by_how_the_outputs_depend_on_them(monkeypatch):
