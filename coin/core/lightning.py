@@ -35,3 +35,8 @@ def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
             logger.experiment.define_metric("epoch")
             for name in names:
                 logger.experiment.define_metric(name, step_metric="epoch")
+
+
+def leave_out_anonymous(logger: WandbLogger) -> None:
+    """Keep Lightning's logger from giving W&B a setting that it no longer takes, and warns of."""
+    logger._wandb_init.pop("anonymous", None)

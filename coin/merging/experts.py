@@ -222,7 +222,7 @@ class Experts:
         """Raise StateError where a copy of the first expert with the last's tensors does not answer as the last."""
         if not self.is_calibrated or isinstance(self.source, ExpertFiles):
             return
-        inputs = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+        inputs = self._two_samples()
         first, last = self.networks[0], self.networks[-1]
         with evaluating(first, gradients=False):
             run_network(first, as_input(inputs, first), features=False)
@@ -245,11 +245,17 @@ class Experts:
                 "expected a network that is its parameters and buffers; keep nothing made of them in an attribute"
             )
 
+    def _two_samples(self) -> Batch:
+        """Return two calibration samples, or the one that there is."""
+        count = min(2, self.pooled.num_samples)
+        inputs: Batch = self.pooled.inputs(torch.arange(count))
+        return inputs
+
     def check_as_plain(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
         """Raise StateError as `coin.networks.running.check_as_plain`, on two samples if there are any."""
         if self.is_calibrated:
             adapted = Adapted(body, adapters).to(self.source.device)
-            few = self.pooled.inputs(torch.arange(min(2, self.pooled.num_samples)))
+            few = self._two_samples()
             with evaluating(adapted, gradients=False):
                 check_as_plain(adapted, as_input(few, adapted))
 

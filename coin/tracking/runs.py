@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from coin.core.lightning import leave_out_anonymous
 from coin.core.processes import is_rank_zero
 from coin.files.atomic import write_text
 from coin.tracking.settings import TAG_LENGTH, in_sweep, logging_only, run_environment
@@ -69,5 +70,5 @@ class RunLog:
             config=dict(self.config),
             reinit="create_new",
         )
-        logger._wandb_init.pop("anonymous", None)  # W&B no longer takes it, and warns of it
+        leave_out_anonymous(logger)
         return logger

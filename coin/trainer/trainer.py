@@ -14,7 +14,7 @@ from torch import nn
 
 from coin.callbacks import estimate_statistic
 from coin.core.choices import parse_enum
-from coin.core.lightning import silence_lightning
+from coin.core.lightning import leave_out_anonymous, silence_lightning
 from coin.core.processes import leave_processes_at_exit
 from coin.core.progress import progress_bar
 from coin.data import TaskData
@@ -72,7 +72,7 @@ class Trainer(pl.Trainer):
         if of_wandb:
             check_connection()
         for logger in of_wandb:
-            logger._wandb_init.pop("anonymous", None)  # W&B no longer takes it, and warns of it
+            leave_out_anonymous(logger)
         environment = self._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
             environment.auto_requeue = False
