@@ -48,8 +48,8 @@ from silent_faults import tasks_of
 import coin
 from coin.data.samples import Calibration
 from coin.files.yaml import read_yaml
+from coin.merging.rounding import Rounding
 from coin.networks import head_name, load_network, run_network
-from coin.networks.compressed import Rounding
 from coin.networks.delta import matrix_shape, quantise
 
 RANKS, TALL = (4, 16), 0.6
@@ -213,7 +213,7 @@ def by_low_rank(experts, body, directions, weights=None):
                 low_rank += pair[0].dense().T @ pair[1].dense()
                 kept += pair
                 first = last
-            size = sum(bytes_of(each.codes.shape, each.bits, each.scale) for each in kept)
+            size = sum(bytes_of(each.levels.shape, each.bits, each.scale) for each in kept)
             whole_size = bytes_of(step.shape, 4, kept[0].scale)
             if size >= whole_size:  # then the difference itself is smaller, in 4 bits
                 low_rank, size = quantise(step, 4).dense(), whole_size

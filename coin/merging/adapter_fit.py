@@ -10,8 +10,8 @@ from coin.files.tensors import State, not_finite
 from coin.merging.expert_sources import whole_state
 from coin.merging.units import Unit, UnitRows, as_map, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions
-from coin.networks.delta import Rounded, nearest, quantise
-from coin.networks.kept import BITS, Change
+from coin.networks.delta import balanced, byte_row, read_factor, round_factor
+from coin.networks.kept import Change
 from coin.statistics.rules import Call
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.solvers import is_round_off, products, solve_ridge
@@ -121,22 +121,21 @@ class AdapterFit:
         weight = self._network.get_parameter(unit.weight)
         # The body's map, then with the correction.
         fitted = columns_of(weight, unit, entries, moments)
-        left = right = None
+        change = Change()
         if self._options.rank > 0 and unit.is_matrix:
             own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
-            outer, inner = _factors(
-                fitted, own, self._damping(unit, entries), self._options.rank, moments
-            )
-            left_of_map = inner.dense().to(fitted).T  # [K', r]
-            right_of_map = outer.dense().to(fitted)  # [r, O]
-            fitted = fitted + left_of_map @ right_of_map
-            left = outer
-            right = _with_all_entries(inner, entries, unit.unknowns)
+            damping = self._damping(unit, entries)
+            outer, inner = _factors(fitted, own, damping, self._options.rank, moments)
+            right = inner.new_zeros(len(inner), unit.unknowns).index_copy(1, entries, inner)
+            change = Change(left=outer, right=round_factor(right, entries))
+            left, right = change.factors(unit.outputs, unit.unknowns)
+            fitted = fitted + right[:, entries].T.to(fitted) @ left.to(fitted)
         if not self._options.scales:
-            return {} if left is None else {unit.weight: Change.of(left=left, right=right)}
+            return {unit.weight: change} if change.tensors else {}
         scale = moments.scale(fitted)  # [G·O]
         shape = _shape_of_scale(weight, call)
-        change = Change.of(scale.reshape(shape), left=left, right=right)
+        if bool((scale != 1).any()):
+            change = change._replace(scale=byte_row(scale.reshape(shape)))
         changes = {unit.weight: change}
         if unit.shift is not None:
             kept_scale = change.scales().to(scale).flatten()
@@ -169,22 +168,13 @@ def columns_of(weight: Tensor, unit: Unit, entries: Tensor, moments: "Moments") 
 
 def _factors(
     body: Tensor, own: Tensor, damping: float, rank: int, moments: "Moments"
-) -> tuple[Rounded, Rounded]:
-    """Return V̂ᵀ [r, O] and V̂⁺ B [r, K'] in few bits, of maps that are transposed [1, K', O]."""
+) -> tuple[Tensor, Tensor]:
+    """Return V̂ᵀ, the bytes of [r, O], and V̂⁺ B [r, K'], of maps that are transposed [1, K', O]."""
     vectors, best = moments.low_rank(body, own, damping, rank)  # V [O, r], B [O, K']
-    outer = quantise(vectors.T.contiguous(), BITS)
-    inverse = torch.linalg.pinv(outer.dense().to(best).T)  # of what V became [r, O]
-    inner = inverse @ best
-    return outer, quantise(inner.contiguous(), BITS)
-
-
-def _with_all_entries(inner: Rounded, entries: Tensor, unknowns: int) -> Rounded:
-    """Return a factor [r, K'] with all entries [r, K]: those that meet no input get the code nearest to 0."""
-    rank = len(inner.codes)
-    zeros = inner.scale.new_zeros(rank, unknowns).float()
-    codes = nearest(zeros, inner.scale, BITS)
-    codes.index_copy_(1, entries, inner.codes)
-    return inner._replace(codes=codes)
+    outer = vectors.T
+    rounded = round_factor(outer * balanced(outer, outer @ best))
+    outer = read_factor(rounded, len(vectors)).to(best)
+    return rounded, torch.linalg.pinv(outer.T) @ best
 
 
 def _shape_of_scale(weight: Tensor, call: Call) -> Sequence[int]:

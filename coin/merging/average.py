@@ -11,8 +11,8 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
+from coin.merging.rounding import Rounding
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Rounding
 from coin.networks.heads import head_weight, linear_head
 from coin.networks.running import check_head
 

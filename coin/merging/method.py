@@ -17,10 +17,11 @@ from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_finite
 from coin.merging.experts import Experts
 from coin.merging.passes import Body, fit_body, folded_body
+from coin.merging.rounding import Rounding
 from coin.networks.adapted import with_adapters
 from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Compressed, Compression, Rounding, compress
+from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.weights import fill_network, parameters_of, to_compute
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -152,7 +153,7 @@ class Method(ABC):
     ) -> Compressed:
         """Return the coded model of one row in so many bits a value.
 
-        What has a `body` is fitted once more, in order: a matrix is rounded column by column (`coin.networks.delta`),
+        What has a `body` is fitted once more, in order: a matrix is rounded column by column (`coin.merging.rounding`),
         its bias and the adapters are fitted to the rest, and the next layer to the inputs that follow. What is in no
         unit of the body, and what has none, is rounded to the nearest.
         """

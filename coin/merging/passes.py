@@ -16,6 +16,7 @@ from coin.merging.adapter_fit import AdapterFit
 from coin.merging.expert_outputs import ExpertOutputs, check_rows, sample_weights
 from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
+from coin.merging.rounding import Rounding
 from coin.merging.rows import Rows, chosen_rows
 from coin.merging.units import (
     Trace,
@@ -28,8 +29,8 @@ from coin.merging.units import (
 )
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.batchnorm import mark_folded
 from coin.networks.calling import as_input, clone, logits_of
-from coin.networks.compressed import Rounding
 from coin.networks.guard import evaluating
 from coin.networks.heads import head_weight, without_head
 from coin.networks.weights import parameters_of, tensors_of, to_compute
@@ -80,6 +81,7 @@ class Body(NamedTuple):
                 maps = [folded_unit(network, unit, whole_state(state)) for state in states]
                 for name, tensor in weighted_sum(maps, row).items():
                     tensors[name].copy_(tensor)
+                mark_folded(network, {unit.norm: unit.weight})
         return cls(network, trace, sorted(parameters_of(network).keys() - fitted))
 
     def warn_of_kept(self, label: str, what: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +145,14 @@ def _padded(head: Mapping[str, Tensor], outputs: int) -> dict[str, Tensor]:
 def _of_layer(change: Change, parameter: Tensor, rank: int) -> dict[str, Tensor]:
     """Return peft's tensors of a layer with this weight: the factors padded with zeros to this rank."""
     outputs, inputs = parameter.flatten(1).shape
-    left, right = change.factors(outputs, inputs)  # [O, r], [r, K]
-    missing = rank - left.shape[1]
-    left = torch.cat([left, left.new_zeros(outputs, missing)], 1)
+    left, right = change.factors(outputs, inputs)  # [r, O], [r, K]
+    missing = rank - len(left)
+    left = torch.cat([left, left.new_zeros(missing, outputs)])
     right = torch.cat([right, right.new_zeros(missing, inputs)])
     ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
     return {
         "lora_A.weight": right.reshape(rank, *parameter.shape[1:]),
-        "lora_B.weight": left.reshape(outputs, rank, *ones),
+        "lora_B.weight": left.T.reshape(outputs, rank, *ones),
     }
 
 
@@ -166,20 +165,16 @@ def _targets(names: list[str], body: nn.Module) -> list[str] | str:
     return names
 
 
-@dataclass(frozen=True, eq=False)
 class _Unrounded(Change):
     """A change whose factors are as they were fitted: leftᵀ [r, O] and right [r, K]."""
 
-    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return left and right."""
+    def factors(
+        self, rows: int, columns: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return leftᵀ and right."""
         assert self.left is not None
         assert self.right is not None
-        return self.left.T, self.right
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """Return the parameter θ as the expert has it."""
-        left, right = self.factors(*value.flatten(1).shape)
-        return value + (left @ right).view_as(value).to(value.dtype)
+        return self.left.to(dtype), self.right.to(dtype)
 
 
 class LoraFit(AdapterFit):

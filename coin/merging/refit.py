@@ -11,9 +11,9 @@ from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
 from coin.merging.passes import NO_ADAPTERS, Body, fit_body
+from coin.merging.rounding import Rounding
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.compressed import Rounding
 
 
 class Refit(Method):

@@ -13,9 +13,9 @@ from coin.core.batches import Batch, size_of, take
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import State
+from coin.merging.rounding import Rounding
 from coin.networks.batchnorm import folded
 from coin.networks.calling import as_input
-from coin.networks.compressed import Rounding
 from coin.networks.guard import check_apart, differentiable, evaluating
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry

@@ -16,7 +16,9 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
 from coin.networks import Adapted, Adapter
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
+from coin.networks.delta import rounded_in
 from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
 from coin.networks.weights import tensors_of
 
@@ -24,7 +26,7 @@ _SYSTEM = "coded system"
 _KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept_parameter_(?P<parameter>[^.]+)\.(?P<part>\w+)")
 """The names of the tensors that a body keeps in place of a parameter."""
 # Those parts that belong to no expert.
-_OF_BODY = ("original", "codes", "codes_first", "codes_scale")
+_OF_BODY = ("original", "rows")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Body:
 
     num_experts: int
     bits: Mapping[str, int]  # by the parameters' names
+    folded: Mapping[str, str]  # BatchNorms, and the weights that they are folded into
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
@@ -40,25 +43,22 @@ class Body:
         if not isinstance(network, Adapted):
             return None
         bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
-        return cls(network.num_experts, bits)
+        return cls(network.num_experts, bits, folded_norms(network.body))
 
     def network(self, like: nn.Module, state: State) -> Adapted:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
+        mark_folded(body, self.folded)
         tied = tied_names(body)
         changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
         for name, parts in _kept_parts(state).items():
-            if "codes" in parts:
-                kept = Kept(
-                    body.get_parameter(name), parts["codes"], parts["codes_scale"], self.bits[name]
-                )
-                keep(body, tied[name], kept)
+            if "rows" in parts:
+                rounded = rounded_in(parts["rows"], self.bits[name])
+                keep(body, tied[name], Kept(body.get_parameter(name), rounded))
             # Each [N, …].
             of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}
             for expert, own in enumerate(changes):
-                own[name] = Change.stored(
-                    {part: tensor[expert] for part, tensor in of_experts.items()}
-                )
+                own[name] = Change(**{part: each[expert] for part, each in of_experts.items()})
         adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
 

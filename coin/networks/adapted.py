@@ -23,6 +23,7 @@ from coin.networks.kept import (
     keep,
     kept_parameters,
     not_makeable,
+    take_out_norms,
     tied_names,
     unpacked,
 )
@@ -73,6 +74,7 @@ class Adapted(nn.Module):
                 )
             changes = [adapter.changes.get(name, Change()) for adapter in adapters]
             kept[name].set_experts(changes)
+        take_out_norms(self.body)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -84,7 +86,7 @@ class Adapted(nn.Module):
         adapters = [Adapter() for _ in range(self.num_experts)]
         for kept, name in first_names.items():
             for expert, adapter in enumerate(adapters):
-                change = kept.change(expert)
+                change = kept.own_change(expert)
                 if change.tensors:
                     adapter.changes[name] = change
         return adapters
@@ -159,26 +161,22 @@ class Adapted(nn.Module):
 def resident_nbytes(network: nn.Module) -> int:
     """Return the bytes of weights that are in memory while a network answers.
 
-    For a body with adapters those of its tensors and of what making the largest parameter takes.
+    For a body with adapters those of its tensors and of the largest parameter that is made.
     """
-    own = tensor_nbytes(network)
-    if not isinstance(network, Adapted):
-        return own
-    working = [kept.working_nbytes for _, _, kept in kept_parameters(network.body)]
-    return own + max(working, default=0)
+    working = 0
+    for module in network.modules():
+        if isinstance(module, Kept):
+            working = max(working, module.working_nbytes)
+    return tensor_nbytes(network) + working
 
 
 def stored_nbytes(network: nn.Module) -> int:
-    """Return the bytes of a network's state in a file."""
-    # Tied ones once.
-    others = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
-    total: int = 0
+    """Return the bytes of a network's state in a file, tied tensors once."""
+    tensors = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
+    total: int = sum(tensor.nbytes for tensor in tensors.values())
     for module in network.modules():
         if isinstance(module, Kept):
-            total += int(module.stored_nbytes)
-            for tensor in module.state_dict(keep_vars=True).values():
-                del others[id(tensor)]
-    total += sum(tensor.nbytes for tensor in others.values())
+            total += module.saved_nbytes
     return total
 
 

@@ -1,7 +1,7 @@
 """BatchNorm merge policies: the running statistics of a merged network, always by an explicit policy."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from enum import StrEnum
 from itertools import chain
@@ -53,6 +53,26 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+_FOLDED_INTO = (
+    "folded_into"  # a BatchNorm's attribute: the name of the weight that it is folded into
+)
+_VARIANCE = (
+    128.0**2
+)  # of a folded BatchNorm: float16 holds it and its root, beside which eps is nothing
+
+
+def mark_folded(network: nn.Module, norms: Mapping[str, str]) -> None:
+    """Note at a network's BatchNorms into which weights they are `folded`, by name."""
+    for norm, weight in norms.items():
+        setattr(network.get_submodule(norm), _FOLDED_INTO, weight)
+
+
+def folded_norms(network: nn.Module) -> dict[str, str]:
+    """Return the BatchNorms that `mark_folded` has noted, and the weights that they are folded into."""
+    norms = {name: vars(module).get(_FOLDED_INTO) for name, module in network.named_modules()}
+    return {name: weight for name, weight in norms.items() if weight is not None}
+
+
 def folded(
     state: State,
     weight: str,
@@ -63,7 +83,7 @@ def folded(
     """Return the tensors of a linear map and the BatchNorm `norm` after it, folded into the map, in float64.
 
     With the map's weight W and bias b, and the BatchNorm's γ, β, μ and σ² = variance + eps, the weight becomes γ/σ·W,
-    the map's bias 0, and the BatchNorm an identity whose bias is β + γ/σ·(b − μ).
+    the map's bias 0, and the BatchNorm an identity, in float16 too, whose bias is β + γ/σ·(b − μ).
     """
     gain = state[f"{norm}.weight"].double()
     shift = state[f"{norm}.bias"].double()
@@ -75,10 +95,10 @@ def folded(
     before = torch.zeros_like(mean) if bias is None else state[bias].double()
     made = {
         weight: scale_of_row * kernel,
-        f"{norm}.weight": torch.ones_like(gain),
+        f"{norm}.weight": torch.full_like(gain, (_VARIANCE + eps) ** 0.5),
         f"{norm}.bias": shift + scale * (before - mean),
         f"{norm}.running_mean": torch.zeros_like(mean),
-        f"{norm}.running_var": torch.full_like(variance, 1 - eps),
+        f"{norm}.running_var": torch.full_like(variance, _VARIANCE),
     }
     if bias is not None:
         made[bias] = torch.zeros_like(before)

@@ -14,24 +14,18 @@ from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
 from coin.networks.delta import (
-    EQUAL,
     Rounded,
-    decode,
-    encode,
     is_smaller_rounded,
     matrix_shape,
     quantise,
-    round_columns,
-    size,
-    split_matrix,
 )
-from coin.networks.heads import head_name, replace_head
+from coin.networks.heads import head_name, linear_head, pad_head
 from coin.networks.kept import Kept, keep, not_makeable, tied_names
 from coin.networks.weights import check_plain, fill_network
 
-SHORT = 128  # values of a row below which bodies have it in 8 bits whatever the bits of the others
 _PACKED = "packed."  # before the names of the compressed tensors in a file
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
@@ -82,13 +76,17 @@ class Compression:
 
 @dataclass(eq=False, repr=False)
 class Compressed:
-    """A network as packed bytes, a delta from a base; made by `compress`.
+    """A network in few bits a value, or its delta from a base; made by `compress`.
 
     Attributes:
         base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of its architecture and
             class count, whose weights are not used.
         base_bits: 32, 8 or 0.
         base_nbytes: The bytes of the base as stored.
+        rounded: The matrices, or their deltas, by name, tied ones once.
+        others: The other tensors that are not the base's: the deltas of float32 and float64 ones in float16, where that
+            holds them to a thousandth; or whole.
+        outputs: Of the head; the base's may have others.
         adapters: Of a body, what experts keep beside it.
 
     >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3)  # of 288 bytes
@@ -98,9 +96,9 @@ class Compressed:
     base: nn.Module
     base_bits: int
     base_nbytes: int
-    _kinds: dict[str, int]  # how every tensor is stored (`encode`), tied ones once
-    _data: dict[str, Tensor]  # and its bytes
-    _outputs: int | None  # of the head, where the base's has others
+    rounded: Mapping[str, Rounded]
+    others: Mapping[str, Tensor]
+    outputs: int | None
     adapters: Sequence[Adapter] = ()
 
     def __repr__(self) -> str:
@@ -108,24 +106,34 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """The network's bytes and its adapters', without the base."""
-        own = sum(data.nbytes for data in self._data.values())
-        return own + sum(adapter.nbytes for adapter in self.adapters)
+        """The network's bytes in a file and its adapters', without the base."""
+        matrices = sum(rounded.nbytes for rounded in self.rounded.values())
+        others = sum(tensor.nbytes for tensor in self.others.values())
+        return matrices + others + sum(adapter.nbytes for adapter in self.adapters)
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        network = clone(self.base).eval()
-        if self._outputs is not None:
-            with torch.random.fork_rng(devices=[]):
-                replace_head(network, self._outputs)
-        own = stored(network)
-        self._check_layout(own)
-        reference = _reference(own, network, self.base) if self.base_bits else _zeros(own)
-        state: dict[str, Tensor] = {}
-        for name, (first, *_) in tied_names(network).items():
-            state[name] = decode(self._kinds[first], self._data[first], reference[first])
-        fill_network(network, state, "the compressed network")
+        network = clone(with_outputs(self.base, self.outputs)).eval()
+        base = stored(network)
+        self._check_layout(base)
+        state = {name: self._tensor(name, tensor) for name, tensor in base.items()}
+        by_name = {name: state[first] for name, (first, *_) in tied_names(network).items()}
+        fill_network(network, by_name, "the compressed network")
         return network
+
+    def _tensor(self, name: str, base: Tensor) -> Tensor:
+        """Return a tensor of the network, given the base's."""
+        if self.base_bits == 0:
+            base = torch.zeros_like(base)
+        if name in self.rounded:
+            delta = self.rounded[name].dense()
+        elif name not in self.others:
+            return base
+        elif is_wide(base) and self.others[name].dtype == torch.float16:
+            delta = self.others[name]
+        else:
+            return self.others[name]
+        return (base + delta.to(base.dtype).view(base.shape)).to(base.dtype)
 
     @torch.no_grad()
     def packed(self) -> nn.Module:
@@ -145,18 +153,15 @@ class Compressed:
         state = network.state_dict()
         whole: list[str] = []
         for name, tensor in own.items():
-            kind = self._kinds[name]
-            data = self._data[name]
-            is_matrix = 1 <= kind <= 8
-            if is_matrix and refused.isdisjoint(tied[name]):
-                codes, scale = split_matrix(data, tensor.shape)
-                kept = Kept(network.get_parameter(name), codes.clone(), scale, kind)
+            is_makeable = refused.isdisjoint(tied[name])
+            if name in self.rounded and is_makeable:
+                kept = Kept(network.get_parameter(name), self.rounded[name])
                 keep(network, tied[name], kept)
                 continue
-            if is_matrix:
+            if name in self.rounded:
                 whole.append(name)
-            value = decode(kind, data, torch.zeros_like(tensor))
-            if refused.isdisjoint(tied[name]):
+            value = self._tensor(name, tensor)
+            if is_makeable:
                 _replace(network, tied[name], value)  # the base's own tensors stay as they are
             else:
                 state[name].copy_(value)  # other attributes hold this very tensor
@@ -170,12 +175,12 @@ class Compressed:
         return network
 
     def _check_layout(self, like: Mapping[str, Tensor]) -> None:
-        """Raise StateError where the compressed tensors are not of names and sizes like these."""
-        found = {name: data.nbytes for name, data in self._data.items()}
-        expected = {
-            name: size(self._kinds.get(name, EQUAL), tensor) for name, tensor in like.items()
-        }
-        if found != expected:
+        """Raise StateError where the compressed tensors are not of names and shapes like these."""
+        found = {name: tuple(rounded.levels.shape) for name, rounded in self.rounded.items()}
+        expected = {name: matrix_shape(like[name].shape) for name in found if name in like}
+        others = {name: tensor.shape for name, tensor in self.others.items()}
+        expected_others = {name: like[name].shape for name in others if name in like}
+        if found != expected or others != expected_others:
             kind = type(self.base).__name__
             raise StateError(
                 f"the compressed tensors are not those of a {kind}; give a base of its architecture"
@@ -183,17 +188,22 @@ class Compressed:
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
-        state = {_PACKED + name: data for name, data in self._data.items()}
+        state = {f"{_PACKED}{name}": tensor for name, tensor in self.others.items()}
+        for name, rounded in self.rounded.items():
+            state[f"{_PACKED}{name}.codes"] = rounded.packed()
+            state[f"{_PACKED}{name}.scale"] = rounded.scale
         state |= adapters_state(self.adapters)
         own = {
             "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
             "base_bits": self.base_bits,
             "base_nbytes": self.base_nbytes,
-            "kinds": self._kinds,
-            "outputs": self._outputs,
+            "bits": {name: rounded.bits for name, rounded in self.rounded.items()},
+            "outputs": self.outputs,
             "adapters": len(self.adapters),
+            "folded": folded_norms(self.base),
         }
-        save_state(Path(path), state, {**(provenance or {}), "compressed": own})
+        infinite = [name for name, tensor in state.items() if _is_infinite(tensor)]  # masks
+        save_state(Path(path), state, {**(provenance or {}), "compressed": own}, infinite)
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
@@ -217,17 +227,27 @@ class Compressed:
             raise FileError(
                 f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
             )
+        mark_folded(base, told["folded"])
         names, adapters = split_adapters(file, told["adapters"])
-        data = {name.removeprefix(_PACKED): file[name].clone() for name in names}
-        return cls(
-            base,
-            base_bits,
-            told["base_nbytes"],
-            told["kinds"],
-            data,
-            told["outputs"],
-            adapters,
-        )
+        others = {name.removeprefix(_PACKED): file[name].clone() for name in names}
+        rounded = {}
+        like = with_outputs(base, told["outputs"]).state_dict()
+        for name, bits in told["bits"].items():
+            codes = others.pop(f"{name}.codes")
+            scale = others.pop(f"{name}.scale")
+            columns = matrix_shape(like[name].shape)[1]
+            rounded[name] = Rounded.unpacked(codes, scale, bits, columns)
+        nbytes = told["base_nbytes"]
+        return cls(base, base_bits, nbytes, rounded, others, told["outputs"], adapters)
+
+
+def _is_infinite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isinf().any())
+
+
+def is_wide(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a type of which float16 keeps the deltas."""
+    return tensor.dtype in (torch.float32, torch.float64)
 
 
 def compress(
@@ -264,18 +284,61 @@ def compress(
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
     check_finite(own, "the network to compress", buffers.keys())
     kept, base_nbytes = _kept_base(network, base, base_bits)
-    reference = _reference(own, network, kept) if base_bits else _zeros(own)
-    rounded = rounded or {}
-    of_base = stored(kept)
     outputs = None
-    kinds: dict[str, int] = {}
-    data: dict[str, Tensor] = {}
+    shapes = {name: tensor.shape for name, tensor in kept.state_dict().items()}
+    if any(shapes.get(name) != tensor.shape for name, tensor in own.items()):
+        outputs = getattr(network.get_submodule(head_name(network)), "out_features", None)
+    reference = stored(with_outputs(kept, outputs))
+    check_layout(own, reference, "the base")
+    already = rounded or {}
+    matrices: dict[str, Rounded] = {}
+    others: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        bits_of_matrix = None if name in buffers else bits
-        kinds[name], data[name] = encode(tensor, reference[name], bits_of_matrix, rounded.get(name))
-        if tensor.shape != of_base[name].shape:  # of the head
-            outputs = len(tensor)
-    return Compressed(kept, base_bits, base_nbytes, kinds, data, outputs)
+        before = reference[name]
+        if tensor.dtype != before.dtype:
+            found = f"'{name}' is {tensor.dtype}, in the base {before.dtype}"
+            raise StateError(f"{found}, expected one type; convert one")
+        if base_bits == 0:
+            before = torch.zeros_like(tensor)
+        is_matrix = name not in buffers and is_smaller_rounded(tensor.shape, bits)
+        if torch.equal(tensor, before):
+            continue
+        if name in already:
+            matrices[name] = already[name]
+        elif tensor.is_floating_point() and is_matrix:
+            delta = tensor.float() - before.float()
+            matrices[name] = quantise(delta.reshape(matrix_shape(tensor.shape)), bits)
+        else:
+            others[name] = _as_half(tensor, before, name in buffers)
+    return Compressed(kept, base_bits, base_nbytes, matrices, others, outputs)
+
+
+def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
+    """Return a tensor's delta in float16, or the tensor where it is of another type or that loses a thousandth.
+
+    A thousandth is of the largest of a parameter's values, and of every single one of a buffer's.
+    """
+    if not is_wide(tensor):
+        return tensor
+    delta = tensor - base
+    half = delta.half()
+    size = delta.abs().max()
+    if is_buffer:
+        size = torch.maximum(delta.abs(), tensor.abs())
+    is_close = (half - delta).abs() <= size / 1000  # nor is it where a mask is infinite
+    return half if bool(is_close.all()) else tensor
+
+
+def with_outputs(network: nn.Module, outputs: int | None) -> nn.Module:
+    """Return a network with a head of so many outputs, its first rows and then zeros; None for its own."""
+    if outputs is None:
+        return network
+    resized = clone(pad_head(network, outputs), shared=True)
+    head = linear_head(resized)
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        setattr(head, name, nn.Parameter(parameter.detach()[:outputs], parameter.requires_grad))
+    head.out_features = outputs
+    return resized
 
 
 def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tuple[nn.Module, int]:
@@ -327,96 +390,3 @@ def _on_cpu(network: nn.Module) -> nn.Module:
     if device_of(network).type == "cpu":
         return network
     return clone(network).cpu()
-
-
-def _zeros(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what tensors are a delta from that have no base."""
-    return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
-
-
-def _reference(own: Mapping[str, Tensor], network: nn.Module, base: nn.Module) -> dict[str, Tensor]:
-    """Return the base's tensors that a network's `stored` tensors are a delta from."""
-    state = stored(base)
-    are_alike = all(
-        name not in state or state[name].shape == tensor.shape for name, tensor in own.items()
-    )
-    if not are_alike:
-        state |= _rows_of_head(state, own, head_name(network))
-    check_layout(own, state, "the base")
-    for name, tensor in own.items():
-        if tensor.dtype != state[name].dtype:
-            found = f"'{name}' is {tensor.dtype}, in the base {state[name].dtype}"
-            raise StateError(f"{found}, expected one type; convert one")
-    return state
-
-
-def _rows_of_head(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str
-) -> dict[str, Tensor]:
-    """Return the tensors of a base's head with as many rows as a network's own: the first ones, and then zeros."""
-    resized: dict[str, Tensor] = {}
-    for name in (f"{head}.weight", f"{head}.bias"):
-        if name in own and name in state:
-            rows = state[name][: len(own[name])]
-            missing = len(own[name]) - len(rows)
-            zeros = rows.new_zeros(missing, *rows.shape[1:])
-            resized[name] = torch.cat([rows, zeros])
-    return resized
-
-
-class Rounding:
-    """Rounds a network's matrices to few bits a value; `rounded` holds those so far."""
-
-    def __init__(self, network: nn.Module, bits: int) -> None:
-        self.rounded: dict[str, Rounded] = {}
-        self._like = network.state_dict()
-        self._bits = bits
-
-    def bits(self, name: str) -> int:
-        """Return the bits a value: 8 for short rows, as of depthwise kernels, which few bits cost much."""
-        _, columns = matrix_shape(self._like[name].shape)
-        return 8 if columns < SHORT else self._bits
-
-    def takes(self, name: str) -> bool:
-        """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        tensor = self._like[name]
-        return tensor.is_floating_point() and is_smaller_rounded(tensor.shape, self.bits(name))
-
-    def weight(self, name: str) -> Tensor:
-        """Return a rounded weight as it is read back."""
-        like = self._like[name]
-        return self.rounded[name].dense().reshape(like.shape).to(like.dtype)
-
-    def round(self, name: str, weight: Tensor) -> Tensor:
-        """Round a weight to the nearest and return it."""
-        matrix = weight.double().reshape(matrix_shape(weight.shape))
-        self.rounded[name] = quantise(matrix, self.bits(name)).cpu()
-        return self.weight(name)
-
-    def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor | None) -> Tensor:
-        """Round a weight after a step of a regression; return the step [G, O, K] from the weight to its rounded form.
-
-        What is rounded is the weight with the step in it. The step is the best one: another that is off by E costs
-        tr(E M Eᵀ) more, summed over groups, which is kept small: later columns make up for the errors of earlier ones
-        (`round_columns`).
-
-        Args:
-            name: The weight's name.
-            weight: The weight before the step [G·O, …], the rows of all G groups in turn.
-            step: The step of each group's map [G, O, K].
-            metric: M [G, K, K]; without it every value is rounded to the nearest.
-        """
-        bits = self.bits(name)
-        before = weight.double().reshape(step.shape)
-        wanted = before + step
-        rows = matrix_shape(weight.shape)  # each with a scale
-        rounded = quantise(wanted.reshape(rows), bits)
-        # A convolution with a single output has a scale for each of its inputs.
-        has_row_each = rows[0] == wanted.shape[0] * wanted.shape[1]
-        if metric is not None and has_row_each:
-            scales = rounded.scale.view(wanted.shape[:2])
-            codes = round_columns(wanted, scales, bits, metric)
-            rounded = Rounded(codes.reshape(rows), rounded.scale, bits)
-        self.rounded[name] = rounded.cpu()
-        after = rounded.dense().reshape(step.shape)
-        return (after - before).to(step)

@@ -17,6 +17,7 @@ from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.compressed import Compressed, Compression, int8, stored
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, check_imported
@@ -54,6 +55,7 @@ class NetworkFile:
             return self.content.network()
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.content, str(self.path))
+        mark_folded(network, self.provenance.get("folded", {}))
         return network.eval()
 
     @property
@@ -99,6 +101,7 @@ def save_network(
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
     if adapters:
         described["adapters"] = len(adapters)
+        described["folded"] = folded_norms(network)
     save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
 
 

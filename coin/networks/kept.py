@@ -1,11 +1,9 @@
 """Parameters that a layer makes when it reads them, of what is kept in their place: packed codes, experts' changes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,270 +11,228 @@ from torch.nn import functional as F
 
 from coin.core.batches import tensors_in
 from coin.errors import ConfigurationError
+from coin.networks.batchnorm import folded_norms
 from coin.networks.calling import clone
-from coin.networks.delta import Rounded, by_row, matrix_shape, pack, quantise, read
+from coin.networks.delta import (
+    Rounded,
+    balanced,
+    byte_row,
+    matrix_shape,
+    read_factor,
+    read_rows,
+    round_factor,
+    rounded_in,
+    rows_of,
+)
 
-BITS = 4  # of the factors of a correction, a value
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which a body answers in this thread or task, set by `coin.Adapted` for each pass; None: its own."""
+_NORM = "norm_taken_out"  # an attribute of a layer: the BatchNorm that is folded into it
+_IS_OUT = "is_taken_out"  # an attribute of such a BatchNorm
 _KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
+class Change(NamedTuple):
     """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
 
-    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are as they are stored.
+    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are bytes, the same in memory and in
+    files (`coin.networks.delta`).
 
     Args:
-        scale: The codes of scale − 1, int8, of a shape that broadcasts over θ.
-        scale_step: What one step of these codes is [], float32: a 127th of the largest, whatever the others are.
-        shift: The codes of the shift, likewise.
-        shift_step: Likewise.
-        left: The packed codes of leftᵀ [r, O], `BITS` a value (`coin.networks.delta.pack`).
-        left_scale: A scale for each of the r, bfloat16.
-        right: Those of right [r, K].
-        right_scale: Likewise.
+        scale: The scale ``[1, n + 8]`` in 8 bits a value, for n = O, or as many as θ has values.
+        shift: The shift, likewise.
+        left: leftᵀ ``[r, ⌈O/2⌉ + 4]`` in 4 bits a value.
+        right: right ``[r, ⌈K/2⌉ + 4]``.
     """
 
     scale: Tensor | None = None
-    scale_step: Tensor | None = None
     shift: Tensor | None = None
-    shift_step: Tensor | None = None
     left: Tensor | None = None
-    left_scale: Tensor | None = None
     right: Tensor | None = None
-    right_scale: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
-        left: Tensor | Rounded | None = None,
-        right: Tensor | Rounded | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> "Change":
-        """Return a change as it is stored, given float tensors; factors may be rounded already, leftᵀ and right."""
+        """Return a change as it is stored, given float tensors: those of the factors as [O, r] and [r, K]."""
         if (left is None) != (right is None):
             raise ConfigurationError(
                 "found one of left and right, expected both factors or neither"
             )
-        parts: dict[str, Tensor] = {}
-        if scale is not None:
-            parts["scale"], parts["scale_step"] = _in_bytes(scale.detach() - 1)
-        if shift is not None:
-            parts["shift"], parts["shift_step"] = _in_bytes(shift.detach())
-        if isinstance(left, Tensor):
-            left = quantise(left.detach().T.contiguous(), BITS)
-        if isinstance(right, Tensor):
-            right = quantise(right.detach(), BITS)
-        if left is not None and right is not None:
-            parts["left"] = pack(left.codes, BITS)
-            parts["left_scale"] = left.scale
-            parts["right"] = pack(right.codes, BITS)
-            parts["right_scale"] = right.scale
-        return cls(**parts)
+        change = cls(
+            scale=None if scale is None else byte_row(scale),
+            shift=None if shift is None else byte_row(shift),
+        )
+        if left is None or right is None:
+            return change
+        balance = balanced(left.T, right)
+        return change._replace(
+            left=round_factor(left.T * balance), right=round_factor(right / balance)
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Its parts that are there, by name."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     def scales(self) -> Tensor:
-        """Return the scale in float32, of the shape that it is stored in; 1 without one."""
-        if self.scale is None or self.scale_step is None:
-            return torch.ones(())
-        return 1 + self.scale * self.scale_step
+        """Return the scale ``[n]`` in float32; 1 without one."""
+        return torch.ones(()) if self.scale is None else read_rows(self.scale)[0]
 
-    def factors(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return left [O, r] and right [r, K] in float32, for θ [O, K]; r is 0 without a correction."""
-        if self.left is None:
-            return torch.zeros(rows, 0), torch.zeros(0, columns)
-        return _factors(self.as_read(), rows, columns)
-
-    def as_read(self) -> dict[str, Tensor]:
-        """Return its parts as a layer holds them: of the factors' scales what `coin.networks.delta.read` takes."""
-        held = self.tensors
-        for side in ("left", "right"):
-            if side in held:
-                scale = held[f"{side}_scale"]
-                held[f"{side}_first"], held[f"{side}_scale"] = by_row(scale, BITS)
-        return held
-
-    @classmethod
-    def stored(cls, held: Mapping[str, Tensor]) -> "Change":
-        """Return the change of which these are the parts of `as_read`."""
-        parts = dict(held)
-        for side in ("left", "right"):
-            if side in parts:
-                del parts[f"{side}_first"]
-                parts[f"{side}_scale"] = parts[f"{side}_scale"].flatten().bfloat16()
-        return cls(**parts)
+    def factors(
+        self, rows: int, columns: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return leftᵀ [r, O] and right [r, K], for θ [O, K]; r is 0 without a correction."""
+        if self.left is None or self.right is None:
+            return torch.zeros(0, rows), torch.zeros(0, columns)
+        return read_factor(self.left, rows, dtype), read_factor(self.right, columns, dtype)
 
     def __call__(self, value: Tensor) -> Tensor:
         """Return the parameter θ as the expert has it."""
-        return _changed(value.clone(memory_format=torch.contiguous_format), self.as_read())
+        if self.left is None and self.scale is None and self.shift is not None:
+            return value + _along(self.shift, value)
+        return self.change_(value.clone(memory_format=torch.contiguous_format))
+
+    def change_(self, value: Tensor) -> Tensor:
+        """Change a contiguous parameter θ in place, and return it."""
+        if self.left is not None:
+            matrix = value.flatten(1)
+            rows, columns = matrix.shape
+            left, right = self.factors(rows, columns, value.dtype)
+            matrix.addmm_(left.T, right)
+        if self.scale is not None:
+            value.mul_(_along(self.scale, value))
+        if self.shift is not None:
+            value.add_(_along(self.shift, value))
+        return value
 
 
-def _in_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes in int8 of values' shape, and what one step of them is [], float32."""
-    step = values.float().abs().amax() / 127
-    divisor = step.where(step > 0, 1.0)
-    codes = values.float().div(divisor).round()
-    return codes.to(torch.int8), step
-
-
-def _factors(parts: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return left [O, r] and right [r, K], of the parts of `Change.as_read`."""
-    left = read(parts["left"], parts["left_first"], parts["left_scale"], BITS, rows)
-    right = read(parts["right"], parts["right_first"], parts["right_scale"], BITS, columns)
-    return left.T, right
-
-
-def _changed(changed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """Return a contiguous parameter changed by the parts of `Change.as_read`, in place."""
-    if "left" in parts:
-        matrix = changed.flatten(1)
-        left, right = _factors(parts, *matrix.shape)
-        matrix.addmm_(left.to(matrix.dtype), right.to(matrix.dtype))
-    if "scale" in parts:
-        beyond_one = parts["scale"] * parts["scale_step"]
-        changed.addcmul_(changed, beyond_one)
-    if "shift" in parts:
-        changed.add_(parts["shift"] * parts["shift_step"])
-    return changed
+def _along(row: Tensor, value: Tensor) -> Tensor:
+    """Return the numbers in a row of bytes, in a shape that broadcasts over a parameter."""
+    numbers = read_rows(row, value.dtype)
+    if numbers.numel() == value.numel():
+        return numbers.view_as(value)
+    return numbers.view(-1, *[1] * (value.ndim - 1))
 
 
 class Kept(nn.Module):
-    """What is kept in place of a parameter: all of it, or the codes of a matrix; and the experts' changes.
+    """What is kept in place of a parameter: all of it, or a byte for each value of a rounded one; and experts' changes.
 
     Args:
-        original: The parameter, or for a packed one any of its type.
-        codes: The packed codes ``[rows, bytes]``, uint8 (`coin.networks.delta.pack`).
-        scale: The rows' scales ``[rows]``.
-        bits: The bits of a code.
+        original: The parameter, or for a rounded one any of its type.
+        rounded: The matrix of a rounded one.
     """
 
-    codes: Tensor | None
-    codes_first: Tensor
-    codes_scale: Tensor
+    rows: Tensor | None
 
-    def __init__(
-        self,
-        original: nn.Parameter,
-        codes: Tensor | None = None,
-        scale: Tensor | None = None,
-        bits: int = 0,
-    ) -> None:
+    def __init__(self, original: nn.Parameter, rounded: Rounded | None = None) -> None:
         super().__init__()
-        self.bits = bits
         self.shape = original.shape
+        self.bits = 0
         self.columns = matrix_shape(original.shape)[1]
-        self.register_buffer("codes", codes)
-        if scale is None:
-            self.original = original
-        else:
-            # An empty parameter says of which type a packed one is, and on which device.
+        self.original = original
+        self.register_buffer("rows", None)
+        if rounded is not None:
+            # An empty parameter says of which type a rounded one is, and on which device.
             self.original = nn.Parameter(original.detach().new_empty(0), requires_grad=False)
-            first, row_scale = by_row(scale.flatten(), bits)
-            self.register_buffer("codes_first", first)
-            self.register_buffer("codes_scale", row_scale)
+            self.bits = rounded.bits
+            self.rows = rows_of(rounded)
         self.num_experts = 0
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
+        self._own_parts: list[tuple[str, ...]] = []  # of each expert
         self.is_read_by_rows = False  # set by `keep`
+        self._positions = 0.0  # up to which updates are less work on activations than on the weight
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
 
-        A tensor for each would take more memory than its values. Who lacks a part gets zeros, which change nothing, and
-        of a smaller rank directions whose scales are zero.
+        A tensor for each would take more memory than its values. Who lacks a part, or some of the others' directions,
+        gets bytes that change nothing.
         """
         self.num_experts = len(changes)
-        every = [change.as_read() for change in changes]
-        names = dict.fromkeys(chain(*every))
-        self._parts = tuple(names)
+        every = [change.tensors for change in changes]
+        self._own_parts = [tuple(parts) for parts in every]
+        self._parts = tuple(dict.fromkeys(name for parts in every for name in parts))
         for part in self._parts:
-            tensors = [held.get(part) for held in every]
-            self.register_buffer(part, _stacked(part, tensors))
+            there = [parts[part] for parts in every if part in parts]
+            largest = max(there, key=len)
+            nothing = torch.zeros_like(largest)
+            if part == "scale":
+                nothing = byte_row(torch.ones_like(read_rows(largest)))
+            stacked = nothing.repeat(len(changes), 1, 1)
+            for place, parts in zip(stacked, every, strict=True):
+                if part in parts:
+                    place[: len(parts[part])] = parts[part]
+            self.register_buffer(part, stacked)
+        if "left" in self._parts and self.original.dtype == torch.float32:  # others are too coarse
+            rows = self.shape[0]
+            columns = self.shape[1:].numel()
+            self._positions = rows * columns / (rows + columns)
 
     def change(self, expert: int) -> Change:
-        """Return the change by an expert, without parts that change nothing."""
-        held = {part: self.get_buffer(part)[expert] for part in self._parts}
-        parts = Change.stored(held).tensors
-        for name in ("scale", "shift"):
-            if name in parts and not bool(parts[name].any()):
-                del parts[name], parts[f"{name}_step"]
-        if "left" in parts:
-            used = (parts["left_scale"] * parts["right_scale"]).nonzero()  # directions
-            rank = int(used[-1]) + 1 if len(used) else 0
-            for name in ("left", "left_scale", "right", "right_scale"):
-                parts[name] = parts[name][:rank]
-                if rank == 0:
-                    del parts[name]
-        return Change(**parts)
+        """Return the change by an expert, with all parts that any of them has."""
+        buffers: Any = self._buffers
+        return Change(**{part: buffers[part][expert] for part in self._parts})
+
+    def own_change(self, expert: int) -> Change:
+        """Return the change by an expert, with its own parts alone."""
+        return Change(**{part: self.get_buffer(part)[expert] for part in self._own_parts[expert]})
 
     @property
-    def stored_nbytes(self) -> int:
-        """The bytes that it takes in a file."""
-        total = self.original.nbytes
-        if self.codes is not None:
-            total += self.codes.nbytes + 2 * len(self.codes)  # a scale a row
-        for expert in range(self.num_experts):
-            parts = self.change(expert).tensors
-            total += sum(tensor.nbytes for tensor in parts.values())
-        return total
+    def saved_nbytes(self) -> int:
+        """The bytes that a rounded one takes in a file beyond those in memory, below 0."""
+        if self.rows is None:
+            return 0
+        return rounded_in(self.rows, self.bits).nbytes - self.rows.nbytes
 
     @property
     def working_nbytes(self) -> int:
-        """The bytes that making the parameter takes: the parameter and, of a packed one, an int32 for each byte.
-
-        Rows that are looked up one by one are as small as the activations that they are, and count as none.
-        """
+        """The bytes of the parameter where it is made; rows that are looked up one by one count as none."""
         if self.is_read_by_rows and not self._parts:
             return 0
-        parameter = self.shape.numel() * self.original.element_size()
-        if self.codes is None:
-            return parameter
-        return parameter + 4 * self.codes.numel()
+        return self.shape.numel() * self.original.element_size()
+
+    def is_less_work_on(self, positions: int) -> bool:
+        """Say whether the answering expert's update is less work on so many positions' activations than on the weight.
+
+        It is where positions × (O + K) ≤ O × K, for a weight [O, K].
+        """
+        return positions <= self._positions and ANSWERING.get() is not None
+
+    def answering(self) -> Change:
+        """Return the change by the expert that answers."""
+        expert = ANSWERING.get()
+        assert expert is not None
+        return self.change(expert)
+
+    def body(self) -> Tensor:
+        """Return the body's own parameter."""
+        original: Any = self._parameters["original"]
+        rows = self._buffers["rows"]
+        if rows is None:
+            value: Tensor = original
+            return value
+        return read_rows(rows, original.dtype).view(self.shape)
 
     def forward(self) -> Tensor:
         """Return the parameter, as the expert has it that answers."""
-        value: Tensor = self.original
-        if self.codes is not None:
-            matrix = read(self.codes, self.codes_first, self.codes_scale, self.bits, self.columns)
-            value = matrix.view(self.shape).to(value.dtype)
         expert = ANSWERING.get()
+        value = self.body()
         if expert is None or not self._parts:
             return value
-        if self.codes is None:
-            value = value.clone(memory_format=torch.contiguous_format)
-        return _changed(value, {part: getattr(self, part)[expert] for part in self._parts})
+        change = self.change(expert)
+        return change(value) if self._buffers["rows"] is None else change.change_(value)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Return the rows ``[…, K]`` of a matrix at an index […]; of packed codes these rows alone are read."""
-        if self.codes is None or self._parts:
+    def look_up(self, index: Tensor) -> Tensor:
+        """Return the rows ``[…, K]`` of a matrix at an index […]; of a rounded one these rows alone are read."""
+        if self.rows is None or self._parts:
             return F.embedding(index, self.forward())
-        places = index.flatten()
-        codes = self.codes.index_select(0, places)
-        first = self.codes_first.index_select(0, places)
-        scale = self.codes_scale.index_select(0, places)
-        found = read(codes, first, scale, self.bits, self.columns)
-        return found.view(*index.shape, self.columns).to(self.original.dtype)
-
-
-def _stacked(part: str, tensors: Sequence[Tensor | None]) -> Tensor:
-    """Return the experts' own tensors of one part of their changes as one, of the largest shape among them."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    largest = max(tensor.shape for tensor in there)
-    stacked = there[0].new_zeros(len(tensors), *largest)
-    for place, tensor in zip(stacked, tensors, strict=True):
-        if tensor is None:
-            continue
-        if part.startswith(("scale", "shift")):
-            place.copy_(tensor)
-        else:
-            place[: len(tensor)] = tensor  # of a smaller rank
-    return stacked
+        found = read_rows(self.rows.index_select(0, index.flatten()))
+        return found.view(*index.shape, self.shape[1]).to(self.original.dtype)
 
 
 def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
@@ -285,15 +241,29 @@ def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
     The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled. Of
     an embedding those rows alone are made that it looks up.
     """
-    owners = [network.get_submodule(name.rpartition(".")[0]) for name in names]
-    kept.is_read_by_rows = all(_looks_up(_plain_class(owner)) for owner in owners)
     for name in names:
         place, _, parameter = name.rpartition(".")
         layer = network.get_submodule(place)
         layer.add_module(_KEPT + parameter, kept)
         layer._parameters[parameter] = None  # in its place among the others
-        parameters = tuple(_kept_in(layer))
-        layer.__class__ = _making(_plain_class(layer), parameters)
+        _set_class(layer)
+    layers = [network.get_submodule(name.rpartition(".")[0]) for name in names]
+    kept.is_read_by_rows = all(type(layer).forward is _look_up for layer in layers)
+
+
+def take_out_norms(network: nn.Module) -> None:
+    """Have the maps into which BatchNorms are folded add these one's biases, in place; the BatchNorms no longer run.
+
+    The names of the network's tensors stay. A BatchNorm or a map of a kind that is not known stays as it is.
+    """
+    for name, weight in folded_norms(network).items():
+        norm = network.get_submodule(name)
+        layer = network.get_submodule(weight.rpartition(".")[0])
+        if _forward_of(norm) in _WITHOUT_NORM and _forward_of(layer) in _MAPS:
+            vars(layer)[_NORM] = (norm,)  # in a tuple, which hides it from the module's children
+            vars(norm)[_IS_OUT] = True
+            _set_class(layer)
+            _set_class(norm)
 
 
 def _kept_in(layer: nn.Module) -> dict[str, Kept]:
@@ -326,9 +296,12 @@ def unpacked(network: nn.Module) -> nn.Module:
         if kept not in made:
             made[kept] = nn.Parameter(kept.forward().detach())
         parameter = name.rpartition(".")[2]
-        layer.__class__ = _plain_class(layer)
         layer._modules.pop(_KEPT + parameter, None)
         layer._parameters[parameter] = made[kept]
+    for layer in copied.modules():
+        vars(layer).pop(_NORM, None)
+        vars(layer).pop(_IS_OUT, None)
+        layer.__class__ = _plain_class(layer)
     return copied
 
 
@@ -356,27 +329,43 @@ def not_makeable(network: nn.Module) -> set[str]:
     return found
 
 
+def _set_class(layer: nn.Module) -> None:
+    """Give a layer the class that makes what it keeps when it is read, and runs without what is taken out."""
+    kind = _plain_class(layer)
+    layer.__class__ = _class_of(
+        kind, tuple(_kept_in(layer)), _NORM in vars(layer), _IS_OUT in vars(layer)
+    )
+
+
+def _forward_of(layer: nn.Module) -> str:
+    """Return the full name of the function that a layer of this kind runs."""
+    forward = _plain_class(layer).forward
+    return f"{forward.__module__}.{forward.__qualname__}"
+
+
 @cache
-def _making(kind: Any, parameters: tuple[str, ...]) -> type[nn.Module]:
-    """Return a subclass of a kind of layer that makes these parameters when they are read."""
+def _class_of(
+    kind: Any, parameters: tuple[str, ...], has_norm: bool, is_out: bool
+) -> type[nn.Module]:
+    """Return a subclass of a kind of layer.
+
+    Args:
+        kind: The layer's own class.
+        parameters: The names of the parameters that it makes when they are read.
+        has_norm: Whether it adds the bias of a BatchNorm that is taken out.
+        is_out: Whether it is such a BatchNorm.
+    """
     attributes: dict[str, Any] = {"plain_class": kind}
     for parameter in parameters:
         attributes[parameter] = property(partial(_made, name=_KEPT + parameter))
-    if _looks_up(kind):
-        attributes["forward"] = _look_up
+    if has_norm:
+        attributes["bias"] = property(_bias_of_norm)
+    if is_out:
+        forward = kind.forward
+        attributes["forward"] = _WITHOUT_NORM[f"{forward.__module__}.{forward.__qualname__}"]
+    elif "weight" in parameters and kind.forward in _FORWARDS:
+        attributes["forward"] = _FORWARDS[kind.forward]
     return type(kind.__name__, (kind,), attributes)
-
-
-def _looks_up(kind: Any) -> bool:
-    """Say whether layers of a kind look up rows of their weight as `nn.Embedding` does."""
-    return getattr(kind, "forward", None) is nn.Embedding.forward
-
-
-def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
-    """Return the rows of an embedding's weight that are looked up, of what it keeps in the weight's place."""
-    kept: Any = layer._modules[_KEPT + "weight"]
-    found: Tensor = kept.rows(input)
-    return found
 
 
 def _made(layer: nn.Module, name: str) -> Tensor:
@@ -384,6 +373,101 @@ def _made(layer: nn.Module, name: str) -> Tensor:
     kept: Any = layer._modules[name]
     made: Tensor = kept.forward()
     return made
+
+
+def _bias_of_norm(layer: nn.Module) -> Tensor:
+    """Return the bias of the BatchNorm that is folded into a layer."""
+    (norm,) = vars(layer)[_NORM]
+    bias: Tensor = norm.bias
+    return bias
+
+
+def _nothing(norm: nn.Module, inputs: Tensor) -> Tensor:
+    """Run a BatchNorm that is taken out."""
+    return inputs
+
+
+def _activation(norm: Any, inputs: Tensor) -> Tensor:
+    """Run timm's BatchNorm with an activation, the BatchNorm taken out."""
+    activated: Tensor = norm.act(norm.drop(inputs))
+    return activated
+
+
+def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
+    """Return the rows of an embedding's weight that are looked up, of what it keeps in the weight's place."""
+    kept: Any = layer._modules[_KEPT + "weight"]
+    found: Tensor = kept.look_up(input)
+    return found
+
+
+def _run_linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """Return what a layer makes of inputs ``[…, K]``, with an expert's update on them where that is less work."""
+    kept = cast(Kept, layer._modules[_KEPT + "weight"])
+    positions = inputs.numel() // layer.in_features
+    if not kept.is_less_work_on(positions):
+        return F.linear(inputs, kept.forward(), layer.bias)
+    outputs = _on_activations(kept, inputs.reshape(positions, layer.in_features), layer.bias)
+    return outputs.view(*inputs.shape[:-1], layer.out_features)
+
+
+def _run_conv2d(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Return what a convolution makes of images ``[B, C, H, W]``, with an expert's update on them as `_run_linear`."""
+    kept = cast(Kept, layer._modules[_KEPT + "weight"])
+    positions = inputs.numel() // (layer.in_channels * layer.stride[0] * layer.stride[1])
+    is_plain = layer.groups == 1 and inputs.ndim == 4
+    if not is_plain or not kept.is_less_work_on(positions):
+        made: Tensor = layer._conv_forward(inputs, kept.forward(), layer.bias)
+        return made
+    if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
+        # With few columns a product is several times as slow as its transpose.
+        flat = inputs.permute(0, 2, 3, 1).reshape(positions, layer.in_channels)
+        of_each = _on_activations(kept, flat, layer.bias)
+        images = of_each.view(len(inputs), *inputs.shape[2:], layer.out_channels)
+        return images.permute(0, 3, 1, 2).contiguous()
+    change = kept.answering()
+    kernel = kept.body()
+    left, right = change.factors(kernel.shape[0], kept.columns, kernel.dtype)
+    right_kernel = right.view(-1, *kernel.shape[1:])
+    inner = layer._conv_forward(inputs, right_kernel, None)  # [B, r, H', W']
+    update = F.conv2d(inner, left.T[:, :, None, None])
+    outputs: Tensor = layer._conv_forward(inputs, kernel, None).add_(update)
+    if change.scale is not None:
+        outputs.mul_(read_rows(change.scale, kernel.dtype).view(-1, 1, 1))
+    bias = layer.bias
+    return outputs if bias is None else outputs.add_(bias.view(-1, 1, 1))
+
+
+def _on_activations(kept: Kept, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a map [O, K] makes of inputs ``[positions, K]`` as the answering expert's, its update on them."""
+    change = kept.answering()
+    weight = kept.body().view(-1, kept.columns)
+    left, right = change.factors(weight.shape[0], kept.columns, weight.dtype)
+    outputs = torch.addmm(F.linear(inputs, weight), F.linear(inputs, right), left)
+    if change.scale is None:
+        return outputs if bias is None else outputs + bias
+    scale = read_rows(change.scale, weight.dtype)
+    return outputs.mul_(scale) if bias is None else torch.addcmul(bias, outputs, scale)
+
+
+# The forwards of kinds of layers, and those that take their places.
+_FORWARDS: dict[Any, Any] = {
+    nn.Embedding.forward: _look_up,
+    nn.Linear.forward: _run_linear,
+    nn.Conv2d.forward: _run_conv2d,
+}
+# What takes the place of a BatchNorm's forward.
+_WITHOUT_NORM: dict[str, Any] = {
+    "torch.nn.modules.batchnorm._BatchNorm.forward": _nothing,
+    "timm.layers.norm_act.BatchNormAct2d.forward": _activation,
+}
+# The forwards that add a bias to what they make of a weight.
+_MAPS = {
+    "torch.nn.modules.linear.Linear.forward",
+    "torch.nn.modules.conv.Conv1d.forward",
+    "torch.nn.modules.conv.Conv2d.forward",
+    "torch.nn.modules.conv.Conv3d.forward",
+    "timm.layers.conv2d_same.Conv2dSame.forward",
+}
 
 
 def _plain_class(layer: nn.Module) -> Any:

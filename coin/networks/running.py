@@ -74,7 +74,8 @@ def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
             f"{found} ({first_line(error):.80}), expected the same; {advice}"
         ) from error
     difference = float((logits - expected).abs().max())
-    precision = torch.finfo(expected.dtype).eps
+    types = {parameter.dtype for parameter in adapted.parameters() if parameter.is_floating_point()}
+    precision = max(torch.finfo(dtype).eps for dtype in types)
     if not difference <= precision**0.5 * float(expected.abs().max()):
         raise StateError(f"{found} (a difference of {difference:.3g}), expected the same; {advice}")
 

@@ -132,7 +132,8 @@ def test_methods_merge_where_the_experts_are(name, seen):
     torch.manual_seed(0)
     here = coin.merge_networks(METHODS[name], [moved(each) for each in experts], code, **options)
     assert {tensor.device for tensor in (*here[0].parameters(), *here[0].buffers())} == {DEVICE}
-    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+    close = dict.fromkeys(("rtol", "atol"), 1e-3) if "adapters" in name else CLOSE  # a code may be the next one
+    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **close)
     assert ("merging/method.py" in seen) == devices.has_float64(DEVICE)  # else merges run on the CPU
 
 
@@ -195,7 +196,7 @@ def test_compressed_bodies_answer_where_the_experts_are(seen):
         networks = [deepcopy(each).to(place) for each in experts]
         merged = coin.merge_networks(method, networks, code, calibration=inputs)
         compressed = merged.compressed["refit+rank2-4bit"]
-        assert {data.device.type for data in compressed[0]._data.values()} == {"cpu"}
+        assert {each.levels.device.type for each in compressed[0].rounded.values()} == {"cpu"}
         system = coin.Coded(code, networks, compressed)
         system.fit_decoder([batch for (batch,) in inputs], [0, 1, 2], "expert_head")
         found.append(system.decode(inputs[1][0].to(place), [1]).cpu())
@@ -227,7 +228,9 @@ def test_rounding_is_the_same_bytes(seen):
     experts, start, _ = fleet()
     own = coin.compress(experts[0], start, bits=3)
     here = coin.compress(moved(experts[0]), moved(start), bits=3)
-    assert all(torch.equal(data, here._data[name]) for name, data in own._data.items())
+    for name, rounded in own.rounded.items():
+        assert torch.equal(rounded.levels, here.rounded[name].levels)
+        assert torch.equal(rounded.scale, here.rounded[name].scale)
 
 
 def test_batchnorms_are_recalibrated(seen):

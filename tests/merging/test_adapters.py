@@ -18,7 +18,7 @@ from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapted import Adapted, stored_nbytes, tensor_nbytes, with_adapters
 from coin.networks.adapter import AdapterOptions
-from coin.networks.delta import quantise
+from coin.networks.delta import balanced, read_factor, round_factor
 from coin.networks.kept import kept_parameters
 from coin.networks.running import features_and_logits
 from coin.networks.small import SmallViT
@@ -132,13 +132,14 @@ def test_corrections_are_kept_in_4_bits_and_the_body_is_changed_by_what_is_read_
     torch.manual_seed(4)
     layer, left, right = nn.Linear(30, 20), torch.randn(20, rank), torch.randn(rank, 30)
     adapter = coin.Adapter({"weight": {"left": left, "right": right, "scale": torch.full((20, 1), 0.5)}})
-    # A scale in a byte, and their step; two values of a factor in a byte, and a scale in bfloat16 for each direction.
-    assert adapter.nbytes == 20 + 4 + (10 + 15) * rank + 4 * rank
+    # A scale in a byte; two values of a factor in a byte; of each row the step between its values, and the first.
+    assert adapter.nbytes == 20 + 8 + (10 + 15) * rank + 8 * rank
     factors = adapter.changes["weight"].factors(20, 30)
-    for factor, kept in ((left.T, factors[0].T), (right, factors[1])):
-        assert torch.equal(kept, quantise(factor.contiguous(), 4).dense())
+    balance = balanced(left.T, right)
+    for factor, kept in ((left.T * balance, factors[0]), (right / balance, factors[1])):
+        assert torch.equal(kept, read_factor(round_factor(factor), factor.shape[1]))
         assert (kept - factor).norm() < 0.15 * factor.norm()
-    expected = 0.5 * (layer.weight + factors[0] @ factors[1])
+    expected = 0.5 * (layer.weight + factors[0].T @ factors[1])
     torch.testing.assert_close(adapter.applied_to(layer).weight, expected)
 
 
@@ -146,12 +147,12 @@ def test_scales_and_shifts_are_kept_in_a_byte_each():
     torch.manual_seed(5)
     layer, scale, shift = nn.Linear(30, 20), 1 + 0.3 * torch.randn(20), 0.01 * torch.randn(20)
     adapter = coin.Adapter({"weight": {"scale": scale[:, None]}, "bias": {"shift": shift}})
-    assert adapter.nbytes == 2 * (20 + 4)
+    assert adapter.nbytes == 2 * (20 + 8)
     kept_scale, kept_shift = adapter.changes["weight"].scales(), adapter.changes["bias"](torch.zeros(20))
-    assert (kept_scale[:, 0] - scale).abs().max() <= 1.001 * (scale - 1).abs().max() / 254  # half a step
-    assert (kept_shift - shift).abs().max() <= 1.001 * shift.abs().max() / 254
+    for kept, values in ((kept_scale, scale), (kept_shift, shift)):
+        assert (kept - values).abs().max() <= 1.001 * (values.max() - values.min()) / 510  # half a step
     changed = adapter.applied_to(layer)
-    torch.testing.assert_close(changed.weight, kept_scale * layer.weight)
+    torch.testing.assert_close(changed.weight, kept_scale[:, None] * layer.weight)
     torch.testing.assert_close(changed.bias, layer.bias + kept_shift)
     assert coin.Adapter({"bias": {"shift": torch.zeros(20)}}).applied_to(layer).bias.equal(layer.bias)
 
@@ -319,8 +320,8 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     kept = stored_nbytes(made[0]) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
     largest = 4 * max(parameter.numel() for parameter in experts[0].parameters())  # is made while its layer runs
-    held = tensor_nbytes(made[0]) + heads  # factors' scales are held in float32
-    assert kept < held < 1.1 * kept
+    held = tensor_nbytes(made[0]) + heads
+    assert held == kept
     assert table["resident_mib"].tolist() == [(held + largest) / 2**20] * 3
     system.save(tmp_path / "system.safetensors")
     again = coin.Coded.load(tmp_path / "system.safetensors", experts)

@@ -7,37 +7,34 @@ import torch
 from torch import nn
 
 from coin.errors import CoinWarning, ConfigurationError
-from coin.merging import Average, Base, Experts, Refit, fit_adapters, merge_networks
-from coin.networks import compressed
+from coin.merging import Average, Base, Experts, Refit, fit_adapters, merge_networks, rounding
+from coin.merging.rounding import round_columns
 from coin.networks.adapted import Adapted
 from coin.networks.compressed import Compressed, compress
-from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
+from coin.networks.delta import levels, matrix_shape, quantise
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
 
 
 @pytest.fixture(autouse=True)
 def as_many_bits_for_all(monkeypatch):
-    monkeypatch.setattr(compressed, "SHORT", 0)
+    monkeypatch.setattr(rounding, "SHORT", 0)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, monkeypatch):
-    monkeypatch.setattr("coin.networks.delta._BLOCK", 4)
+    monkeypatch.setattr("coin.merging.rounding._BLOCK", 4)
     torch.manual_seed(bits)
     rows = torch.randn(2, 40, 9, dtype=torch.float64) @ torch.randn(2, 9, 9, dtype=torch.float64)
     metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)
-    scale = quantise(wanted.flatten(0, 1), bits).scale
-    scale = scale.abs() * torch.tensor([1, -1, -1])[torch.arange(len(scale)) % 3]  # levels of both kinds
-    scales = scale.view(2, 3)
-    codes = round_columns(wanted, scales, bits, metric)
+    scales = quantise(wanted.flatten(0, 1), bits).scale.view(2, 3)
+    rounded = round_columns(wanted, scales, bits, metric)
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True).tolist()
     for g in range(2):
         weight = wanted[g].clone()
         for place, k in enumerate(order):
-            every = torch.arange(2**bits).byte().expand(3, -1)
-            candidates = Rounded(every, scales[g], bits).dense().double()  # [O, 2^b]
+            candidates = levels(bits) * scales[g].double()[:, None]  # [O, 2^b]
             nearest = (weight[:, k, None] - candidates).abs().argmin(1, keepdim=True)
-            assert torch.equal(codes[g, :, k].long(), nearest[:, 0])
+            assert torch.equal(rounded[g, :, k], levels(bits)[nearest[:, 0]])
             error, later = weight[:, k] - candidates.gather(1, nearest)[:, 0], order[place + 1 :]
             if later:  # the minimiser over them, this column and those before being settled
                 weight[:, later] += error[:, None] * torch.linalg.solve(metric[g][later][:, later], metric[g][later, k])
@@ -76,10 +73,10 @@ def test_short_rows_are_rounded_to_eight_bits(monkeypatch):
     experts, method = experts_of(networks, tasks), Refit(RIDGE, head=False)
     made, bits = method.make(experts, ROW), {}
     for short in (0, 64):
-        monkeypatch.setattr(compressed, "SHORT", short)
-        bits[short] = method.pack(experts, ROW, made, 2)._kinds.values()
-    assert {2, 8} & {*bits[0]} == {2}
-    assert {2, 8} & {*bits[64]} == {8}
+        monkeypatch.setattr(rounding, "SHORT", short)
+        packed = method.pack(experts, ROW, made, 2)
+        bits[short] = {each.bits for each in packed.rounded.values()}
+    assert bits == {0: {2}, 64: {8}}
 
 
 def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
@@ -100,7 +97,7 @@ def test_a_matrix_of_many_inputs_is_rounded_to_the_nearest_without_its_metric(mo
     method = Refit(RIDGE, head=False)
     made = method.make(experts, ROW)
     monkeypatch.setattr("coin.merging.units.WIDEST", 1)
-    monkeypatch.setattr("coin.networks.compressed.round_columns", None)  # is not called
+    monkeypatch.setattr("coin.merging.rounding.round_columns", None)  # is not called
     found = method.pack(experts, ROW, made, 3).network()
     name = "conv_proj.weight"  # of the first layer
     fitted = made.network.get_parameter(name).detach()
