@@ -12,8 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER
-from coin.commands.parser import checked_arguments
+from coin.commands.arguments import complete
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance
@@ -39,6 +38,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
+        parser.add_argument("--output", type=str | None, help="Short for trainer.default_root_dir.")
 
     def _parse_ckpt_path(self) -> None:
         """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
@@ -70,6 +70,7 @@ class TrainerCLI(LightningCLI):
         """Set missing seeds and the one folder to write to; ``config.yaml`` is written beside a trained model alone."""
         options = self.config[self.subcommand]
         trainer = options["trainer"]
+        trainer["default_root_dir"] = options["output"] or trainer["default_root_dir"]
         if self.subcommand != "fit":
             self.save_config_callback = None
         if (
@@ -150,11 +151,10 @@ def _hand_on_seed(options: Any, seed: int) -> None:
         init_args["seed"] = seed
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run a Trainer's command; ``arguments`` begin with its name."""
+def main(command: str, arguments: Sequence[str]) -> None:
+    """Run a Trainer's command."""
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
-    quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
     with _ENVIRONMENT:
         TrainerCLI(
             LightningModule,
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
+            parser_kwargs={"prog": "coin", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
-            args=[arguments[0], *checked_arguments(arguments[0], arguments[1:])],
+            args=[command, *complete(command, arguments)],
         )
