@@ -150,7 +150,9 @@ class Decoder:
             expected = f"{fitted}, as fitted; fit it on answers of the same servers"
             raise DecodingError(f"found answers of {found} numbers, expected {expected}")
         decoded = (inputs - input_mean) @ coefficients + target_mean  # [B, |erased|·C]
-        return decoded.unflatten(1, (len(self.erased), -1)).transpose(0, 1)
+        classes = decoded.shape[1] // len(self.erased)
+        logits = decoded.reshape(len(decoded), len(self.erased), classes)
+        return logits.transpose(0, 1)
 
     def _by_heads(self, answers: Answers) -> Tensor:
         assert answers.coded_features is not None
