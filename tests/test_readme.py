@@ -112,7 +112,7 @@ def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
     known: dict[str, set[str]] = {}
     for command, *arguments in (shlex.split(each, comments=True) for each in commands):
         assert command in COMMANDS
-        complete(command, arguments)
+        complete(arguments)
         if command not in known:
             with pytest.raises(SystemExit):
                 main([command, "--help"])

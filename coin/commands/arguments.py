@@ -5,19 +5,24 @@ from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from coin.commands.shipped import shipped
-from coin.errors import ConfigurationError
+import coin
+from coin.core.choices import did_you_mean
+from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
+# In a wheel they lie in the package, in a repository beside it.
+_PLACES = [place / "configs" for place in Path(coin.__file__).parents[:2]]
+CONFIGS = next(folder for folder in _PLACES if folder.is_dir())
+"""The folder of the YAML files that come with the package."""
 _WHOLE = {"methods": "[]", "tasks": "{}"}
 """Options whose entries are objects, and their values without any."""
 
 
-def complete(command: str, arguments: Sequence[str]) -> list[str]:
+def complete(arguments: Sequence[str]) -> list[str]:
     """Import the modules that are named, which no file may choose, and return the other arguments, files first.
 
-    Files are given by their paths, those that come with coin too. Whatever sets all methods or all tasks is preceded by
-    an empty value, lest each of them inherits the options of the one that it replaces.
+    Whatever sets all methods or all tasks is preceded by an empty value, lest each of them inherits the options of the
+    one that it replaces.
     """
     reader = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--import", dest="modules", action="append", default=[])
@@ -26,9 +31,9 @@ def complete(command: str, arguments: Sequence[str]) -> list[str]:
     for module in found.modules:
         _import(module)
     completed: list[str] = []
-    for file in found.files:
-        path = shipped(command, file)
-        completed += [*_emptied(read_yaml(Path(path)) or ()), f"--config={path}"]
+    for name in found.files:
+        file = shipped(name)
+        completed += [*_emptied(read_yaml(Path(file)) or ()), f"--config={file}"]
     for option in options:
         name = option.removeprefix("--").partition("=")[0]
         completed += [*_emptied([name]), option]
@@ -46,3 +51,19 @@ def _import(module: str) -> None:
         raise ConfigurationError(
             f"found --import={module}, expected a module ({error}); run where it is, or install it"
         ) from error
+
+
+def shipped(name: str) -> str:
+    """Return a file's path: of one that comes with coin by its name, ``quickstart``, or its path in ``configs/``."""
+    if Path(name).is_file():
+        return name
+    known = {}
+    for path in CONFIGS.rglob("*.yaml"):
+        known[path.stem] = str(path)
+        known[f"configs/{path.relative_to(CONFIGS).as_posix()}"] = str(path)
+    if name not in known:
+        meant = did_you_mean(name, known)
+        raise FileError(
+            f"found no configuration '{name}'{meant}, expected a file, or the name of one in {CONFIGS}"
+        )
+    return known[name]

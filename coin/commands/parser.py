@@ -30,8 +30,7 @@ def add_json_argument(parser: ArgumentParser) -> None:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Return a command's options as they are given; the parser's ``instantiate`` makes their objects."""
-    command = parser.prog.removeprefix("coin ")
-    options = parser.parse_args(complete(command, arguments))
+    options = parser.parse_args(complete(arguments))
     del options["config"]
     for section in parser.groups or ():
         if options.get(section, "") is None:

@@ -166,5 +166,5 @@ def main(command: str, arguments: Sequence[str]) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "coin", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
-            args=[command, *complete(command, arguments)],
+            args=[command, *complete(arguments)],
         )

@@ -195,8 +195,11 @@ def test_a_mistake_of_an_experiment_is_one_line(case: str, config: Path, capsys:
 COMMANDS = {
     "no command": ([], "found no command, expected one of run"),
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
-    "a configuration": (["run", "-c", "quikstart"], "found no configuration 'quikstart', expected a file, or the name"),
-    "a file": (["run", "-c", "a.yaml"], "cannot read 'a.yaml' (No such file or directory), expected"),
+    "a configuration": (
+        ["run", "-c", "quikstart"],
+        "'quikstart' (did you mean quickstart?), expected a file, or the name of",
+    ),
+    "a file": (["run", "-c", "a.yaml"], "found no configuration 'a.yaml', expected a file"),
     "a file without -c": (["run", "a.yaml"], "unrecognized arguments: a.yaml; see coin run --help"),
     "nothing": (["run"], "required: name, tasks, methods"),
     "an option of a function": (["compress", "a", "--bts=3"], "unrecognized arguments: --bts=3; see coin compress --"),
