@@ -25,6 +25,18 @@ from coin.reporting.tables import print_summary
 from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
+_ARCHITECTURE = (
+    "network",
+    "image_size",
+    "options",
+    "mean",
+    "std",
+    "num_classes",
+    "weights",
+    "initial",
+)
+"""Options of an expert that a checkpoint decides."""
+
 
 class TrainerCLI(LightningCLI):
     """LightningCLI with ``fisher`` and ``evaluate``, and every run's W&B files in its own folder."""
@@ -58,28 +70,22 @@ class TrainerCLI(LightningCLI):
         named = found.get("network")
         if named is not None and named != init_args.get("network"):
             check_imported(named, Path(path))
-        for name in ("network", "image_size", "options", "mean", "std", "num_classes"):
-            if name in found and name in init_args:
-                init_args[name] = found[name]
-        # About to be overwritten: nothing to download or to look for.
-        for name in ("weights", "initial"):
-            if name in init_args:
-                init_args[name] = None
+        # Weights are about to be overwritten: nothing to download or to look for.
+        own = {**found, "weights": None, "initial": None}
+        for name in _ARCHITECTURE:
+            if name in own and name in init_args:
+                init_args[name] = own[name]
 
     def before_instantiate_classes(self) -> None:
         """Set missing seeds and the one folder to write to; ``config.yaml`` is written beside a trained model alone."""
         options = self.config[self.subcommand]
         trainer = options["trainer"]
-        trainer["default_root_dir"] = options["output"] or trainer["default_root_dir"]
+        folder = options["output"] or trainer["default_root_dir"]
         if self.subcommand != "fit":
             self.save_config_callback = None
-        if (
-            self.subcommand == "fisher"
-            and options.get("ckpt_path")
-            and trainer["default_root_dir"] is None
-        ):
-            trainer["default_root_dir"] = str(Path(options["ckpt_path"]).parent)
-        folder = trainer["default_root_dir"]
+        if self.subcommand == "fisher" and options["ckpt_path"] and folder is None:
+            folder = str(Path(options["ckpt_path"]).parent)
+        trainer["default_root_dir"] = folder
         loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
         for logger in loggers:
             if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
@@ -92,12 +98,7 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         has_folder = self.config[self.subcommand]["trainer"]["default_root_dir"] is not None
         has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
-        if (
-            self.subcommand == "fit"
-            and isinstance(self.model, Expert)
-            and has_folder
-            and not has_export
-        ):
+        if isinstance(self.model, Expert) and has_folder and not has_export:
             callbacks.insert(0, ExpertExport())
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
