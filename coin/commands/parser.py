@@ -16,7 +16,10 @@ def command_parser(name: str) -> ArgumentParser:
         prog=f"coin {name}", description=COMMANDS[name], exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument(
-        "-c", "--config", action="config", help="A YAML file of options; several stack."
+        "-c",
+        "--config",
+        action="config",
+        help="A YAML file of options, or the name of one that comes with coin; several stack.",
     )
     return parser
 
