@@ -1,7 +1,7 @@
 """What every command takes on the command line: files of options by ``-c``, modules by ``--import``."""
 
 from argparse import ArgumentParser
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from coin.files.yaml import read_yaml
 _PLACES = [place / "configs" for place in Path(coin.__file__).parents[:2]]
 CONFIGS = next(folder for folder in _PLACES if folder.is_dir())
 """The folder of the YAML files that come with the package."""
-_WHOLE = {"methods": "[]", "tasks": "{}"}
-"""Options whose entries are objects, and their values without any."""
+_EMPTY = {"--methods": "--methods=[]", "--tasks": "--tasks={}"}
+"""What leaves nothing of options whose entries are objects."""
 
 
-def complete(arguments: Sequence[str]) -> list[str]:
+def apply_common_options(arguments: Sequence[str]) -> list[str]:
     """Import the modules that are named, which no file may choose, and return the other arguments, files first.
 
     Whatever sets all methods or all tasks is preceded by an empty value, lest each of them inherits the options of the
@@ -30,18 +30,21 @@ def complete(arguments: Sequence[str]) -> list[str]:
     found, options = reader.parse_known_args(arguments)
     for module in found.modules:
         _import(module)
-    completed: list[str] = []
+    others: list[str] = []
     for name in found.files:
         file = shipped(name)
-        completed += [*_emptied(read_yaml(Path(file)) or ()), f"--config={file}"]
+        document = read_yaml(Path(file))
+        for key in document if isinstance(document, dict) else ():
+            others += _emptied(f"--{key}")
+        others.append(f"--config={file}")
     for option in options:
-        name = option.removeprefix("--").partition("=")[0]
-        completed += [*_emptied([name]), option]
-    return completed
+        others += _emptied(option.partition("=")[0])
+        others.append(option)
+    return others
 
 
-def _emptied(names: Collection[str]) -> list[str]:
-    return [f"--{name}={empty}" for name, empty in _WHOLE.items() if name in names]
+def _emptied(option: str) -> list[str]:
+    return [_EMPTY[option]] if option in _EMPTY else []
 
 
 def _import(module: str) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from jsonargparse import ArgumentParser, Namespace
 
 from coin.commands import COMMANDS, FUNCTIONS
-from coin.commands.arguments import complete
+from coin.commands.arguments import apply_common_options
 from coin.errors import ConfigurationError
 
 
@@ -33,7 +33,7 @@ def add_json_argument(parser: ArgumentParser) -> None:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Return a command's options as they are given; the parser's ``instantiate`` makes their objects."""
-    options = parser.parse_args(complete(arguments))
+    options = parser.parse_args(apply_common_options(arguments))
     del options["config"]
     for section in parser.groups or ():
         if options.get(section, "") is None:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands.arguments import complete
+from coin.commands.arguments import apply_common_options
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance
@@ -167,5 +167,5 @@ def main(command: str, arguments: Sequence[str]) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "coin", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
-            args=[command, *complete(arguments)],
+            args=[command, *apply_common_options(arguments)],
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
-from coin.commands.arguments import CONFIGS, complete, shipped
+from coin.commands.arguments import CONFIGS, apply_common_options, shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +25,18 @@ ROOT = Path(__file__).parents[2]
 )
 def test_a_name_is_a_shipped_file(name, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = complete(["x", "-c", name, "--name=y", f"--config={name}"])
+    given = apply_common_options(["x", "-c", name, "--name=y", f"--config={name}"])
     assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x", "--name=y"]
+
+
+def test_options_that_replace_all_entries_follow_an_empty_value_and_a_folder_of_their_name_does_not():
+    assert apply_common_options(["tasks", "--tasks={}"]) == ["tasks", "--tasks={}", "--tasks={}"]
+    assert apply_common_options(["--methods", "[]", "--tasks.a=b"]) == [
+        "--methods=[]",
+        "--methods",
+        "[]",
+        "--tasks.a=b",
+    ]
 
 
 def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
