@@ -14,7 +14,7 @@ import torch
 import coin
 from coin.cli import main
 from coin.commands import COMMANDS
-from coin.commands.parser import checked_arguments
+from coin.commands.arguments import apply_common_options
 from coin.reporting.results import COLUMNS, KEYS, PROMISE_COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
     known: dict[str, set[str]] = {}
     for command, *arguments in (shlex.split(each, comments=True) for each in commands):
         assert command in COMMANDS
-        checked_arguments(command, arguments)
+        apply_common_options(arguments)
         if command not in known:
             with pytest.raises(SystemExit):
                 main([command, "--help"])

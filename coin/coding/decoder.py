@@ -1,61 +1,123 @@
-"""The base class of decoders: lost experts, what is read of the answers, and promises."""
+"""Decoders: the servers' answers in, the lost experts' logits out; what a fitted one keeps is a dict of tensors."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from coin.coding.answers import Answers
-from coin.coding.code import check_erasure
+from coin.coding.code import Code, check_decodable, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderKind
 from coin.coding.promise import Promise, answer_score, promised_threshold
+from coin.coding.ridge import fit_blocks
+from coin.core.choices import parse_enum
+from coin.core.devices import double
 from coin.errors import DecodingError
 
+Head = tuple[Tensor, Tensor]
+"""A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
+Heads = Sequence[Head] | Mapping[int, Head]
+"""The heads of all experts, or of some by expert."""
 
-class Decoder(nn.Module, ABC):
-    """Computes the outputs of a fixed set of lost experts, `erased`, in their order.
+_REGRESSION = ("coefficients", "input_mean", "target_mean")
+"""The tensors of a regression; see `RidgeFit`."""
 
-    What `decode` computes with are its buffers, so that ``state_dict`` is what a file has to hold of it; a decoder that
-    was not fitted takes the ``state_dict`` of a fitted one, whatever its shapes.
 
-    Raises DecodingError where `erased` is empty, or names an expert twice or one that does not exist.
+@dataclass(eq=False)
+class Decoder:
+    """Computes the logits of a fixed set of lost experts, `erased`, in their order.
+
+    - ``linear``: the paper's, by `decode_linear` over all rows of the code; exact where the coded outputs are.
+    - ``ridge``: ridge regression in float64 from the logits of the coded models and of the surviving experts, side by
+      side, to the lost experts' logits on the same calibration inputs. Both are centred, and each lost expert gets the
+      ridge with the smallest leave-one-out error (`fit_ridge`). It reads any number of coded models, none included, and
+      has no erasure budget: something must arrive, that is all.
+    - ``feature_ridge``: the same from the features of every arriving network too. All logits together, and the features
+      of each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size.
+    - ``expert_head``: the lost experts' own heads on the penultimate features of the coded model with the largest β for
+      each. Exact where these features are the expert's. No survivor is asked, so all experts may be lost.
+
+    Attributes:
+        tensors: What `decode` computes with, and a file has to hold. Of the regressions those of `RidgeFit`, with
+            targets ``[|erased|·C]``; of heads their weights ``[ΣC_j, F]`` and biases ``[ΣC_j]``, one after another
+            without their padding, and their class counts C_j.
+        samples_read: How many of the calibration inputs `fit` has looked at.
+        promises: By lost expert, up to which score its decoded answers are accepted.
+
+    Raises DecodingError where `erased` is empty, or names an expert twice or one that does not exist, or where the
+    code cannot decode it.
     """
 
-    needs_fit = True
-    """Whether `fit` must come before `decode`."""
+    kind: DecoderKind
+    code: Code
+    erased: tuple[int, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    samples_read: int = 0
+    promises: dict[int, Promise] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        num_experts: int,
-        erased: Sequence[int],
-        kind: DecoderKind,
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.num_experts = num_experts
-        self.erased = check_erasure(erased, num_experts)
-        self.survivors: tuple[int, ...] = ()
+    def __post_init__(self) -> None:
+        self.erased = check_erasure(self.erased, self.code.num_experts)
+        if self.kind is DecoderKind.linear:
+            check_decodable(self.code.matrix, self.erased)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
         """The experts whose answers `decode` reads."""
-        if kind.reads_survivors:
-            self.survivors = tuple(
-                expert for expert in range(num_experts) if expert not in self.erased
-            )
-        self.samples_read = 0
-        """How many of the calibration inputs `fit` has looked at."""
-        self.promises: dict[int, Promise] = {}
-        """By lost expert, up to which score its decoded answers are accepted."""
+        if not self.kind.reads_survivors:
+            return ()
+        experts = range(self.code.num_experts)
+        return tuple(expert for expert in experts if expert not in self.erased)
+
+    @property
+    def row_of(self) -> dict[int, int]:
+        """Which coded model weighs each lost expert most, the first of equals."""
+        largest = self.code.matrix.argmax(0).tolist()
+        return {expert: largest[expert] for expert in self.erased}
+
+    def rows(self, num_coded: int) -> tuple[int, ...]:
+        """Return the coded models whose answers `decode` reads."""
+        if self.kind is DecoderKind.expert_head:
+            return tuple(sorted(set(self.row_of.values())))
+        return tuple(range(num_coded))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes must be kept for `decode`."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
+        """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
+        lost = self.erased if erased is None else tuple(erased)
+        num_networks = len({*lost, *self.survivors}) + num_coded
+        return num_networks * self.samples_read
 
     def fit(self, calibration: Answers) -> Self:
         """Fit the decoder, if it has anything to fit; the targets are the lost experts' own logits.
 
         Raises DecodingError where the answers come from another number of experts, nothing arrives to decode from, or
-        features are missing; NumericalError where there are fewer than two
-        samples; StateError where a value is not finite.
+        features are missing; NumericalError where there are fewer than two samples; StateError where a value is not
+        finite.
         """
         self._check(calibration)
+        if self.kind.needs_fit:
+            targets = double(calibration.experts[list(self.erased)])  # [|erased|, P, C]
+            fit = fit_blocks(self._blocks(calibration), targets)
+            self.tensors = {name: getattr(fit, name) for name in _REGRESSION}
+            self.samples_read = calibration.num_samples
+        return self
+
+    def take_heads(self, heads: Heads) -> Self:
+        """Keep the lost experts' own heads, of an ``expert_head``, and return the decoder."""
+        own = [_without_padding(*heads[expert]) for expert in self.erased]
+        self.tensors = {
+            "weight": torch.cat([weight for weight, _ in own]),
+            "bias": torch.cat([bias for _, bias in own]),
+            "class_counts": torch.tensor([len(bias) for _, bias in own]),
+        }
         return self
 
     def decode(self, answers: Answers) -> Tensor:
@@ -64,36 +126,64 @@ class Decoder(nn.Module, ABC):
         Raises DecodingError where the decoder was not fitted or has no heads, or the answers do not fit it.
         """
         self._check(answers)
-        is_ready = all(buffer is not None for buffer in self._buffers.values())
-        if not is_ready:
-            advice = (
-                "call fit with calibration answers"
-                if self.needs_fit
-                else "make it with the lost experts' heads"
-            )
+        if self.kind is DecoderKind.linear:
+            survivors = answers.experts[list(self.survivors)]
+            return decode_linear(self.code.matrix, answers.coded, survivors, self.erased)
+        if not self.tensors:
+            advice = "make it with the lost experts' heads"
+            if self.kind.needs_fit:
+                advice = "call fit with calibration answers"
             raise DecodingError(
                 f"the {self.kind.name} decoder has nothing to decode with yet; {advice}"
             )
-        return self._decode(answers)
+        decoded = self._by_regression(answers) if self.kind.needs_fit else self._by_heads(answers)
+        return decoded.to(answers.experts)
 
-    @abstractmethod
-    def _decode(self, answers: Answers) -> Tensor:
-        """Return what `decode` does, of answers that have been checked."""
+    def _by_regression(self, answers: Answers) -> Tensor:
+        inputs = torch.cat(self._blocks(answers), 1)  # [B, D]
+        coefficients, input_mean, target_mean = (
+            self.tensors[name].to(inputs.device) for name in _REGRESSION
+        )
+        found = inputs.shape[1]
+        fitted = len(input_mean)
+        if found != fitted:
+            expected = f"{fitted}, as fitted; fit it on answers of the same servers"
+            raise DecodingError(f"found answers of {found} numbers, expected {expected}")
+        decoded = (inputs - input_mean) @ coefficients + target_mean  # [B, |erased|·C]
+        classes = decoded.shape[1] // len(self.erased)
+        logits = decoded.reshape(len(decoded), len(self.erased), classes)
+        return logits.transpose(0, 1)
 
-    def rows(self, num_coded: int) -> tuple[int, ...]:
-        """Return the coded models whose answers `decode` reads."""
-        return tuple(range(num_coded))
+    def _by_heads(self, answers: Answers) -> Tensor:
+        assert answers.coded_features is not None
+        counts = self.tensors["class_counts"].tolist()
+        weights = torch.split(self.tensors["weight"], counts)
+        biases = torch.split(self.tensors["bias"], counts)
+        width = max(answers.coded.shape[2], *counts)
+        decoded = []
+        for row, weight, bias in zip(self.row_of.values(), weights, biases, strict=True):
+            features = double(answers.coded_features[row])  # [B, F]
+            if features.shape[1] == 0:  # the coded model is silent
+                logits = features.new_full((len(features), len(bias)), torch.nan)
+            else:
+                logits = features @ weight.to(features).T + bias.to(features)
+            decoded.append(pad(logits, (0, width - len(bias))))
+        return torch.stack(decoded)
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes must be kept for `decode`."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
-    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
-        """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
-        lost = self.erased if erased is None else tuple(erased)
-        num_networks = len({*lost, *self.survivors}) + num_coded
-        return num_networks * self.samples_read
+    def _blocks(self, answers: Answers) -> list[Tensor]:
+        """Return the regressions' inputs ``[B, ·]`` in float64: all logits, then each network's features."""
+        logits = [*answers.coded, *answers.experts[list(self.survivors)]]
+        if not logits:
+            raise DecodingError(
+                "no survivor is read and no coded model answers; lose fewer or add models"
+            )
+        blocks = [torch.cat(logits, 1)]
+        if self.kind.reads_features:
+            assert answers.coded_features is not None
+            assert answers.expert_features is not None
+            blocks += answers.coded_features
+            blocks += [answers.expert_features[expert] for expert in self.survivors]
+        return [double(block) for block in blocks]
 
     def accept(
         self,
@@ -136,18 +226,41 @@ class Decoder(nn.Module, ABC):
 
     def _check(self, answers: Answers) -> None:
         """Raise DecodingError unless the answers are of as many experts, and have features if they are read."""
-        if answers.num_experts != self.num_experts:
+        if answers.num_experts != self.code.num_experts:
             found = answers.num_experts
-            expected = f"{self.num_experts}; keep the lost ones' places"
+            expected = f"{self.code.num_experts}; keep the lost ones' places"
             raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
         if self.kind.reads_features and answers.coded_features is None:
             raise DecodingError(
                 f"the {self.kind.name} decoder found answers without features, expected both"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self._buffers:
-            saved = state_dict.get(prefix + name)
-            if saved is not None:  # a buffer's shape is that of the fit
-                self._buffers[name] = torch.empty_like(saved)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+def _without_padding(weight: Tensor, bias: Tensor) -> Head:
+    """Return a head without its last rows that are zero, whose logits are as zero as padding is."""
+    is_used = weight.any(1) | (bias != 0)
+    last = int(is_used.nonzero().max()) if is_used.any() else 0
+    return weight[: last + 1], bias[: last + 1]
+
+
+def make_decoder(
+    kind: DecoderKind | str,
+    code: Code,
+    erased: Sequence[int],
+    heads: Heads | None = None,
+) -> Decoder:
+    """Return an unfitted decoder of a kind.
+
+    The calibrated kinds read only the number of experts from the code, and serve without coded answers too. For
+    expert_head it takes the heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`). Raises
+    ConfigurationError where there is no such kind, DecodingError where it cannot decode the erasure.
+
+    >>> answers = coin.Answers(torch.ones(3, 1, 2), coded=2 * torch.ones(1, 1, 2))
+    >>> coin.make_decoder("linear", code, erased=[0]).decode(answers)
+    tensor([[[4., 4.]]])
+    """
+    kind = parse_enum(DecoderKind, "decoder", kind)
+    decoder = Decoder(kind, code, tuple(erased))
+    if heads and kind is DecoderKind.expert_head:
+        decoder.take_heads(heads)
+    return decoder

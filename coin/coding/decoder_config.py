@@ -30,6 +30,11 @@ class DecoderKind(StrEnum):
     """The lost expert's own head on a coded model's features. Needs no survivors and no calibration."""
 
     @property
+    def needs_fit(self) -> bool:
+        """Whether it is fitted to calibration answers before it decodes."""
+        return self in (DecoderKind.ridge, DecoderKind.feature_ridge)
+
+    @property
     def reads_features(self) -> bool:
         """Whether servers send features beside their logits."""
         return self in (DecoderKind.feature_ridge, DecoderKind.expert_head)

@@ -22,6 +22,7 @@ FUNCTIONS = {  # commands that only pass their options to a function
     "merge": "coin.commands.merge.merge",
     "compress": "coin.commands.compress.compress_network",
     "export": "coin.commands.export.export",
+    "serve": "coin.commands.serve.serve",
     "report": "coin.reporting.report.write_report",
     "dashboard": "coin.tracking.dashboard.dashboard",
 }

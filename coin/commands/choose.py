@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from coin.commands.parser import add_json_argument, command_parser, parsed
+from coin.commands.parser import add_json_argument, command_parser, parse
 from coin.reporting.choice import choose
 from coin.reporting.results import as_json
 from coin.reporting.tables import results_console, rich_table, stand_in_table
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_parser("choose")
     parser.add_function_arguments(choose, as_positional=True)
     add_json_argument(parser)
-    options = parsed(parser, arguments)
+    options = parser.instantiate(parse(parser, arguments)).as_dict()
     as_document = options.pop("json")
     rows, sentence = choose(**options)
     if as_document:

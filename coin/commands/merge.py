@@ -48,16 +48,12 @@ def merge(
     """
     statistics: dict[Statistic, dict[str, Path]] = {}
     samples: int | None = None  # P, as the statistics' files say
-    fisher_kind = FisherKind.exact
-    data_of: dict[StatisticKind, DataChoice] = {}
     for kind, given in ((StatisticKind.fisher, fisher), (StatisticKind.gram, gram)):
         if given:
             files = {task: Path(path) for task, path in given.items()}
             which, described = _described(kind, files)
             statistics[which] = files
             samples = samples or described
-            fisher_kind = which.kind or fisher_kind
-            data_of[kind] = which.data
     folder = Path(output)
     device = merging_device(folder, trainer or {"accelerator": "cpu"})
     paths = {task: Path(path) for task, path in experts.items()}
@@ -82,10 +78,10 @@ def merge(
         raise ConfigurationError(
             "found no tasks, expected them: distillation trains on their calibration samples"
         )
-    fisher_data = DataChoice.own
-    for which in method.statistics():
-        fisher_data = data_of.get(which.name, fisher_data)
-    method = method.with_defaults(fisher_kind, fisher_data)
+    for needed in method.statistics():
+        for which in statistics:
+            if which.name is needed.name:
+                method = method.with_defaults(which.kind or FisherKind.exact, which.data)
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
     return make_coded_models(method, read_code(code, len(experts)), stored, folder, samples)
 

@@ -1,23 +1,19 @@
 """``coin run``: a whole experiment."""
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml  # type: ignore[import-untyped]
 
-from coin.coding.decoder_config import REPLICA
-from coin.commands.parser import add_json_argument, command_parser, parsed
+from coin.commands.parser import add_json_argument, command_parser, parse
 from coin.core.processes import is_rank_zero
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan
 from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, run_experiment, run_only
-from coin.reporting.choice import recommended, weakness
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.summary import REFERENCES, stand_ins
 from coin.reporting.tables import print_summary
 
 DRY_RUN = "Print the plan: every step, done or to do."
@@ -37,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document: bool) -> None:
-    """Print the table of an experiment, and the commands that go on from it."""
+    """Print the table of an experiment, and the command that goes on from it."""
     page = experiment.folder / REPORT_HTML
     if as_document:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
@@ -45,26 +41,6 @@ def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document:
     print_summary(summary)
     print(f"report: {page}")
     print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
-    serve = serve_command(experiment.folder, stand_ins(summary))
-    if serve:
-        print(f"      {serve} answers queries")
-
-
-def serve_command(folder: Path, kept: pd.DataFrame) -> str:
-    """Return the command that serves what is recommended of `stand_ins`; nothing where it needs no server, or none is.
-
-    Results without known memory recommend nothing.
-    """
-    if kept.empty:
-        return ""
-    row = recommended(kept)
-    if weakness(row) or row["name"] == REFERENCES[0]:
-        return ""
-    method = row["name"].partition("[")[0]
-    words = ["coin", "serve", str(folder), f"--method={method}"]
-    if row["decoder"] != REPLICA:
-        words.append(f"--decoder={row['decoder']}")
-    return shlex.join(words)
 
 
 def print_plan(experiment: Experiment, launch: Launch, *, as_document: bool = False) -> None:
@@ -100,8 +76,9 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     parser.add_argument("--only", type=str | None, default=None, help=only)
     parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     add_json_argument(parser)
-    given: dict[str, Any] = {}
-    options = parsed(parser, arguments, given)
+    found = parse(parser, arguments)
+    given = yaml.safe_load(parser.dump(found, skip_validation=True))
+    options = parser.instantiate(found).as_dict()
     beside = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
     own = {name: value for name, value in given.items() if name in options}
     for task in own["tasks"].values():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from coin.coding import Promise
 from coin.coding.decoder_config import REPLICA
-from coin.commands.parser import parse_options
 from coin.errors import CoinWarning, ConfigurationError
 from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
@@ -117,8 +116,3 @@ def served_by_default(folder: Path) -> str | None:
     if row["decoder"] != REPLICA:
         return None
     return str(row["name"]).partition("[")[0]
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Serve until the process is told to stop."""
-    serve(**parse_options("serve", serve, arguments))

@@ -12,8 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER
-from coin.commands.parser import checked_arguments
+from coin.commands.arguments import apply_common_options
 from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance
@@ -25,6 +24,18 @@ from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
+
+_ARCHITECTURE = (
+    "network",
+    "image_size",
+    "options",
+    "mean",
+    "std",
+    "num_classes",
+    "weights",
+    "initial",
+)
+"""Options of an expert that a checkpoint decides."""
 
 
 class TrainerCLI(LightningCLI):
@@ -39,6 +50,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
+        parser.add_argument("--output", type=str | None, help="Short for trainer.default_root_dir.")
 
     def _parse_ckpt_path(self) -> None:
         """Take only the architecture from the checkpoint, and none for ``fit``; Lightning would take all options."""
@@ -58,27 +70,22 @@ class TrainerCLI(LightningCLI):
         named = found.get("network")
         if named is not None and named != init_args.get("network"):
             check_imported(named, Path(path))
-        for name in ("network", "image_size", "options", "mean", "std", "num_classes"):
-            if name in found and name in init_args:
-                init_args[name] = found[name]
-        # About to be overwritten: nothing to download or to look for.
-        for name in ("weights", "initial"):
-            if name in init_args:
-                init_args[name] = None
+        # Weights are about to be overwritten: nothing to download or to look for.
+        own = {**found, "weights": None, "initial": None}
+        for name in _ARCHITECTURE:
+            if name in own and name in init_args:
+                init_args[name] = own[name]
 
     def before_instantiate_classes(self) -> None:
         """Set missing seeds and the one folder to write to; ``config.yaml`` is written beside a trained model alone."""
         options = self.config[self.subcommand]
         trainer = options["trainer"]
+        folder = options["output"] or trainer["default_root_dir"]
         if self.subcommand != "fit":
             self.save_config_callback = None
-        if (
-            self.subcommand == "fisher"
-            and options.get("ckpt_path")
-            and trainer["default_root_dir"] is None
-        ):
-            trainer["default_root_dir"] = str(Path(options["ckpt_path"]).parent)
-        folder = trainer["default_root_dir"]
+        if self.subcommand == "fisher" and options["ckpt_path"] and folder is None:
+            folder = str(Path(options["ckpt_path"]).parent)
+        trainer["default_root_dir"] = folder
         loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
         for logger in loggers:
             if folder is not None and "save_dir" in getattr(logger, "init_args", ()):
@@ -91,12 +98,7 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         has_folder = self.config[self.subcommand]["trainer"]["default_root_dir"] is not None
         has_export = any(isinstance(callback, ExpertExport) for callback in callbacks)
-        if (
-            self.subcommand == "fit"
-            and isinstance(self.model, Expert)
-            and has_folder
-            and not has_export
-        ):
+        if isinstance(self.model, Expert) and has_folder and not has_export:
             callbacks.insert(0, ExpertExport())
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
@@ -150,11 +152,10 @@ def _hand_on_seed(options: Any, seed: int) -> None:
         init_args["seed"] = seed
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run a Trainer's command; ``arguments`` begin with its name."""
+def main(command: str, arguments: Sequence[str]) -> None:
+    """Run a Trainer's command."""
     silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
-    quiet: dict[str, object] = {"exit_on_error": False, "allow_abbrev": False}
     with _ENVIRONMENT:
         TrainerCLI(
             LightningModule,
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str]) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
+            parser_kwargs={"prog": "coin", "exit_on_error": False, "allow_abbrev": False},
             seed_everything_default=0,
-            args=[arguments[0], *checked_arguments(arguments[0], arguments[1:])],
+            args=[command, *apply_common_options(arguments)],
         )

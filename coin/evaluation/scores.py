@@ -20,8 +20,8 @@ from coin.coding import (
     answer_score,
     make_decoder,
 )
+from coin.coding.decoder import Head
 from coin.coding.decoder_config import REPLICA
-from coin.coding.decoders import Head
 from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.core.batches import Batch
 from coin.core.devices import disable_tf32
@@ -154,7 +154,7 @@ class Evaluation:
 
     def to_fit(self) -> list[FittedDecoder]:
         """Return the decoders that need a fit."""
-        return [each for each in self.fitted if each.decoder.needs_fit]
+        return [each for each in self.fitted if each.decoder.kind.needs_fit]
 
     def read_by_fit(self) -> set[int]:
         """Return the places of the servers whose answers to calibration inputs `fit` reads (`server_answers`)."""

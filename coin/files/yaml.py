@@ -1,6 +1,5 @@
 """Reading a user's YAML files, with errors in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,3 @@ def read_yaml(path: Path) -> Any:
         raise FileError(
             f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path"
         ) from error
-
-
-def as_text(value: Any) -> str:
-    """Return a value as a command line or a table holds it: text as it stands, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

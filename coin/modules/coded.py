@@ -19,7 +19,7 @@ from coin.coding import (
     answer_score,
     make_decoder,
 )
-from coin.coding.decoders import ExpertHeadDecoder, Head
+from coin.coding.decoder import Head
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError, DataError, StateError
@@ -229,9 +229,9 @@ class Coded(LightningModule):
                     if isinstance(body, Adapted):
                         check_as_plain(body, as_input(first, body))
             batches = chain([first], batches)
-        if isinstance(decoder, ExpertHeadDecoder):
-            decoder = make_decoder(decoder.kind, self.code, decoder.erased, self.heads(first))
-        if decoder.needs_fit:
+        if decoder.kind is DecoderKind.expert_head:
+            decoder.take_heads(self.heads(first))
+        if decoder.kind.needs_fit:
             decoder.fit(self._answers_with_own(decoder, batches, None))
         self.decoders.pop(decoder.erased, None)  # so that it becomes the last one
         self.decoders[decoder.erased] = decoder

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.coding import Code, Decoder, Promise, make_decoder
+from coin.coding import Code, Decoder, DecoderKind, Promise
 from coin.core.devices import device_of
-from coin.errors import FileError, StateError
+from coin.errors import FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State
@@ -99,7 +99,7 @@ class SystemFile:
                 state[f"coded.{row}.{name}"] = tensor
         decoders: list[dict[str, Any]] = []
         for place, decoder in enumerate(self.decoders):
-            for name, tensor in decoder.state_dict().items():
+            for name, tensor in decoder.tensors.items():
                 state[f"decoder.{place}.{name}"] = tensor
             promises = {
                 str(expert): asdict(promise) for expert, promise in decoder.promises.items()
@@ -156,14 +156,8 @@ class SystemFile:
             files.append(found[0])
         decoders = []
         for place, each in enumerate(told["decoders"]):
-            decoder = make_decoder(each["kind"], code, each["erased"])
             own = _below(f"decoder.{place}.", state)
-            try:
-                decoder.load_state_dict(own)
-            except RuntimeError as error:
-                raise StateError(
-                    f"'{path}' holds other tensors than its decoders have ({error})"
-                ) from error
+            decoder = Decoder(DecoderKind(each["kind"]), code, each["erased"], own)
             for expert, promise in each["promises"].items():
                 decoder.promises[int(expert)] = Promise(**promise)
             decoders.append(decoder)

@@ -37,13 +37,13 @@ class Experiment:
 
     Args:
         name: The experiment's name; its folder is ``output/name``.
-        tasks: The tasks by name; each gets an expert.
-        methods: The merge methods to compare.
+        tasks: The tasks by name, ``{letters: {class_path: Glyphs, init_args: {classes: A-J}}, …}``, each of one expert.
+        methods: The merge methods to compare: ``[{class_path: Refit, init_args: {adapters: {rank: 16}}}, …]``.
         network: The architecture of the experts and the coded models.
         base: The shared initialisation; by default the network's pretrained (or random) weights.
         expert: How the experts are trained, or their checkpoints.
-        code: R rows of N coding weights, one coded model per row; a number R for the predefined code of R coded models
-            (`coin.coding.convex`); by default one coded model with equal weights.
+        code: R rows of N coding weights, ``[[0.5, 0.5]]``, one coded model per row; a number R for the predefined code
+            of R coded models (`coin.coding.convex`); by default one coded model with equal weights.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: their kinds; by default all.
         replicas: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s

@@ -3,7 +3,7 @@ from itertools import accumulate, combinations
 import pytest
 import torch
 
-from coin.coding import Answers, Code, LinearDecoder, convex
+from coin.coding import Answers, Code, convex, make_decoder
 from coin.errors import ConfigurationError, DecodingError
 
 
@@ -105,7 +105,7 @@ def test_every_erasure_of_a_ready_code_decodes_exactly_and_amplifies_less_than_o
     for erased in code.erasures():
         arrived = outputs.clone()
         arrived[list(erased)] = torch.nan
-        decoded = LinearDecoder(code, erased).decode(Answers(arrived, code.encode(outputs)))
+        decoded = make_decoder("linear", code, erased).decode(Answers(arrived, code.encode(outputs)))
         torch.testing.assert_close(decoded, outputs[list(erased)], rtol=1e-11, atol=1e-11)
     worst = code.worst_amplification()
     # Uniform weights are the optimum of one row (1/min β ≥ N); copies, of N rows.

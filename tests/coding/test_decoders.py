@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 
-from coin.coding import Answers, Code, DecoderKind, LinearDecoder, decode_linear, make_decoder
+from coin.coding import Answers, Code, DecoderKind, decode_linear, make_decoder
 from coin.errors import DecodingError, NumericalError, StateError
 
 CODES = [
@@ -36,7 +36,7 @@ def test_linear_is_the_papers_formula_and_with_spare_rows_least_squares(matrix):
     code = Code(matrix)
     answers, b = exact_answers(code), code.matrix
     noisy = Answers(answers.experts, answers.coded + torch.randn(answers.coded.shape, generator=torch.manual_seed(1)))
-    decoded = LinearDecoder(code, [0]).decode(noisy)[0]
+    decoded = make_decoder("linear", code, [0]).decode(noisy)[0]
     wanted = noisy.coded - b[:, 1, None, None] * answers.experts[1] - b[:, 2, None, None] * answers.experts[2]
     expected = torch.linalg.lstsq(b[:, :1], wanted.reshape(len(b), -1)).solution.reshape(decoded.shape)
     torch.testing.assert_close(decoded, expected)
@@ -60,7 +60,7 @@ def test_exact_relations_are_recovered_for_every_erasure_in_the_order_of_its_nam
     calibration, test = exact_answers(code, samples=60, seed=1), exact_answers(code, samples=9, seed=2)
     for erased in (each[::-1] for each in code.erasures()):
         wanted = test.experts[list(erased)]
-        decoded = LinearDecoder(code, erased).decode(lose(test, erased))
+        decoded = make_decoder("linear", code, erased).decode(lose(test, erased))
         torch.testing.assert_close(decoded, wanted, rtol=1e-10, atol=1e-10)
         # An intercept.
         shifted = [Answers(each.experts, each.coded + 100) for each in (calibration, lose(test, erased))]

@@ -9,55 +9,53 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
-from coin.commands.parser import checked_arguments
-from coin.commands.shipped import CONFIGS, shipped
-from coin.errors import FileError
+from coin.commands.arguments import CONFIGS, apply_common_options, shipped
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "file"),
+    ("name", "file"),
     [
-        ("run", "quickstart", "experiment/quickstart.yaml"),
-        ("run", "mnist-svhn", "experiment/paper/mnist-svhn.yaml"),
-        ("run", "experts", "cluster/experts.yaml"),
-        ("fit", "mnist", "expert/mnist.yaml"),
-        ("test", "csv", "logger/csv.yaml"),
-        ("run", "fleet-8", "experiment/study/fleet-8.yaml"),
-        ("run", "configs/experiment/study/fleet-8.yaml", "experiment/study/fleet-8.yaml"),
+        ("quickstart", "experiment/quickstart.yaml"),
+        ("mnist-svhn", "experiment/paper/mnist-svhn.yaml"),
+        ("mnist", "expert/mnist.yaml"),
+        ("configs/experiment/study/fleet-8.yaml", "experiment/study/fleet-8.yaml"),
     ],
 )
-def test_a_name_is_a_shipped_file_of_the_command(command, name, file, tmp_path, monkeypatch):
+def test_a_name_is_a_shipped_file(name, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped(command, name) == str(CONFIGS / file)
-    given = checked_arguments(command, ["-c", name, f"--config={name}", "x"])
-    assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x"]
+    given = apply_common_options(["x", "-c", name, "--name=y", f"--config={name}"])
+    assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x", "--name=y"]
 
 
-def test_files_and_options_written_out_stay_as_they_are(tmp_path, monkeypatch):
+def test_options_that_replace_all_entries_follow_an_empty_value_and_a_folder_of_their_name_does_not():
+    assert apply_common_options(["tasks", "--tasks={}"]) == ["tasks", "--tasks={}", "--tasks={}"]
+    assert apply_common_options(["--methods", "[]", "--tasks.a=b"]) == [
+        "--methods=[]",
+        "--methods",
+        "[]",
+        "--tasks.a=b",
+    ]
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("quickstart").touch()
-    for given in ("quickstart", "missing.yaml", "a/quickstart"):
-        assert shipped("run", given) == given
-    assert checked_arguments("run", ["-c", "{name: x}", "--name=x"]) == ["--config={name: x}", "--name=x"]
+    assert shipped("quickstart") == "quickstart"
 
 
-def test_an_unknown_name_ends_in_a_line_with_the_names_there_are(capsys):
-    for name, message in (("quikstart", "(did you mean quickstart?)"), ("zzz", "; there are ")):
+def test_an_unknown_name_ends_in_a_line_with_what_was_meant_and_the_folder(capsys):
+    for name, message in (("quikstart", " (did you mean quickstart?)"), ("zzz", "")):
         assert main(["run", "-c", name]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"found no configuration '{name}', expected a file" in line
-        assert message in line
-    assert all(f" {path.stem}," in line for path in (ROOT / "configs/experiment/study").glob("*.yaml"))
-    with pytest.raises(FileError, match="found no configuration 'pairs'"):
-        shipped("merge", "pairs")
+        expected = f"expected a file, or the name of one in {CONFIGS};"
+        assert f"found no configuration '{name}'{message}, {expected}" in line
 
 
-def test_no_two_files_of_a_command_have_one_name():
-    for folders in (("experiment", "cluster"), ("expert", "logger", "cluster")):
-        names = [path.stem for folder in folders for path in (CONFIGS / folder).rglob("*.yaml")]
-        assert len(names) == len(set(names))
+def test_no_two_files_have_one_name():
+    names = [path.stem for path in CONFIGS.rglob("*.yaml")]
+    assert len(names) == len(set(names))
 
 
 def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 
 import coin
 from coin.cli import main
-from coin.commands.run import serve_command
 from coin.commands.serve import served_by_default
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.reporting import write_report
@@ -102,15 +101,11 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(
     assert choose(folder)[1].startswith("Keep small with expert_head (98.50 %")
     print_summary(summary)
     assert choose(folder)[1] in " ".join(capsys.readouterr().out.split())
-    assert serve_command(folder, kept) == f"coin serve {folder} --method=small --decoder=expert_head"
     page = " ".join(write_report(folder, tmp_path / "page.html").read_text(encoding="utf-8").split())
     assert "Keep small with expert_head (98.50 %" in page
     # Where none is accurate enough, the most accurate on the worst task.
     weak = kept[kept["nda_worst"] < 0.98]
     assert recommended(weak)["name"] == "uneven"
-    copies = kept[kept["name"] == "replica"].assign(name="replica-3bit")
-    assert serve_command(folder, copies) == f"coin serve {folder} --method=replica-3bit"
-    assert serve_command(folder, kept[kept["name"] == "none"]) == ""
 
 
 @pytest.mark.parametrize("fewer_mib", [20 / 2**20, 1e-3])
@@ -127,7 +122,6 @@ def test_of_what_is_printed_alike_the_more_accurate_is_recommended_and_starred(
     summary = summarise(read_run(tmp_path)[1])
     sentence = choose(tmp_path)[1]
     assert sentence.startswith("Keep refit with expert_head (99.20 %")
-    assert serve_command(tmp_path, stand_ins(summary)).endswith("--method=refit --decoder=expert_head")
     page = " ".join(write_report(tmp_path).read_text(encoding="utf-8").split())
     assert "Keep refit with expert_head (99.20 %" in page
     print_summary(summary)
@@ -154,7 +148,6 @@ def test_nothing_is_recommended_where_the_experts_are_too_weak(tmp_path: Path):
     assert found.empty
     assert sentence.startswith("Nothing can be recommended: what stands in is right more often than the lost experts")
     assert sentence in write_report(tmp_path).read_text(encoding="utf-8")
-    assert serve_command(tmp_path, stand_ins(summarise(read_run(tmp_path)[1]))) == ""
 
 
 def test_nothing_is_recommended_where_an_expert_is_at_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -169,7 +162,6 @@ def test_nothing_is_recommended_where_an_expert_is_at_chance(tmp_path: Path, cap
     page = " ".join(write_report(tmp_path).read_text(encoding="utf-8").replace("&#39;", "'").split())
     assert page.count(sentence) == 1
     summary = summarise(read_run(tmp_path)[1])
-    assert serve_command(tmp_path, stand_ins(summary)) == ""
     print_summary(summary)
     assert "recommended: the expert of 'b' is hardly" in " ".join(capsys.readouterr().out.split())
     with pytest.warns(CoinWarning, match=r"nothing can be recommended: the expert of 'b'"):
