@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -30,30 +30,13 @@ DAMAGE = (
 )
 
 
-_LONGEST = 8  # the longest side that is resized as a whole, in short sides: far from what the centre square needs
-
-
 def to_square(image: Image.Image, side: int) -> Tensor:
-    """The centre square of an image in RGB, uint8 [3, side, side]: its short side resized, then its centre cropped."""
+    """The centre square of an image in RGB, resized: uint8 [3, side, side]."""
     # JPEG decoders can halve an image while decoding; twice the final size leaves the rest to the antialiased resize.
     image.draft("RGB", (2 * side, 2 * side))
-    # The ends of a strip are cut off: resized as a whole, one of a single row of pixels would be enormous.
-    longest = _LONGEST * min(image.size)
-    middle = _centre(image, min(image.width, longest), min(image.height, longest))
-    rgb = middle.convert("RGB")
-    scale = side / min(rgb.size)
-    width = max(side, round(rgb.width * scale))
-    height = max(side, round(rgb.height * scale))
-    if (width, height) != rgb.size:
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    square: Tensor = pil_to_tensor(_centre(rgb, side, side))
-    return square
-
-
-def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left = (image.width - width) // 2
-    top = (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+    pixels: Tensor = pil_to_tensor(square)
+    return pixels
 
 
 def read_image(path: str, use: Callable[[Image.Image], T]) -> T:
