@@ -128,10 +128,6 @@ def parse_characters(classes: str) -> tuple[str, ...]:
             raise ConfigurationError(
                 f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once"
             )
-    if len(found) < 2:
-        raise ConfigurationError(
-            f"the classes {classes!r} are {len(found)} character(s); expected at least 2"
-        )
     return tuple(found)
 
 

@@ -153,12 +153,12 @@ class TaskData(LightningDataModule, ABC):
     def _read_splits(self) -> Splits:
         """Read and split the images; refuse what would fail much later and less clearly."""
         task = type(self).__name__
-        source = self.load()
         last = self.num_classes - 1
         if last < 1:
             raise DataError(
                 f"{task} has {last + 1} class, expected at least two to tell apart; add another"
             )
+        source = self.load()
         for split, samples in vars(source).items():
             if samples is None:
                 continue
