@@ -78,10 +78,10 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        found = {}
-        for name, task in self.tasks.items():
-            found[name] = task.calibration(self.samples_per_task, self.batch_size, name)
-        return found
+        return {
+            name: task.calibration(self.samples_per_task, self.batch_size, name)
+            for name, task in self.tasks.items()
+        }
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -91,10 +91,11 @@ class Tasks(LightningDataModule):
         """Return all tasks' samples for the promise, interleaved; none where there are to be none."""
         if not self.promised:
             return None
-        found = []
-        for name, task in self.tasks.items():
-            found.append(task.promise_samples(self.promised, self.batch_size, name))
-        return pooled(found)
+        drawn = [
+            task.promise_samples(self.promised, self.batch_size, name)
+            for name, task in self.tasks.items()
+        ]
+        return pooled(drawn)
 
     def fitted_and_held_out(self) -> tuple[Calibration, Calibration | None]:
         """Return the pooled calibration samples to train on, and those to validate on, none with a share of 0."""
