@@ -1,7 +1,7 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -86,7 +86,7 @@ class TaskData(LightningDataModule, ABC):
                 check_integer(name, getattr(self, name), least)
         check_number("validation_share", validation_share, low=0.0, high=1.0)
         self.check_augmentation(self.augmentation)
-        self._shared: dict[Hashable, Any] = {}  # by all copies
+        self._shared: dict[str, Any] = {}  # by copies that read the same
 
     def check_augmentation(self, augmentation: Augmentation) -> None:
         """Refuse an augmentation of what are no images."""
@@ -120,8 +120,8 @@ class TaskData(LightningDataModule, ABC):
     def check_files(self) -> None:
         """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
 
-    def once(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return what `find` returns; it is called once for this task and all its copies."""
+    def once(self, key: str, find: Callable[[], T]) -> T:
+        """Return what `find` returns; it is called once for this task and all copies that read the same."""
         if key not in self._shared:
             self._shared[key] = find()
         found: T = self._shared[key]
@@ -138,17 +138,7 @@ class TaskData(LightningDataModule, ABC):
     @property
     def splits(self) -> Splits:
         """The final splits, read once."""
-        return self.once(self._key, self._read_splits)
-
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        return (
-            self.image_size,
-            self.validation_share,
-            self.split_seed,
-            self.max_train,
-            self.max_test,
-        )
+        return self.once("splits", self._read_splits)
 
     def _read_splits(self) -> Splits:
         """Read and split the images; refuse what would fail much later and less clearly."""

@@ -13,6 +13,9 @@ from coin.data.task import TaskData
 from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
 
+_READ_ALIKE = {"augmentation", "batch_size", "seed"}
+"""The options that change nothing of what a task reads."""
+
 
 class Tasks(LightningDataModule):
     """The tasks of an experiment: to train and validate on, their pooled calibration samples; to test on, each's own.
@@ -129,9 +132,11 @@ class Tasks(LightningDataModule):
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
-    """Return the same task with other values for some of the options that all tasks have; it shares what is read."""
+    """Return the same task with other values of some options; it shares what is read if that stays the same."""
     other = copy.copy(task)
     other.trainer = None
+    if options.keys() - _READ_ALIKE:
+        other._shared = {}
     for name, value in options.items():
         setattr(other, name, value)
     return other

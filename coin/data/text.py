@@ -79,10 +79,6 @@ class TextFile(TaskData):
             files["tokenizer"] = Path(self.tokenizer)
         return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
 
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        return *super()._key, self.max_tokens, self.tokenizer
-
     def _samples(self, table: pd.DataFrame) -> Samples:
         """Return texts as rows of tokens, the special first and last one among them, and their classes."""
         tokenizer = self._tokenizer()

@@ -125,7 +125,7 @@ def test_augmentation_touches_training_images_only_and_changes_with_the_epoch_bu
 def test_copies_read_once_until_one_releases_it():
     Numbered.reads.clear()
     given = Numbered()
-    options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop, "trainer": "another"}]
+    options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop}]
     copies = [task_with(given, **each) for each in options]
     first = copies[0].splits
     assert [each.splits for each in copies] == [first] * 3
