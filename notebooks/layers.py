@@ -18,7 +18,7 @@ import torch
 from rivals import average_of, by_low_rank, filled, finished, in_bits, place_of, roots_of, written
 
 import coin
-from coin.data.samples import Calibration
+from coin.data import Calibration
 from coin.networks import head_name
 
 RANK, BITS = 16, 4
@@ -84,7 +84,8 @@ def measure(folder):
     for method, networks in stand_ins(experts, samples):
         for (name, expert), network in zip(found.items(), networks, strict=True):
             task = tasks.tasks[name]
-            batches = Calibration.of(task.splits.test, task.image_size)
+            images, _ = task.splits.test[:]
+            batches = Calibration.of([images], task.image_size)
             for block, error in errors(network, expert, batches, blocks).items():
                 yield place_of(folder) | {
                     "method": method,

@@ -46,7 +46,7 @@ from foreign_methods import Ace, Magic, feat_cal
 from silent_faults import tasks_of
 
 import coin
-from coin.data.samples import Calibration
+from coin.data import Calibration
 from coin.files.yaml import read_yaml
 from coin.merging.rounding import Rounding
 from coin.networks import head_name, load_network, run_network
@@ -88,7 +88,8 @@ def finished(folder):
 
 def classes_of(network, task):
     """Return the classes that a network answers on a task's test set."""
-    batches = Calibration.of(task.splits.test, task.image_size)
+    images, _ = task.splits.test[:]
+    batches = Calibration.of([images], task.image_size)
     logits = [run_network(network, batch, features=False).logits for batch in batches]
     return torch.cat(logits).argmax(1)
 

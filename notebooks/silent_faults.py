@@ -19,8 +19,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from coin.coding import Answers, make_decoder
-from coin.data import TaskData
-from coin.data.samples import Calibration
+from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.evaluation.scores import server_answers
 from coin.files.yaml import read_yaml
@@ -60,7 +59,7 @@ def pooled(tasks, split, samples=None):
         )
     parts = [part.subset(range(min(samples or len(part), len(part)))) for part in parts]
     size = next(iter(tasks.values())).image_size
-    inputs = torch.cat([batch for part in parts for batch in Calibration.of(part, size)])
+    inputs = torch.cat([batch for part in parts for batch in Calibration.of([part[:][0]], size)])
     which = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
     return inputs, torch.cat([part.targets for part in parts]), which
 

@@ -8,7 +8,8 @@ from matplotlib.colors import ListedColormap
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
-from coin.data import Digits, to_image
+from coin.data import Digits
+from coin.data.sampling import Stream, seeded
 from coin.reporting.style import COLOURS, MARKERS, style
 
 AXIS = torch.linspace(-4, 4, 161)
@@ -42,16 +43,20 @@ def digits(image_size, count):
 
 
 def labels_of(samples):
-    """Return the classes of one task's calibration samples."""
-    (task,) = samples.parts
-    return task.targets[samples.position]
+    """Return the classes of `digits`' samples."""
+    train = Digits().splits.train
+    order = torch.randperm(
+        len(train), generator=seeded(0, Stream.CALIBRATION)
+    )  # as `digits` are drawn
+    return train.targets[order[samples.indices]]
 
 
 def digits_expert():
     """Return a network with one hidden layer of 16, trained on 8×8 digits, and these: [1000, 64], [1000]."""
     torch.manual_seed(0)
     samples = digits(8, 1000)
-    pixels = to_image(samples.inputs())[:, 0].flatten(1) / 255  # black is 0
+    (images,) = samples.stored
+    pixels = images.flatten(1) / 255  # black is 0
     network = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
     labels = labels_of(samples)
     return train(network, pixels, labels, steps=400).double(), pixels.double(), labels

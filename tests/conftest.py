@@ -108,7 +108,8 @@ class Synthetic(TaskData):
         super().__init__(**{**small, **options})
         self.key, self._train, self._test, self._classes = key, train, test, classes
 
-    def class_names(self) -> tuple[str, ...]:
+    @property
+    def classes(self) -> tuple[str, ...]:
         return tuple(f"class {index}" for index in range(self._classes))
 
     def load(self) -> Source:

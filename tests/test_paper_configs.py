@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coin.commands.run import read_experiment
-from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextFile, TextTask
+from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextFile
 from coin.data.tasks import Tasks
 from coin.distillation import Distillation
 from coin.modules import Expert
@@ -55,7 +55,7 @@ def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return Source(Samples.of(train, torch.arange(1_500) % 15), Samples.of(test, torch.arange(450) % 15))
 
     monkeypatch.setattr(TextFile, "load", texts)
-    monkeypatch.setattr(TextFile, "class_names", lambda self: tuple(map(str, range(15))))
+    monkeypatch.setattr(TextFile, "classes", tuple(map(str, range(15))))
     monkeypatch.setattr(TextFile, "check_files", lambda self: None)
 
 
@@ -96,7 +96,7 @@ def test_tasks_networks_and_samples_fit_together(path: Path) -> None:
         assert type(task) in REAL or path.parent.name == "beyond"
         assert task.num_classes == REAL[type(task)][-1] if type(task) in REAL else task.num_classes > 1
         images, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
-        assert isinstance(task, TextTask) or images.shape == (len(labels), 3, size, size), name
+        assert isinstance(task, TextFile) or images.shape == (len(labels), 3, size, size), name
         assert int(labels.max()) < task.num_classes
     assert next(iter(tasks.calibration())).shape == (2, *images.shape[1:])
     assert tasks.calibration().num_samples == max(wanted) * len(tasks.tasks)

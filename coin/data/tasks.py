@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch.utils.data import DataLoader
 
 from coin.core.choices import check_integer, check_number
-from coin.data.samples import BatchDataset, Calibration, pooled
-from coin.data.sampling import batch_loader
-from coin.data.task import Loader, TaskData
+from coin.data.calibration import Calibration, pooled
+from coin.data.loading import Batches
+from coin.data.task import TaskData
 from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
+
+_READ_ALIKE = {"augmentation", "batch_size", "seed"}
+"""The options that change nothing of what a task reads."""
 
 
 class Tasks(LightningDataModule):
@@ -24,7 +26,7 @@ class Tasks(LightningDataModule):
         batch_size: Calibration samples a batch and process.
         held_out: The share of the calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; by default every task's own seed.
-        promise_samples: How many validation samples of each task `promise` draws.
+        promise_samples: How many validation samples of each task set the promise.
     """
 
     def __init__(
@@ -44,18 +46,13 @@ class Tasks(LightningDataModule):
         check_number("held_out", held_out, low=0.0, high=1.0)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
-        sizes = {name: task.image_size for name, task in tasks.items()}
-        if len(set(sizes.values())) > 1:
-            raise DataError(
-                f"the tasks' images differ in size ({sizes}); give them one image_size, the network's"
-            )
         self.tasks = dict(tasks)
         if seed is not None:
             self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
-        self.promise_samples = promise_samples
+        self.promised = promise_samples
         # Of calibration samples to train on; the training module sets it.
         self.augmentation = Augmentation.none
         self.seed = next(iter(self.tasks.values())).seed
@@ -84,52 +81,47 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        found = {}
-        for name, task in self.tasks.items():
-            found[name] = task.calibration(self.samples_per_task, self.batch_size, name)
-        return found
+        return {
+            name: task.calibration(self.samples_per_task, self.batch_size, name)
+            for name, task in self.tasks.items()
+        }
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
         return pooled(list(self.calibrations().values()))
 
-    def promise(self) -> Calibration | None:
-        """Return all tasks' promise samples, interleaved; none where there are to be none."""
-        if not self.promise_samples:
+    def promise_samples(self) -> Calibration | None:
+        """Return all tasks' samples for the promise, interleaved; none where there are to be none."""
+        if not self.promised:
             return None
-        found = []
-        for name, task in self.tasks.items():
-            found.append(task.promise(self.promise_samples, self.batch_size, name))
-        return pooled(found)
+        drawn = [
+            task.promise_samples(self.promised, self.batch_size, name)
+            for name, task in self.tasks.items()
+        ]
+        return pooled(drawn)
 
-    def training_calibration(self) -> Calibration:
-        """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
+    def fitted_and_held_out(self) -> tuple[Calibration, Calibration | None]:
+        """Return the pooled calibration samples to train on, and those to validate on, none with a share of 0."""
         everything = self.calibration()
         if self.held_out == 0:
-            return everything
-        fitted, _ = everything.split(self.held_out)
-        return fitted
+            return everything, None
+        return everything.split(self.held_out)
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> Batches:
         """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
-        return self._loader(self.training_calibration(), shuffle=True)
+        fitted, _ = self.fitted_and_held_out()
+        return Batches(fitted, self.batch_size, self.trainer, self.seed, self.augmentation)
 
-    def val_dataloader(self) -> Loader | list[Any]:
+    def val_dataloader(self) -> Batches | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
-        if self.held_out == 0:
-            return []
-        _, held_out = self.calibration().split(self.held_out)
-        return self._loader(held_out)
+        _, held_out = self.fitted_and_held_out()
+        return [] if held_out is None else Batches(held_out, self.batch_size, self.trainer)
 
-    def test_dataloader(self) -> list[Loader]:
+    def test_dataloader(self) -> list[Batches]:
         """One loader of stored images and labels a task."""
         return [task.test_dataloader() for task in self.tasks.values()]
-
-    def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        dataset = BatchDataset(calibration, self.augmentation, self.seed)
-        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
@@ -140,9 +132,11 @@ class Tasks(LightningDataModule):
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
-    """Return the same task with other values for some of the options that all tasks have; it shares what is read."""
+    """Return the same task with other values of some options; it shares what is read if that stays the same."""
     other = copy.copy(task)
     other.trainer = None
+    if options.keys() - _READ_ALIKE:
+        other._shared = {}
     for name, value in options.items():
         setattr(other, name, value)
     return other

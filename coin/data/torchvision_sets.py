@@ -1,20 +1,25 @@
 """Tasks from torchvision's data sets, with their checksummed download."""
 
 import string
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from coin.data.image_folder import IN_MEMORY
-from coin.data.samples import Samples, Source, hold_out, read_splits
-from coin.data.task import TaskData, unusable_files
+from coin.data.image_io import read, to_square
+from coin.data.samples import Source
+from coin.data.task import TaskData
+from coin.errors import DataError
+
+T = TypeVar("T")
 
 _BY_SPLIT = ({"split": "train"}, {"split": "test"})
-_VALIDATED = ({"split": "train"}, {"split": "val"}, {"split": "test"})
-_LETTERS = ({"split": "letters", "train": True}, {"split": "letters", "train": False})
+_VALIDATED = ({"split": "train"}, {"split": "test"}, {"split": "val"})
+_LETTERS = {"split": "letters", "target_transform": lambda label: label - 1}  # EMNIST counts from 1
 _CIFAR10 = (
     "airplane",
     "automobile",
@@ -49,7 +54,7 @@ class TorchvisionTask(TaskData):
 
     without_effect = TaskData.without_effect | {"root", "download"}
     folder: ClassVar[str]  # where torchvision keeps the files, under root
-    # Torchvision's arguments beside root and download: of the training, any validation, the test split.
+    # Torchvision's arguments beside root and download: of the training and any test and validation split.
     arguments: ClassVar[tuple[dict[str, Any], ...]] = ({"train": True}, {"train": False})
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
@@ -60,38 +65,38 @@ class TorchvisionTask(TaskData):
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
         if self.download:
-            self.once("downloaded", lambda: self._open(download=True))
+            self.once("downloaded", lambda: self._each_split(len, download=True))
 
     def check_files(self) -> None:
         """Refuse files that cannot be read and are not to be downloaded."""
         if not self.download:
-            self._open(download=False)
+            self._each_split(len)
 
     def load(self) -> Source:
         """Read the downloaded files."""
-        train, test = self._open(download=False)
-        train_images, train_labels = self.tensors(train)
-        test_images, test_labels = self.tensors(test)
-        return Source(Samples.of(train_images, train_labels), Samples.of(test_images, test_labels))
+        return Source(*self._each_split(read))
 
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
-        images = torch.as_tensor(dataset.data)
-        if images.ndim == 3:  # grey
-            images = images.unsqueeze(1)
-        if images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)
-        labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
-        return images.contiguous(), torch.as_tensor(labels)
+    def stored(self, image: Image.Image) -> Tensor:
+        """An image as it is stored, uint8 [C, H, W]."""
+        pixels: Tensor = pil_to_tensor(image)
+        return pixels
 
-    def _open(self, download: bool) -> list[Any]:
+    def _each_split(self, use: Callable[[Any], T], download: bool = False) -> list[T]:
+        """What a function returns for each of torchvision's data sets; a DataError if files cannot be used."""
         name = type(self).__name__
         kind = getattr(datasets, name.removesuffix("Letters"))
+        options = {"root": self.root, "download": download, "transform": self.stored}
         try:
-            return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
-        # From AssertionError to BadZipFile, whatever torchvision and urllib raise.
+            return [use(kind(**options, **arguments)) for arguments in self.arguments]
+        # From AssertionError to BadZipFile, whatever torchvision, PIL and urllib raise.
         except Exception as error:
-            raise unusable_files(name, self.root / self.folder, download, error) from error
+            failed = "the download failed and " if download else ""
+            reason = str(error)[:200] or type(error).__name__
+            folder = (self.root / self.folder).absolute()
+            raise DataError(
+                f"{name}: {failed}there are no usable files in {folder} ({reason}); "
+                "copy them there and set download: false, or set download: true and use a Trainer"
+            ) from error
 
 
 class MNIST(TorchvisionTask):
@@ -120,12 +125,11 @@ class EMNISTLetters(TorchvisionTask):
 
     folder = "EMNIST/raw"
     names = tuple(string.ascii_lowercase)
-    arguments = _LETTERS
+    arguments = ({**_LETTERS, "train": True}, {**_LETTERS, "train": False})
 
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
-        images = dataset.data.transpose(1, 2).unsqueeze(1)
-        return images.contiguous(), dataset.targets - 1
+    def stored(self, image: Image.Image) -> Tensor:
+        """A letter upright: EMNIST stores them transposed."""
+        return super().stored(image).mT
 
 
 class CIFAR10(TorchvisionTask):
@@ -158,30 +162,17 @@ class STL10(TorchvisionTask):
     arguments = _BY_SPLIT
 
 
-class ImageFiles(TorchvisionTask):
-    """A set of image files, which are read like those of an `ImageFolder`."""
+class PhotoTask(TorchvisionTask):
+    """A set of image files, whose centre squares are held in memory, 3·S² bytes each."""
 
-    def files(self, dataset: Any) -> list[tuple[str, int]]:
-        """The paths and labels of an opened data set."""
-        if hasattr(dataset, "_image_files"):
-            return [
-                (str(path), label)
-                for path, label in zip(dataset._image_files, dataset._labels, strict=True)
-            ]
-        samples = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
-        return [(str(path), label) for path, label in samples]
+    side: ClassVar[int | None] = None  # of images that are all squares of one size, in pixels
 
-    def load(self) -> Source:
-        """Find and, where they are held in memory, decode the images of all splits."""
-        splits = [sorted(self.files(split)) for split in self._open(download=False)]
-        train, *others = read_splits(splits, self.image_size, IN_MEMORY)
-        if not others:
-            return hold_out(train, self.split_seed)
-        *validation, test = others
-        return Source(train, test, *validation)
+    def stored(self, image: Image.Image) -> Tensor:
+        """The centre square in the size of the inputs; of a smaller square as it is."""
+        return to_square(image, min(self.image_size, self.side or self.image_size))
 
 
-class GTSRB(ImageFiles):
+class GTSRB(PhotoTask):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images."""
 
     folder = "gtsrb"
@@ -189,7 +180,7 @@ class GTSRB(ImageFiles):
     arguments = _BY_SPLIT
 
 
-class DTD(ImageFiles):
+class DTD(PhotoTask):
     """Photographs of textures in 47 classes, the first partition: 1,880 images each to train, validate and test on."""
 
     folder = "dtd"
@@ -197,9 +188,10 @@ class DTD(ImageFiles):
     arguments = _VALIDATED
 
 
-class EuroSAT(ImageFiles):
+class EuroSAT(PhotoTask):
     """Satellite images of 10 kinds of land, 64×64 RGB; 27,000 images, of which a stratified fifth is for testing."""
 
     folder = "eurosat"
     names = tuple(map(str, range(10)))
     arguments = ({},)
+    side = 64

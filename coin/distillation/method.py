@@ -17,8 +17,7 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import silence_lightning
 from coin.core.processes import rank_zero_info
 from coin.data import Augmentation, Calibration, pooled
-from coin.data.samples import BatchDataset
-from coin.data.sampling import batch_loader
+from coin.data.loading import Batches
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
@@ -228,13 +227,11 @@ def fit_in_memory(
         batches.append(take(whole, own))
     size = module.hparams["batch_size"]
     seed = module.hparams["seed"] or 0
-    samples = pooled([Calibration.of_batches([batch]) for batch in batches])
+    samples = pooled([Calibration.of([batch]) for batch in batches])
     module.samples = replace(samples, batch_size=size)
-    validation: Any = []
+    left_out: Calibration | None = None
     if held_out:
         module.samples, left_out = module.samples.split(held_out)
-        validation = batch_loader(BatchDataset(left_out), size, seed, None)
-    train = batch_loader(BatchDataset(module.samples), size, seed, None, shuffle=True)
     parameters = list(trainable(module.student).values())
     device = parameters[0].device
     trainer_options = {
@@ -245,12 +242,14 @@ def fit_in_memory(
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "use_distributed_sampler": False,
     }
     with ExitStack() as at_end, warnings.catch_warnings(), differentiable(parameters):
         for name in ("lightning.pytorch", "lightning.fabric"):
             logger = logging.getLogger(name)
             at_end.callback(logger.setLevel, logger.level)
         silence_lightning()
-        Trainer(**trainer_options).fit(module, train, validation)
+        trainer = Trainer(**trainer_options)
+        train = Batches(module.samples, size, trainer, seed, Augmentation.none)
+        validation: Any = [] if left_out is None else Batches(left_out, size, trainer)
+        trainer.fit(module, train, validation)
     module.student.to(device).zero_grad()

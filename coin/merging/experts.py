@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, map_tensors
-from coin.data.samples import Calibration, pooled
+from coin.core.batches import Batch, map_tensors, size_of
+from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
 from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
@@ -118,7 +118,8 @@ class Experts:
         for batch in given:
             inputs = checked_batch(batch)
             batches.append(map_tensors(lambda tensor: tensor.to(device), inputs))
-        return Calibration.of_batches(batches).on(device)
+        largest = max(map(size_of, batches), default=1)
+        return Calibration.of(batches, batch_size=largest, device=device)
 
     def _check_calibration(self) -> None:
         """Raise DataError without samples, HeadError where heads are padded and one does not give the logits."""
@@ -192,7 +193,7 @@ class Experts:
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        parts = torch.tensor([len(each.parts) for each in self.samples(DataChoice.own)])
+        parts = torch.tensor([len(each.stored) for each in self.samples(DataChoice.own)])
         task_of_part = torch.arange(self.count).repeat_interleave(parts)
         return task_of_part[self.pooled.part]
 

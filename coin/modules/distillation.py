@@ -72,7 +72,7 @@ class DistillationModule(LightningModule):
         if stage == "fit" and self.samples is None:
             data = tasks_of(self)
             data.augmentation = Augmentation(self.hparams["augmentation"])
-            self.samples = data.training_calibration()
+            self.samples, _ = data.fitted_and_held_out()
 
     def train(self, mode: bool = True) -> Self:
         """Set the module's mode but keep all networks in eval mode."""
@@ -97,7 +97,7 @@ class DistillationModule(LightningModule):
     def _start(self) -> dict[str, Tensor]:
         """Make the merge that training starts from; return its tensors, the same on all processes."""
         tasks = []
-        for task in range(len(self.samples.parts)):
+        for task in range(len(self.samples.stored)):
             own = (self.samples.part == task).nonzero().flatten()
             tasks.append(self.samples.subset(own))
         teachers = to_compute(list(self.teachers), device_of(self.student))

@@ -156,7 +156,7 @@ class DecodingEvaluator(LightningModule):
         data = tasks_of(self)
         self._check(data)
         calibration = data.calibration()
-        promise = data.promise()
+        promise = data.promise_samples()
         self.networks.place(self.device, self.trainer.precision_plugin.convert_module)
         needed = not self.takes_all_decoders
         first = as_input(next(iter(calibration)), next(self._each_expert()))

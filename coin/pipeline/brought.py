@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coin.core.processes import is_rank_zero, rank_zero_info
-from coin.data import TaskData
+from coin.data import TaskData, to_input
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.merging.expert_sources import spread
@@ -99,22 +99,21 @@ def tell_accuracy(
     """
     train = task.splits.train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    drawn = train.subset(order[:_CHANCE_SAMPLES])
-    inputs = drawn.inputs(torch.arange(len(drawn)), task.image_size)
-    logits = logits_of(expert.eval(), inputs)  # [P, C]
-    accuracy = float((logits.argmax(1) == drawn.targets).float().mean())
+    stored, labels = train[order[:_CHANCE_SAMPLES]]
+    logits = logits_of(expert.eval(), to_input(stored, task.image_size))  # [P, C]
+    accuracy = float((logits.argmax(1) == labels).float().mean())
     chance = 1 / task.num_classes
     normalised = ""
     if config.reads == "images":
         mean, std = config.source.normalisation
         normalised = f", images normalised with mean {list(mean)} and std {list(std)}"
     rank_zero_info(
-        f"expert {name}: right on {accuracy:.1%} of {len(drawn)} training samples{normalised}"
+        f"expert {name}: right on {accuracy:.1%} of {len(labels)} training samples{normalised}"
     )
     if is_weak(accuracy, chance):
         own = f"its own classes are {', '.join(classes[:8])}, " if classes else ""
         warnings.warn(
-            f"found the expert '{name}' right on {accuracy:.1%} of {len(drawn)} training samples (chance is "
+            f"found the expert '{name}' right on {accuracy:.1%} of {len(labels)} training samples (chance is "
             f"{chance:.1%}), expected more; {own}the task's classes are {', '.join(task.classes[:8])}: check their "
             "order, and that it was trained on such inputs",
             CoinWarning,

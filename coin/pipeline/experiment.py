@@ -13,7 +13,7 @@ from coin.core.choices import did_you_mean
 from coin.core.processes import is_rank_zero
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
-from coin.data.text import TextTask
+from coin.data.text import TextFile
 from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.files.downloads import fetch_from_hub
@@ -199,7 +199,7 @@ class Experiment:
             task = self.tasks[name]
             task.calibration(samples, name=name)
             if self.calibration.promise_samples:
-                task.promise(self.calibration.promise_samples, name=name)
+                task.promise_samples(self.calibration.promise_samples, name=name)
         base = self.base
         base_file = None
         if base is not None and base.checkpoint is not None:
@@ -240,7 +240,7 @@ def _for_network(task: TaskData, network: NetworkConfig) -> TaskData:
     task = task_with(task, image_size=network.image_size)
     source = network.source
     if (
-        not isinstance(task, TextTask)
+        not isinstance(task, TextFile)
         or task.tokenizer is not None
         or not isinstance(source, HuggingFace)
     ):

@@ -233,7 +233,7 @@ def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
         for image in images:
             is_small = image.width == image.height <= image_size
             side = image.width if is_small else image_size
-            squares.append(torch.tensor(to_square(image, side)))
+            squares.append(to_square(image, side))
     except DAMAGE as error:
         raise DataError(
             f"found a damaged image ({first_line(error)}), expected PNG or JPEG"

@@ -126,8 +126,11 @@ RUN = {
     "a trainer option of a step's": (["--trainer={max_epochs: 3}"], "found trainer.max_epochs, which each step sets"),
     "a draw of no method": (["--calibration.fisher_mc_samples=3"], "monte_carlo"),
     "name with a slash": (["--name=a/b"], "a/b"),
-    "a folder of images": ([f"--tasks.digits={FOLDER}"], "nowhere/train does not exist; expected images as"),
-    "a base's images": ([f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"], "nowhere/train does not"),
+    "a folder of images": ([f"--tasks.digits={FOLDER}"], "nowhere/train'; expected images as"),
+    "a base's images": (
+        [f"--tasks.digits={FOLDER}", "--base={task: {class_path: Digits}}"],
+        "nowhere/train'; expected",
+    ),
     "two replicas of a name": (["--replicas=[{bits: 3}, {bits: 3}]"], "found method replica-3bit-delta twice"),
     "an option of no replica": (["--replicas=[{bit: 3}]"], "bits and base_"),
     "too few for a promise": (

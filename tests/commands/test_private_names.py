@@ -22,7 +22,6 @@ def test_one_private_method_is_overridden() -> None:
 
 def test_private_names_that_are_read(make_trainer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
-    assert trainer._accelerator_connector.use_distributed_sampler is False
     assert trainer._accelerator_connector.cluster_environment is None or trainer.num_nodes == 1
     assert callable(_SubprocessScriptLauncher.launch)
     assert tree_map(str, {"a": [1, (2,)]}) == {"a": ["1", ("2",)]}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from coin.data import Augmentation, Calibration, Digits, Samples, pooled, to_input
+from coin.data import Augmentation, Calibration, Digits, pooled, to_input
 from coin.errors import DataError
 
 pytest.importorskip("sklearn")
@@ -10,24 +10,33 @@ pytest.importorskip("sklearn")
 def numbered(count, side=8, channels=1, first=0, image_size=8, batch_size=4):
     images = torch.zeros(count, channels, side, side, dtype=torch.uint8)
     images[:, :, 0, 0] = torch.arange(first, first + count)[:, None]
-    return Calibration.of(Samples.of(images, torch.arange(count) % 3), image_size, batch_size)
+    return Calibration.of([images], image_size, batch_size=batch_size)
 
 
-def chosen(calibration):
-    (part,) = calibration.parts
-    return part.index[calibration.position].tolist()
+def rows(images):
+    """Return images as values that can be compared and found."""
+    return [tuple(image.flatten().tolist()) for image in images]
+
+
+def stored(calibration):
+    """Return the images of one task's calibration samples, in their order."""
+    (images,) = calibration.stored
+    return images[calibration.indices]
+
+
+def numbers(calibration):
+    return stored(calibration)[:, 0, 0, 0].tolist()
 
 
 def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
     task = Digits(seed=1, augmentation=Augmentation.crop, image_size=16)
     calibration, train = task.calibration(200, batch_size=64), task.splits.train
-    assert set(chosen(calibration)) <= set(train.index.tolist())
-    assert len(set(chosen(calibration))) == calibration.num_samples == 200
-    stored = train.store[torch.tensor(chosen(calibration))]
+    images, _ = train[:]
+    assert set(rows(stored(calibration))) <= set(rows(images))
+    assert len(set(rows(stored(calibration)))) == calibration.num_samples == 200
     batches = list(calibration)
     assert [len(batch) for batch in batches] == [64, 64, 64, 8]
-    assert len(calibration) == 4
-    assert torch.equal(torch.cat(batches), to_input(stored, 16))
+    assert torch.equal(torch.cat(batches), to_input(stored(calibration), 16))
     assert all(torch.equal(a, b) for a, b in zip(batches, calibration, strict=True))
 
 
@@ -35,11 +44,12 @@ def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
 def test_the_seed_alone_chooses_samples_of_their_split(split):
     def draw(samples, **options):
         task = Digits(**options)
-        return chosen(task.calibration(samples) if split == "train" else task.promise(samples))
+        return rows(stored(task.calibration(samples) if split == "train" else task.promise_samples(samples)))
 
     state = torch.manual_seed(7).get_state()
     first = draw(50)
-    assert set(first) <= set(getattr(Digits().splits, split).index.tolist())
+    images, _ = getattr(Digits().splits, split)[:]
+    assert set(first) <= set(rows(images))
     assert len(set(first)) == 50
     assert draw(50) == first
     assert torch.equal(torch.get_rng_state(), state)
@@ -51,9 +61,9 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
     task = Digits(max_train=100, validation_share=0.0)
     assert task.calibration(100).num_samples == 100
     for draw, message in (
-        (lambda: task.calibration(101), "101 .* of Digits, whose training split has 100; set samples_per"),
-        (lambda: Digits().promise(999, name="x"), r"999 promise .* 'x' \(Digits\), whose .* 144; .*share"),
-        (lambda: task.promise(1), "validation split has 0"),
+        (lambda: task.calibration(101), "101 .* of Digits, whose split has 100; set samples_per"),
+        (lambda: Digits().promise_samples(999, name="x"), r"999 promise .* 'x' \(Digits\), whose .* 144; .*share"),
+        (lambda: task.promise_samples(1), "split has 0"),
     ):
         with pytest.raises(DataError, match=message):
             draw()
@@ -62,11 +72,11 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
 def test_a_split_holds_out_the_last_samples_and_processes_take_every_sample_once():
     calibration = numbered(10)
     fit, held_out = calibration.split(0.2)
-    assert (chosen(fit), chosen(held_out)) == (list(range(8)), [8, 9])
+    assert (numbers(fit), numbers(held_out)) == (list(range(8)), [8, 9])
     assert [part.num_samples for part in calibration.split(0.001)] == [9, 1]
     assert [part.num_samples for part in calibration.split(0.999)] == [1, 9]
     shards = [calibration.subset(range(rank, 10, 3)) for rank in range(3)]
-    assert sorted(position for shard in shards for position in chosen(shard)) == list(range(10))
+    assert sorted(number for shard in shards for number in numbers(shard)) == list(range(10))
     with pytest.raises(DataError, match="1 calibration sample"):
         numbered(1).split(0.5)
 
@@ -88,12 +98,12 @@ def test_pooled_data_mix_tasks_of_different_image_shapes():
 def test_samples_in_memory_are_calibration_data_too():
     """Batches of two shapes; pooled with another task's they keep their order, and a new shape begins a new batch."""
     short, long = torch.arange(6.0).reshape(3, 2), torch.arange(12.0).reshape(4, 3)
-    one, other = Calibration.of_batches([short, long]), Calibration.of_batches([{"x": short}])
-    assert (one.num_samples, one.batch_size, other.batch_size) == (7, 4, 3)
+    one, other = Calibration.of([short, long]), Calibration.of([{"x": short}])
+    assert one.num_samples == 7
     assert all(torch.equal(*pair) for pair in zip(one, (short, long), strict=True))
     assert [len(batch) for batch in one.subset([0, 3, 1, 4, 5])] == [1, 1, 1, 2]
     assert torch.equal(other.inputs(torch.tensor([2, 0]))["x"], short[[2, 0]])
-    both = pooled([one, Calibration.of_batches([10 + long])])
-    assert both.part.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
+    both = pooled([one, Calibration.of([10 + long])])
+    assert both.part.tolist() == [0, 2, 0, 0, 2, 1, 2, 1, 1, 2, 1]
     with pytest.raises(DataError, match="to run together, expected one shape"):
         both.inputs()

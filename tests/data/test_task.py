@@ -1,6 +1,7 @@
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -41,16 +42,16 @@ def order(loader):
     return [number for images, _ in loader for number in numbers(images)]
 
 
-def by_sample(task, epoch=0):
+def by_sample(task, on_process, epoch=0):
     """The training images in the order of their positions, as an epoch shows them."""
-    loader = task.train_dataloader()
-    loader.sampler.set_epoch(epoch)
-    positions = torch.cat([draw.positions for draw in loader.sampler])
-    return torch.cat([images for images, _ in loader])[positions.argsort()]
+    plain = order(on_process(task_with(task, augmentation=Augmentation.none), 0, 1, epoch).train_dataloader())
+    loader = on_process(task, 0, 1, epoch).train_dataloader()
+    return torch.cat([images for images, _ in loader])[torch.tensor(plain).argsort()]
 
 
 def splits(task):
-    return [set(part.index.tolist()) for part in (task.splits.train, task.splits.validation, task.splits.test)]
+    parts = (task.splits.train, task.splits.validation, task.splits.test)
+    return [set(numbers(images)) for images, _ in (part[:] for part in parts)]
 
 
 def test_splits_are_disjoint_complete_stratified_and_of_the_split_seed_alone():
@@ -62,7 +63,7 @@ def test_splits_are_disjoint_complete_stratified_and_of_the_split_seed_alone():
     assert splits(Numbered(seed=1)) == splits(Numbered(max_train=10_000, max_test=10_000)) == [train, validation, test]
     assert splits(Numbered(split_seed=1)) != [train, validation, test]
     whole = Numbered(validation_share=0.0)
-    assert whole.splits.validation is None
+    assert len(whole.splits.validation) == 0
     assert whole.val_dataloader() == []
     assert len(whole.splits.train) == 200
 
@@ -84,15 +85,16 @@ def test_loaders_yield_stored_images_with_their_labels():
             assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
             assert labels.tolist() == [number % 4 for number in numbers(images)]
             seen += numbers(images)
-        assert sorted(seen) == split.index.tolist()
-    assert [len(images) for images in task.predict_dataloader()] == [50, 10]
+        assert sorted(seen) == numbers(split[:][0])
+    assert [len(images) for images, _ in task.predict_dataloader()] == [50, 10]
     assert len(task.train_dataloader()) == 6
     assert (task.classes, task.num_classes) == (("a", "b", "c", "d"), 4)
     images, labels = next(iter(task.test_dataloader()))
     x, y = task.on_after_batch_transfer((images, labels), 0)
     assert torch.equal(x, to_input(images, 8))
     assert torch.equal(y, labels)
-    assert torch.equal(task.on_after_batch_transfer(images, 0), x)
+    task.trainer = SimpleNamespace(predicting=True)
+    assert torch.equal(task.on_after_batch_transfer((images, labels), 0), x)
 
 
 def test_training_order_follows_the_seed_and_no_loader_moves_torchs_own_random_state():
@@ -102,34 +104,38 @@ def test_training_order_follows_the_seed_and_no_loader_moves_torchs_own_random_s
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_augmentation_touches_training_images_only_and_changes_with_the_epoch_but_not_with_batch_or_worker():
+def test_augmentation_touches_training_images_only_and_changes_with_the_epoch_but_not_with_the_batch(on_process):
     plain, augmented = Numbered(), Numbered(augmentation=Augmentation.crop)
     for name in ("val_dataloader", "test_dataloader"):
         for (a, _), (b, _) in zip(getattr(augmented, name)(), getattr(plain, name)(), strict=True):
             assert torch.equal(a, b)
-    same = Numbered(augmentation=Augmentation.crop, batch_size=60, num_workers=1)
-    assert torch.equal(by_sample(augmented, 1), by_sample(same, 1))
-    assert not torch.equal(by_sample(augmented, 0), by_sample(augmented, 1))
-    assert not torch.equal(by_sample(augmented, 0), by_sample(Numbered(augmentation=Augmentation.crop, seed=1), 0))
-    assert torch.equal(by_sample(plain, 0), by_sample(plain, 1))
-    assert not torch.equal(by_sample(plain, 0), by_sample(augmented, 0))
+    same = Numbered(augmentation=Augmentation.crop, batch_size=60)
+    other = Numbered(augmentation=Augmentation.crop, seed=1)
+
+    def shown(task, epoch):
+        return by_sample(task, on_process, epoch)
+
+    assert torch.equal(shown(augmented, 1), shown(same, 1))
+    assert not torch.equal(shown(augmented, 0), shown(augmented, 1))
+    assert not torch.equal(shown(augmented, 0), shown(other, 0))
+    assert torch.equal(shown(plain, 0), shown(plain, 1))
+    assert not torch.equal(shown(plain, 0), shown(augmented, 0))
 
 
 def test_copies_read_once_until_one_releases_it():
     Numbered.reads.clear()
     given = Numbered()
-    options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop, "trainer": "another"}]
+    options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop}]
     copies = [task_with(given, **each) for each in options]
     first = copies[0].splits
     assert [each.splits for each in copies] == [first] * 3
     assert given.splits is first
-    assert given.calibration(5).parts[0].store is first.train.store
     larger = task_with(given, image_size=12)
     assert larger.splits is not first
     assert Numbered.reads == [8, 12]
-    assert pickle.loads(pickle.dumps(copies[0])).splits.train.index.equal(first.train.index)
+    assert pickle.loads(pickle.dumps(copies[0])).splits.train.indices.equal(first.train.indices)
     assert len(task_with(given, max_train=20).splits.train) == 20
-    seen = weakref.ref(first.train.store)
+    seen = weakref.ref(first.train.dataset)
     del first, larger
     gc.collect()
     assert seen() is not None
@@ -144,10 +150,19 @@ def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again
     assert sorted(order(ranks[0].test_dataloader()) + order(ranks[1].test_dataloader())) == list(range(200, 261))
     first, second = (order(task.train_dataloader()) for task in ranks)
     assert sorted(first + second) == sorted(order(Numbered().train_dataloader()))
-    predicted = [number for task in ranks for images in task.predict_dataloader() for number in numbers(images)]
-    assert sorted(predicted) == list(range(200, 261))
-    with pytest.raises(ConfigurationError, match=r"set trainer\.use_distributed_sampler=false"):
-        on_process(Numbered(), 0, 2, use_distributed_sampler=True).train_dataloader()
+    predicted = [order(task.predict_dataloader()) for task in ranks]
+    assert sorted(predicted[0] + predicted[1]) == list(range(200, 261))
+
+
+def test_calibration_and_promise_samples_are_in_no_test_and_equal_on_any_number_of_processes(on_process):
+    train, validation, _ = splits(Numbered())
+    expected = Numbered(seed=3)
+    for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
+        task = on_process(Numbered(seed=3), rank, world)
+        for draw, split in ((TaskData.calibration, train), (TaskData.promise_samples, validation)):
+            (images,) = draw(task, 15).stored
+            assert len(set(numbers(images)) & split) == 15
+            assert torch.equal(draw(task, 15).inputs(), draw(expected, 15).inputs())
 
 
 class Recorder(LightningModule):
@@ -166,23 +181,12 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-@pytest.fixture
-def loaders_end():
-    """Workers that end when a later test collects garbage may print a traceback into what that test captures."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.usefixtures("loaders_end")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, make_trainer, workers):
-    options = {"train": 150, "test": 40, "seed": 2, "num_workers": workers, "validation_share": 0.0}
+def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, make_trainer, on_process):
+    options = {"train": 150, "test": 40, "seed": 2, "validation_share": 0.0}
     recorder, stopped, resumed = Recorder(), make_trainer(max_epochs=1), Recorder()
     make_trainer(max_epochs=3).fit(recorder, datamodule=Numbered(**options))
-    loader = Numbered(**{**options, "num_workers": 0}).train_dataloader()
     for epoch in range(3):
-        loader.sampler.set_epoch(epoch)
-        assert recorder.epochs[epoch] == order(loader)
+        assert recorder.epochs[epoch] == order(on_process(Numbered(**options), 0, 1, epoch).train_dataloader())
     stopped.fit(Recorder(), datamodule=Numbered(**options))
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     make_trainer(max_epochs=3).fit(resumed, datamodule=Numbered(**options), ckpt_path=tmp_path / "stopped.ckpt")
@@ -191,7 +195,7 @@ def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path,
 
 def test_options_are_checked_at_construction():
     wrong = {"image_size": 0, "batch_size": 1, "eval_batch_size": 0, "max_train": 1, "max_test": 0, "split_seed": -1}
-    for name, value in (wrong | {"seed": -1, "num_workers": -1}).items():
+    for name, value in (wrong | {"seed": -1}).items():
         with pytest.raises(
             ConfigurationError, match=f"{name}={value}, expected a whole number of at least {value + 1}"
         ):
@@ -223,5 +227,3 @@ def test_sources_are_checked(monkeypatch):
     monkeypatch.setattr(Numbered, "names", ("a",))
     with pytest.raises(DataError, match="Numbered has 1 class, expected at least two to tell apart"):
         Numbered().setup()
-    with pytest.raises(DataError, match="8 images but 3 labels"):
-        Samples.of(images, torch.arange(3))

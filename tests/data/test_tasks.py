@@ -36,29 +36,28 @@ def test_a_seed_draws_every_tasks_samples_anew_and_leaves_the_given_tasks_alone(
 
 
 def test_training_sees_every_sample_once_an_epoch_beside_its_position(members, on_process):
-    tasks = Tasks(members, samples_per_task=10, batch_size=8)
-    inputs = tasks.calibration().inputs()
-    loader, orders = tasks.train_dataloader(), []
+    inputs = Tasks(members, samples_per_task=10).calibration().inputs()
+    orders = []
     for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
+        loader = on_process(Tasks(members, samples_per_task=10, batch_size=8), 0, 1, epoch).train_dataloader()
         assert all(torch.equal(batch, inputs[places]) for places, batch in loader)
         orders.append(positions(loader))
         assert sorted(orders[-1]) == list(range(20))
     assert orders[0] != orders[1]
-    resumed = on_process(Tasks(members, samples_per_task=10, batch_size=8), 0, 1, epoch=1)
-    assert positions(resumed.train_dataloader()) == orders[1]
 
 
 def test_training_and_held_out_samples_are_disjoint_and_complete(members):
     tasks = Tasks(members, samples_per_task=10, held_out=0.3)
     everything = tasks.calibration().inputs()
     held_out = torch.cat([batch for _, batch in tasks.val_dataloader()])
-    assert torch.equal(torch.cat([tasks.training_calibration().inputs(), held_out]), everything)
+    fitted, left_out = tasks.fitted_and_held_out()
+    assert torch.equal(left_out.inputs(), held_out)
+    assert torch.equal(torch.cat([fitted.inputs(), held_out]), everything)
     assert len(everything.flatten(1).unique(dim=0)) == 20
     assert sorted(positions(tasks.train_dataloader())) == list(range(14))
     assert positions(tasks.val_dataloader()) == list(range(6))
     whole = Tasks(members, samples_per_task=10)
-    assert (whole.val_dataloader(), whole.training_calibration().num_samples) == ([], 20)
+    assert (whole.val_dataloader(), whole.fitted_and_held_out()[0].num_samples) == ([], 20)
 
 
 def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(members, on_process):
@@ -70,11 +69,20 @@ def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(me
     assert sorted(positions(ranks[0].train_dataloader()) + positions(ranks[1].train_dataloader())) == list(range(22))
     assert sorted(positions(held_out[0].val_dataloader()) + positions(held_out[1].val_dataloader())) == list(range(7))
     for place, task in enumerate(members.values()):
-        test = task.splits.test
+        images, labels = task.splits.test[:]
         for rank, tasks in enumerate(ranks):
-            images, labels = (torch.cat(parts) for parts in zip(*tasks.test_dataloader()[place], strict=True))
-            assert torch.equal(images, test.images()[rank::2])
-            assert torch.equal(labels, test.targets[rank::2])
+            own_images, own_labels = (torch.cat(parts) for parts in zip(*tasks.test_dataloader()[place], strict=True))
+            assert torch.equal(own_images, images[rank::2])
+            assert torch.equal(own_labels, labels[rank::2])
+
+
+def test_calibration_and_promise_samples_are_equal_on_any_number_of_processes(members, on_process):
+    expected = Tasks(members, samples_per_task=11, promise_samples=5)
+    for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
+        own = {name: task_with(task) for name, task in members.items()}
+        tasks = on_process(Tasks(own, samples_per_task=11, promise_samples=5), rank, world)
+        assert torch.equal(tasks.calibration().inputs(), expected.calibration().inputs())
+        assert torch.equal(tasks.promise_samples().inputs(), expected.promise_samples().inputs())
 
 
 def test_options_are_checked_at_construction(members):
@@ -87,8 +95,8 @@ def test_options_are_checked_at_construction(members):
 def test_tasks_that_do_not_fit_are_refused(members, synthetic):
     with pytest.raises(DataError, match="found no tasks"):
         Tasks({})
-    with pytest.raises(DataError, match=r"the tasks' images differ in size \(\{'b': 16, 'c': 32\}\)"):
-        Tasks({"b": members["b"], "c": synthetic(image_size=32)})
+    with pytest.raises(DataError, match=r"have the image sizes \[16, 32\]; expected one common size"):
+        Tasks({"b": members["b"], "c": synthetic(image_size=32)}, samples_per_task=5).calibration()
     told = r"33 .* asked of the task 'b' \(Synthetic\), .* has 32; set samples_per_task to 32 or less"
     with pytest.raises(DataError, match=told):
         Tasks(members, samples_per_task=33).calibration()

@@ -39,12 +39,14 @@ def table(tmp_path: Path, tokenizer: str):
 
 def test_texts_become_rows_of_tokens_cut_and_filled_up(table, monkeypatch) -> None:
     task = table(max_tokens=4)
-    rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
+    texts = ["the good film", "good good good good good good", "tasty", ""]
+    task.test.write_text("".join(json.dumps({"label": "positive", "text": text}) + "\n" for text in texts))
+    rows, _ = task.splits.test[:]
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"):
-        task.samples(["the good film"], [0])
+        table().setup()
 
 
 def test_a_table_is_a_task_like_others_read_once(table, monkeypatch) -> None:
@@ -58,7 +60,7 @@ def test_a_table_is_a_task_like_others_read_once(table, monkeypatch) -> None:
         inputs, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
         assert (inputs.shape, inputs.dtype) == ((4, 5), torch.int64)
         assert labels.tolist() == (inputs == WORDS.index("good")).any(1).long().tolist()
-    assert read == ["train.csv", "train.csv", "test.jsonl"]
+    assert read == ["train.csv", "test.jsonl"]
     before = given.content_key()
     assert table().content_key() == before
     given.test.write_text('{"text": "good", "label": "positive"}\n')
@@ -70,7 +72,6 @@ def test_calibration_yields_tokens_pools_and_tokenises_anew(table, synthetic) ->
     calibration = tasks.calibration()
     assert [tuple(batch.shape) for batch in calibration] == [(5, 5), (5, 5), (2, 5)]
     assert torch.cat(list(calibration)).equal(calibration.inputs())
-    assert calibration.inputs(torch.tensor([], dtype=torch.int64)).shape == (0, 5)
     positions, inputs = next(iter(tasks.train_dataloader()))
     assert inputs.equal(calibration.inputs(positions))
     tasks.resize(64)  # of images
@@ -124,5 +125,6 @@ def test_clinc_is_written_as_tables(tmp_path: Path, tokenizer: str) -> None:
     task = TextFile(train, test, max_tokens=4, tokenizer=tokenizer, validation_share=0.2)
     assert task.classes == ("blame", "praise")
     assert [len(part) for part in (task.splits.train, task.splits.validation, task.splits.test)] == [8, 2, 4]
-    assert task.splits.test.images().tolist() == [[6, 2, 1, 2], [6, 3, 5, 0]] * 2
-    assert task.splits.test.targets.tolist() == [1, 0] * 2
+    tokens, labels = task.splits.test[:]
+    assert tokens.tolist() == [[6, 2, 1, 2], [6, 3, 5, 0]] * 2
+    assert labels.tolist() == [1, 0] * 2

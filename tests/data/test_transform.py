@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coin.data import Augmentation, to_image, to_input
+from coin.data import Augmentation, to_input
 from coin.data.transform import View, augmented, draw_augmentation
 from coin.errors import DataError
 
@@ -16,13 +16,6 @@ def test_values_are_scaled_and_normalised():
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(to_input(IMAGES[:, :1], 16), to_input(IMAGES[:, :1].expand(5, 3, 16, 16), 16))
-
-
-def test_images_come_back_as_they_were():
-    assert to_image(to_input(IMAGES, 16)).equal(IMAGES)
-    flat = torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)
-    for side in (9, 32):
-        assert to_image(to_input(flat, side), 8).equal(flat[..., :8, :8])
 
 
 def test_halving_is_antialiased():

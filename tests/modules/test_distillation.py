@@ -87,7 +87,7 @@ def test_experts_answer_with_padded_logits_and_all_networks_stay_in_eval_mode(ex
 def test_it_goes_on_from_a_refit(experts, tasks, make_trainer):
     module, data = module_of(experts, lr=1e-12, steps=1, start="refit"), tasks()
     make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
-    samples = data.training_calibration()
+    samples, _ = data.fitted_and_held_out()
     parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
     expected = Refit().make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():

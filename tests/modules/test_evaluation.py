@@ -21,7 +21,7 @@ COLUMNS = ["decoder", "erased", "task", *SHARED, *COSTS]
 
 
 def batches_of(task):
-    images, labels = task.splits.test.images(), task.splits.test.targets
+    images, labels = task.splits.test[:]
     return [(to_input(images[start : start + 7], 16), labels[start : start + 7]) for start in range(0, len(labels), 7)]
 
 

@@ -53,7 +53,7 @@ def answers_of(experts, coded, inputs):
 
 
 def answers_to_tests(experts, coded, tasks):
-    tests = {name: task.splits.test.images() for name, task in tasks.tasks.items()}
+    tests = {name: task.splits.test[:][0] for name, task in tasks.tasks.items()}
     return {name: answers_of(experts, coded, to_input(images, 16)) for name, images in tests.items()}
 
 
@@ -125,7 +125,7 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
     with progress_bar("evaluation") as evaluator.progress:
         run(evaluator, tasks, make_trainer)
     tests = [len(task.test_dataloader()) for task in tasks.tasks.values()]
-    assert (len(tasks.calibration()), tests) == (4, [3, 4, 5])
+    assert (len(list(tasks.calibration())), tests) == (4, [3, 4, 5])
     assert [calls[network] for network in [*evaluator.coded, *networks]] == [4 + 3 + 4 + 5] * 7 + tests
     assert len(evaluator.variants) == 4
     assert evaluator.progress.n == evaluator.progress.total == 60 + 23 + 29 + 35
@@ -343,9 +343,10 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     run(evaluator, tasks, make_trainer)
     record_evaluation(evaluator, tasks, seed, "x", None, [])
 
-    files, new = list(experts.values()), tasks.promise()
-    for part, task in zip(new.parts, members.values(), strict=True):
-        assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
+    files, new = list(experts.values()), tasks.promise_samples()
+    for images, task in zip(new.stored, members.values(), strict=True):
+        validation, _ = task.splits.validation[:]
+        assert {image.sum().item() for image in images} <= {image.sum().item() for image in validation}
     both = tasks.calibration(), new
     fit_on, promised_on = (replace(answers_of(files, coded, each.inputs()), tasks=each.part) for each in both)
     rows, every = read_promises(seed), answers_to_tests(files, coded, tasks)
@@ -389,7 +390,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         Coded.from_run(seed)
     with pytest.raises(FileError, match=r"found neither 'results.csv' nor 'seed-\*/results.csv'"):
         Coded.from_run(tmp_path / "nowhere")
-    tasks.promise_samples = 0
+    tasks.promised = 0
     run(evaluator, tasks, make_trainer)
     record_evaluation(evaluator, tasks, seed, "x", None, [])
     assert read_promises(seed) is None

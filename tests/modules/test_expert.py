@@ -37,7 +37,8 @@ class Stop(Callback):
 
 def logits_of(expert, split):
     with torch.no_grad():
-        return expert.eval()(to_input(split.images(), 16)), split.targets
+        images, labels = split[:]
+        return expert.eval()(to_input(images, 16)), labels
 
 
 def test_an_expert_overfits_a_tiny_task_and_its_checkpoint_loads_with_weights_only(tmp_path, synthetic, make_trainer):

@@ -110,7 +110,7 @@ def test_texts_of_a_folder_s_network_are_cut_by_its_own_tokenizer(
     found = experiment.tasks["one"]
     assert isinstance(found, TextFile)
     assert found.tokenizer == str(tmp_path / "bert/tokenizer.json")
-    assert found.splits.train.images().max() < 11
+    assert found.splits.train[:][0].max() < 11
     write_tokenizer(tmp_path / "other.json", 30)
     task["init_args"]["tokenizer"] = "other.json"
     capsys.readouterr()

@@ -19,7 +19,7 @@ from coin.pipeline.step import Step
 from coin.tracking.runs import RunLog
 
 OF_ALL = {"store", "doing", "log"}
-OF_TASKS = {"augmentation", "batch_size", "num_workers"}
+OF_TASKS = {"augmentation", "batch_size"}
 OF_TESTS = {"eval_batch_size", "max_test", "test_per_class"}
 OF_PROMISES = {"promise_samples", "promise_alpha", "promise_confidence"}
 OF_FISHERS = {"fisher_data", "fisher_kind", "fisher_mc_samples", "memory_mib"}  # the statistics' own fields have them

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BertConfig
 
 from coin.coding.promise import answer_score
-from coin.data.image_io import read_files as read_from_disk
+from coin.data.image_io import to_square
 from coin.errors import ConfigurationError, DataError
 from coin.networks import NetworkConfig, build_network, save_network
 from coin.serving.front_end import Answer
@@ -52,7 +52,7 @@ def test_large_images_become_what_training_would_have_seen(tmp_path: Path) -> No
     paths = [tmp_path / "wide.jpg", tmp_path / "high.png"]
     for path, shape in zip(paths, ((60, 90, 3), (70, 50, 3)), strict=True):
         Image.fromarray(noise(*shape)).save(path)
-    expected = read_from_disk([str(path) for path in paths], 24)
+    expected = torch.stack([to_square(Image.open(path), 24) for path in paths])
     assert torch.equal(read_files(*(path.read_bytes() for path in paths), size=24), expected)
 
 

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from coin.data import Digits
-from coin.data.sampling import TrainingBatches
 
 pytestmark = pytest.mark.slow
 
@@ -122,13 +122,11 @@ def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
 
     subprocess.run(job, cwd=ROOT, env=cluster, check=True, timeout=400)
     for task in (0, 1):
-        batches = TrainingBatches(81, 8, seed=0, rank=task, world_size=2)
-        data = Digits(max_train=81, max_test=37)
-        data.setup()
+        data = Digits(max_train=81, max_test=37, batch_size=8)
         wanted = []
         for epoch in range(EPOCHS):
-            batches.set_epoch(epoch)
-            wanted += [[epoch, data.splits.train.targets[draw.positions].tolist()] for draw in batches]
+            data.trainer = SimpleNamespace(global_rank=task, world_size=2, current_epoch=epoch)
+            wanted += [[epoch, labels.tolist()] for _, labels in data.train_dataloader()]
         numbered = [[step, *entry] for step, entry in enumerate(wanted)]
         assert steps(tmp_path, task) == done[task] + numbered[WHOLE:]
         assert done[task] == numbered[: SIGNAL_AT + 1]
