@@ -84,8 +84,8 @@ class Breaker:
                 reply = await self._call(expert, inputs)
         except Exception as error:  # whatever it is, others may answer
             expected = place * self._seconds
-            has_others = self._answered_at > began or expected > self._limits.timeout / 2
-            is_busy = isinstance(error, TimeoutError) and has_others
+            has_work = self._answered_at > began or expected > self._limits.timeout / 2
+            is_busy = isinstance(error, TimeoutError) and has_work
             if not is_busy and not isinstance(error, OverloadedError):
                 self.is_lost = True
                 reason = f"{type(error).__name__}: {first_line(error)}"

@@ -191,6 +191,13 @@ def test_mistakes_get_a_status_and_one_line(serve_toy: Any, case: str) -> None:
     assert "\n" not in found.text
 
 
+def test_a_request_that_says_it_is_json_to_its_end_is_answered(serve_toy: Any) -> None:
+    _, client, _ = serve_toy()
+    content = json.dumps(GOOD["json"]).encode()
+    found = client.post(INFER, content=content, headers={"Inference-Header-Content-Length": str(len(content))})
+    assert found.status_code == 200
+
+
 def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
     """Begin an upload and send a hundred bytes of it."""
     connection = socket.create_connection(("127.0.0.1", port))
