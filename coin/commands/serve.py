@@ -7,17 +7,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from coin.coding import Promise
 from coin.coding.decoder_config import REPLICA
+from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
 from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
-from coin.reporting.summary import REFERENCES, read_run, stand_ins, summarise
+from coin.reporting.summary import REFERENCES, read_run, seed_folders, stand_ins, summarise
 from coin.reporting.text import read_by
-from coin.serving.policies import Policy, PolicyKind
-from coin.serving.protocol import Description
+from coin.serving.policies import POLICIES, PolicyKind
 from coin.serving.ray_app import RayOptions, check_port, start
-from coin.serving.servers import System, read_coded, read_copies
+from coin.serving.system import System
 
 
 def serve(
@@ -25,7 +24,7 @@ def serve(
     method: str | None = None,
     decoder: str | None = None,
     policy: PolicyKind | None = None,
-    quantile: float = 0.9,
+    quantile: float = 0.8,
     ray: RayOptions = RayOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve an experiment until the process is told to stop.
@@ -41,14 +40,14 @@ def serve(
         ray: Where and how to serve.
     """
     check_port(ray)
-    system, about = read_system(folder, method, decoder, policy, quantile)
-    servers = len(system.stand_ins.processes)
+    system = read_system(folder, method, decoder, policy, quantile)
+    servers = len(system.stand_ins.servers)
     print(f"starting Ray with {servers} servers and a front end", file=sys.stderr, flush=True)
-    stop = start(system, about, ray)
+    stop = start(system, ray)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    tasks = ", ".join(about.classes)
+    tasks = ", ".join(system.classes)
     print(f"serving {tasks} at http://{ray.host}:{ray.port}; Ctrl+C stops", flush=True)
     stopped.wait()
     stop()
@@ -60,42 +59,44 @@ def read_system(
     decoder: str | None,
     policy: PolicyKind | None,
     quantile: float,
-) -> tuple[System, Description]:
-    """Return the system that `serve` serves, and its description, from the same arguments."""
+) -> System:
+    """Return the system that `serve` serves, from the same arguments."""
+    check_number("quantile", quantile, low=0, high=1)
     run = Path(folder)
     if method is None and decoder is None and policy is None:
         method = served_by_default(run)
     if method is not None and method.startswith(f"{REPLICA}-"):
-        kind = policy or PolicyKind.replica
-        if decoder is not None or Policy(kind).which != "replica":
+        return _system_of_copies(run, method, decoder, policy or PolicyKind.replica, quantile)
+    # Whether the decoder reads survivors; nobody and replicas have none.
+    reads_survivors = {"coded": False, "everyone": True}
+    survivors = reads_survivors.get(POLICIES[policy][0]) if policy else None
+    coded = Coded.from_run(run, method, decoder, survivors)
+    kind = next(iter(coded.decoders.values())).kind
+    default = PolicyKind.coded_hedged if kind.reads_survivors else PolicyKind.standin
+    return System.of(coded, policy or default, quantile, f"{coded.method}, {kind}")
+
+
+def _system_of_copies(
+    run: Path, method: str, decoder: str | None, policy: PolicyKind, quantile: float
+) -> System:
+    """Return a system whose replicas hold the experts' compressed copies, such as ``replica-3bit-int8base``."""
+    which, _ = POLICIES[policy]
+    if decoder is not None or which != "replica":
+        raise ConfigurationError(
+            f"found method '{method}' with policy {policy} and decoder {decoder}, "
+            "expected policy replica or replica_proactive and no decoder; leave them out"
+        )
+    coded = Coded.from_run(run)
+    how = method.removeprefix(f"{REPLICA}-")
+    folder = seed_folders(run)[0] / "replicas"
+    copies = [folder / f"{task}.{how}.safetensors" for task in coded.names]
+    for path in copies:
+        if not path.is_file():
+            message = f"found no compressed copies '{method}' of the experts, expected '{path}'"
             raise ConfigurationError(
-                f"found method '{method}' with policy {kind} and decoder {decoder}, "
-                "expected policy replica or replica_proactive and no decoder; leave them out"
+                f"{message}; add them to the experiment's replicas and run it again"
             )
-        coded = read_coded(run, None, None, kind)
-        copies = read_copies(run, method, coded.names)
-        system = System.of(coded, Policy(kind, quantile), copies)
-        # None is about the answers of copies.
-        return system, _description(coded, system, method, promises=[])
-    coded = read_coded(run, method, decoder, policy)
-    fitted = list(coded.decoders.values())
-    default = PolicyKind.coded_hedged if fitted[0].kind.reads_survivors else PolicyKind.standin
-    system = System.of(coded, Policy(policy or default, quantile))
-    promises = [promise for own in fitted for promise in own.promises.values()]
-    variant = f"{coded.method}, {fitted[0].kind}"
-    return system, _description(coded, system, variant, promises)
-
-
-def _description(
-    coded: Coded, system: System, variant: str, promises: Sequence[Promise]
-) -> Description:
-    classes = dict(zip(coded.names, coded.class_names or (), strict=True))
-    image_size = system.network(system.stand_ins.experts[0]).image_size
-    platform = f"coin ({system.policy.kind}, {variant})"
-    promise = None
-    if promises:
-        promise = {"alpha": promises[0].alpha, "confidence": promises[0].confidence}
-    return Description(classes, image_size, platform, promise)
+    return System.of(coded, policy, quantile, method, copies)
 
 
 def served_by_default(folder: Path) -> str | None:

@@ -25,14 +25,20 @@ from coin.errors import (
 )
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
-from coin.serving.protocol import ALL, Description, RefusedError, parse
+from coin.serving.protocol import ALL, RefusedError, metadata, parse, response
 
-# The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers.
-_STATUS = {DataError: 400, DeadlineError: 504, OverloadedError: 429, ServingError: 503}
+# 429 is for too many queries, 503 for too few servers.
+_STATUS = {
+    DataError: 400,
+    DeadlineError: 504,
+    OverloadedError: 429,
+    ServingError: 503,
+    CoinError: 500,
+}
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return a request's body; a RefusedError if it is too large or comes too slowly.
+    """Return a request's body; a RefusedError if it is too large or comes too slowly, a DataError if not all is JSON.
 
     One that is too large is read on: a client that still sends would not see the answer.
     """
@@ -52,27 +58,24 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise RefusedError(
             f"found {size} bytes, expected at most {limits.bytes}; send fewer inputs", 413
         )
+    # The protocol's binary extension: what comes after so many bytes is no JSON.
+    length = request.headers.get("inference-header-content-length", str(size))
+    if length != str(size):
+        raise DataError(
+            f"found {length} of {size} bytes that are JSON, expected plain JSON (binary_data=False)"
+        )
     return bytes(body)
 
 
-def status_of(error: CoinError) -> int:
-    """Return the status of HTTP of an error."""
-    if isinstance(error, RefusedError):
-        return error.status
-    for kind, status in _STATUS.items():
-        if isinstance(error, kind):
-            return status
-    return 500
-
-
-def make_app(front: FrontEnd, about: Description) -> FastAPI:
+def make_app(front: FrontEnd) -> FastAPI:
     """Return the application; its ``state.drain`` refuses new queries and waits for running ones."""
-    if ALL in about.classes:
+    system = front.system
+    if ALL in system.classes:
         raise ConfigurationError(
             f"found a task '{ALL}', which is the model of every task; rename it"
         )
-    models = {task: [place] for place, task in enumerate(about.classes)}
-    models[ALL] = list(range(len(about.classes)))
+    models = {task: [place] for place, task in enumerate(system.classes)}
+    models[ALL] = list(range(len(system.classes)))
     registry = CollectorRegistry()
     queries = Counter("coin_queries", "Queries by how they ended", ["end"], registry=registry)
     times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry)
@@ -80,19 +83,21 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         "coin_server_up", "Whether its last request went well", ["server"], registry=registry
     )
     for name, server in front.servers.items():
-        up.labels(name).set_function(lambda server=server: not server.doubted)
+        up.labels(name).set_function(lambda server=server: not server.is_lost)
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2")
     app.state.drain = front.drain
 
     @app.exception_handler(CoinError)
     async def refuse(request: Request, error: CoinError) -> JSONResponse:
-        kind = type(error).__name__
-        queries.labels(kind).inc()
-        status = status_of(error)
+        kind = type(error)
+        queries.labels(kind.__name__).inc()
+        if isinstance(error, RefusedError):
+            status = error.status
+        else:
+            status = next(_STATUS[base] for base in kind.__mro__ if base in _STATUS)
         is_temporary = status in (429, 503, 504)
         headers = {"retry-after": "1"} if is_temporary else {}
-        content = {"error": str(error), "kind": kind}
-        return JSONResponse(content, status, headers)
+        return JSONResponse({"error": str(error), "kind": kind.__name__}, status, headers)
 
     async def experts_of(model: str = ALL) -> list[int]:
         if model not in models:
@@ -108,15 +113,14 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
         deadline = loop.time() + front.limits.deadline
         with front.admitted():
             body = await read_body(request, front.limits)
-            asked, images = await asyncio.to_thread(parse, body, model, about, front.limits)
+            asked, images = await asyncio.to_thread(parse, body, model, system, front.limits)
             began = loop.time()
             answers = await front.ask(images, experts, deadline)
         seconds = loop.time() - began
-        response = about.response(model, asked, answers, seconds)
-        is_decoded = response["parameters"]["decoded"]
+        content = response(system, model, asked, answers, seconds)
         times.labels(model).observe(seconds)
-        queries.labels("decoded" if is_decoded else "answered").inc()
-        return JSONResponse(response)
+        queries.labels("decoded" if content["parameters"]["decoded"] else "answered").inc()
+        return JSONResponse(content)
 
     @app.get("/v2")
     async def about_server() -> dict[str, Any]:
@@ -132,14 +136,14 @@ def make_app(front: FrontEnd, about: Description) -> FastAPI:
     @app.get("/v2/models/{model}/ready")
     async def ready(experts: Experts, response: Response, model: str = ALL) -> dict[str, Any]:
         """Return 200 if the task, or every task, can be answered, else 503."""
-        is_ready = front.can_answer(experts)
+        is_ready = front.is_ready(experts)
         response.status_code = 200 if is_ready else 503
         return {"name": model, "ready": is_ready}
 
     @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
-    async def metadata(model: str) -> dict[str, Any]:
+    async def about_model(model: str) -> dict[str, Any]:
         """Return a model's inputs, outputs and classes."""
-        return about.metadata(model)
+        return metadata(system, model)
 
     @app.get("/metrics")
     async def prometheus() -> Response:

@@ -1,52 +1,31 @@
 """The front end: asks an expert's server and, by a policy, those that stand in."""
 
 import asyncio
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
+from coin.serving.breaker import Breaker, Call
+from coin.serving.hedge import HedgeTimer
 from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy, StandIns
-from coin.serving.server_state import ROOM, Server, ServerState
+from coin.serving.servers import Reply
+from coin.serving.system import Decoded, System
 
-SLOW = 2.0  # an own answer is late at this multiple of when the other experts' are, however slow its server always is
-EXPERIENCE = 20  # the queries after which an expert's lateness tells about others
-
-QueryKind = tuple[tuple[int, ...], int]  # the experts wanted, and the bits of the number of inputs
-# A lost expert's answer from the replies that arrived.
-Decode = Callable[[int, Mapping[str, Any]], Any]
+# The requests of a query's inputs, by server and the expert that it is asked as.
+Shared = dict[tuple[str, int], asyncio.Future[Any]]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The answer to a query for one expert: its server's reply, a replica's, or what was `decoded` from the others'."""
+class Answer(NamedTuple):
+    """The answer for one expert: its server's reply, a replica's, or what was decoded from the others'."""
 
-    expert: int
-    reply: Any
-    decoded: bool
+    reply: Reply | Decoded
     answered_by: tuple[str, ...]
 
-
-@dataclass
-class _Query:
-    inputs: Sized
-    patience: float | None  # seconds until an own answer is late
-    # By server, which is asked once at most.
-    requests: dict[str, asyncio.Future[Any]] = field(default_factory=dict)
-    in_time: int = 0  # how many own answers were
-    late: bool = False
-
-    def replies(self) -> dict[str, Any]:
-        """The replies so far, by server."""
-        found = {}
-        for name, request in self.requests.items():
-            if request.done() and not isinstance(request.result(), ServingError):
-                found[name] = request.result()
-        return found
+    @property
+    def decoded(self) -> bool:
+        """Whether it was decoded."""
+        return isinstance(self.reply, Decoded)
 
 
 class FrontEnd:
@@ -55,181 +34,173 @@ class FrontEnd:
     Every query gets one answer for each expert or one error, by its deadline at the latest, in the event loop's time.
     """
 
-    def __init__(
-        self,
-        servers: Mapping[str, Server],
-        stand_ins: StandIns,
-        policy: Policy,
-        decode: Decode,
-        limits: Limits,
-    ) -> None:
-        self.stand_ins = stand_ins
-        self.policy = policy
+    def __init__(self, system: System, servers: Mapping[str, Call], limits: Limits) -> None:
+        self.system = system
         self.limits = limits
-        self.servers = {}
-        for name, call in servers.items():
-            self.servers[name] = ServerState(name, call, limits)
-        self.lateness: dict[QueryKind, Lateness] = {}
-        self._decode = decode
-        self._open = 0
-        self._draining = False
-        self._ended = asyncio.Event()
+        self.servers = {name: Breaker(name, call, limits) for name, call in servers.items()}
+        self.hedge = HedgeTimer(system.quantile, limits.initial_lateness)
+        self._running = 0
+        self._is_draining = False
 
     async def drain(self) -> None:
         """Take no more queries, and wait for the running ones, which end by their deadline."""
-        self._draining = True
-        while self._open:
-            self._ended.clear()
-            await self._ended.wait()
+        self._is_draining = True
+        while self._running > 0:
+            await asyncio.sleep(0.05)
 
-    def can_answer(self, experts: Sequence[int]) -> bool:
-        """Return whether the servers that are not doubted suffice for these experts."""
-        up = {name for name, server in self.servers.items() if not server.doubted}
-        own = self.stand_ins.experts
-        for expert in experts:
-            if own[expert] not in up and not self.stand_ins.suffice(expert, up):
-                return False
-        return not self._draining
+    def lost(self, expert: int) -> list[str]:
+        """Return the servers whose loss keeps an expert from being answered for; none where the others suffice."""
+        stand_ins = self.system.stand_ins
+        names = [stand_ins.experts[expert], *stand_ins.of[expert]]
+        lost = [name for name in names if self.servers[name].is_lost]
+        up = [name for name in names if name not in lost]
+        is_answered = names[0] in up or stand_ins.suffice(expert, up)
+        return [] if is_answered else lost
+
+    def is_ready(self, experts: Sequence[int]) -> bool:
+        """Return whether queries for these experts are taken, and the servers that are not lost suffice for them."""
+        return not self._is_draining and not any(self.lost(expert) for expert in experts)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Count a query as running until the end of the block; ServingError where no more are taken."""
-        if self._draining:
+        if self._is_draining:
             raise ServingError("the front end stops; ask again later")
-        if self._open >= self.limits.queries:
+        if self._running >= self.limits.queries:
             raise OverloadedError(
-                f"{self._open} queries are running, the most there may be; ask again later"
+                f"{self._running} queries are running, the most there may be; ask again later"
             )
-        self._open += 1
+        self._running += 1
         try:
             yield
         finally:
-            self._open -= 1
-            self._ended.set()
+            self._running -= 1
 
-    async def ask(self, inputs: Sized, experts: Sequence[int], deadline: float) -> list[Answer]:
+    async def ask(self, inputs: Any, experts: Sequence[int], deadline: float) -> list[Answer]:
         """Return some experts' answers to a query's inputs, by a time of the loop.
 
         Raises LostError where the remaining servers cannot answer, OverloadedError where one of these is only full, and
         DeadlineError where no answer came in time.
         """
-        wanted = tuple(experts)
-        size = len(inputs).bit_length()
-        fresh = Lateness(self.policy.quantile, self.limits.initial_lateness, self.limits.deadline)
-        lateness = self.lateness.setdefault((wanted, size), fresh)
-        patience = min(lateness.seconds, SLOW * self._others_lateness(wanted, size))
-        waits_until_lost = self.policy.moment == "lost"
-        query = _Query(inputs, None if waits_until_lost else patience)
-        answering = [self._answer(query, expert) for expert in wanted]
+        shared: Shared = {}
+        queries = [_Query(self, expert, inputs, shared) for expert in experts]
+        answering = [query.answer() for query in queries]
         try:
             async with asyncio.timeout_at(deadline):
-                found = await asyncio.gather(*answering, return_exceptions=True)
+                answers = await asyncio.gather(*answering, return_exceptions=True)
         except TimeoutError:
-            unanswered = [name for name in query.requests if name not in query.replies()]
-            if not query.requests:  # the time was up before anybody was asked
-                unanswered = [self.stand_ins.experts[expert] for expert in wanted]
+            names = ", ".join(self.system.stand_ins.experts[expert] for expert in experts)
             limit = self.limits.deadline
-            silent = ", ".join(unanswered)
-            raise DeadlineError(
-                f"no answer in {limit:g} s from {silent}; ask again later"
-            ) from None
+            raise DeadlineError(f"no answer in {limit:g} s for {names}; ask again later") from None
         finally:
-            # Whether a server is late by its own measure is unknown where others' is shorter.
-            is_known = patience == lateness.seconds or not query.late
-            has_ended = query.late or query.in_time == len(wanted)
-            if is_known and has_ended:
-                lateness.observe(query.late)
-            for name, request in query.requests.items():
+            for (name, _), request in shared.items():
                 self.servers[name].withdraw(request)
-        answers = []
-        for answer in found:
+        for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-            answers.append(answer)
-        return answers
+        return answers  # type: ignore[return-value]  # no exception is left
 
-    def _others_lateness(self, experts: tuple[int, ...], size: int) -> float:
-        """Return the median of when the other experts' answers to queries of this size are late, in seconds.
 
-        For queries for several experts it is that of all. Infinity where none is known from `EXPERIENCE` queries.
+class _Query:
+    """A query for one expert, and its requests by server; `shared` are those of all experts of the same inputs."""
+
+    def __init__(self, front: FrontEnd, expert: int, inputs: Any, shared: Shared) -> None:
+        self._front = front
+        self._stand_ins = front.system.stand_ins
+        self._expert = expert
+        self._own = self._stand_ins.experts[expert]
+        self._others = self._stand_ins.of[expert]
+        self._inputs = inputs
+        self._shared = shared
+        self._asked: dict[str, asyncio.Future[Any]] = {}
+
+    async def answer(self) -> Answer:
+        """Return the expert's own answer if it comes in time, else the first that suffices; a ServingError if none can.
+
+        Who is not asked for being silent is asked at last.
         """
-        known = []
-        for place in range(len(self.stand_ins.experts)):
-            other = (place,)
-            lateness = self.lateness.get((other, size))
-            if lateness is None or other == experts:
-                continue
-            if lateness.experience >= EXPERIENCE:
-                known.append(lateness.seconds)
-        return statistics.median_low(known) if known else math.inf
-
-    async def _answer(self, query: _Query, expert: int) -> Answer:
-        """Return the expert's own answer if it comes in time, else the first that can be had."""
-        name = self.stand_ins.experts[expert]
-        stand_ins = self.stand_ins.of[expert]
-        own = self.servers[name]
-        silence = asyncio.get_running_loop().time() - own.silent_since
-        is_silent = query.patience is not None and 0 < query.patience < silence
-        is_tried_by_others = (own.doubted or is_silent) and own.pending
-        if not (is_tried_by_others and stand_ins):
-            self._request(query, name)
-        if self.policy.moment == "at once":
-            # What experts are asked for themselves comes first.
-            self._request_stand_ins(query, expert, room=ROOM / 2)
-        if name in query.requests and not own.doubted:
-            request = query.requests[name]
-            await asyncio.wait({request}, timeout=query.patience)
-            query.late |= not request.done()
-            query.in_time += name in query.replies()
-        answering = [name]  # who needs no decoding
-        if self.stand_ins.which == "replica":
-            answering += stand_ins
+        await self._ask_own()
         while True:
-            replies = query.replies()
-            for each in answering:
-                if each in replies:
-                    return Answer(expert, replies[each], False, (each,))
-            self._request_stand_ins(query, expert)
-            if self.stand_ins.suffice(expert, replies):
-                used = tuple(each for each in stand_ins if each in replies)
-                return Answer(expert, self._decode(expert, replies), True, used)
-            pending = {each: task for each, task in query.requests.items() if not task.done()}
-            may_suffice = self.stand_ins.suffice(expert, {*replies, *pending})
-            if name in pending or may_suffice:
+            found = self._found()
+            if found is not None:
+                return found
+            known = len(self._asked)
+            self._ask_others()
+            if len(self._asked) > known:
+                continue  # another expert's request to the same server may have ended
+            pending = {name: request for name, request in self._asked.items() if not request.done()}
+            may_suffice = self._stand_ins.suffice(self._expert, {*self._replies(), *pending})
+            if self._own in pending or may_suffice:
                 await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
-            elif name not in query.requests:
-                self._request(query, name)  # doubted or not: nobody else is left
+            elif self._own not in self._asked:
+                self._ask(self._own)
             else:
-                raise self._failure(query, stand_ins)
+                raise self._failure()
 
-    def _failure(self, query: _Query, stand_ins: Sequence[str]) -> ServingError:
-        """Return why the servers cannot answer: OverloadedError if one of them is only full, else LostError."""
-        lost = []
-        for name, request in query.requests.items():
-            result = request.result() if request.done() else None
-            if isinstance(result, OverloadedError):
-                return result
-            if isinstance(result, LostError):
-                lost.append(name)
-        for name in stand_ins:
-            if name not in query.requests and not self.servers[name].doubted:
-                return self.servers[name].full
-        return LostError(
-            f"lost {', '.join(lost)}, more than the others make up for; ask again later"
+    async def _ask_own(self) -> None:
+        """Ask the expert's server, and wait until its answer is late.
+
+        Nobody waits for a server that is lost, or silent for longer than makes an answer late; it is asked all the same
+        if nobody else does.
+        """
+        server = self._front.servers[self._own]
+        moment = self._stand_ins.moment
+        number = len(self._inputs)
+        patience = None
+        if moment != "lost":
+            patience = self._front.hedge.seconds(self._expert, number)
+        is_silent = patience is not None and 0 < patience < server.silence()
+        is_doubted = server.is_lost or is_silent
+        is_left_out = is_doubted and server.pending and self._others
+        if not is_left_out:
+            self._ask(self._own)
+        is_busy = len(server.pending) > 1  # then it has to do with queries for itself
+        if moment == "at once" and not is_busy:
+            self._ask_others()
+        if not is_doubted:
+            request = self._asked[self._own]
+            self._front.hedge.observe(self._expert, number, request)
+            await asyncio.wait({request}, timeout=patience)
+
+    def _ask_others(self) -> None:
+        """Ask the servers that stand in for the expert, unless those that take a request are too few."""
+        servers = self._front.servers
+        free = [name for name in self._others if not servers[name].is_full()]
+        if self._stand_ins.suffice(self._expert, {*self._asked, *free}):
+            for name in self._others:
+                self._ask(name)
+
+    def _ask(self, name: str) -> None:
+        """Ask a server, if these inputs were not sent to it yet."""
+        place = self._stand_ins.asked_as(name, self._expert)
+        if (name, place) not in self._shared:
+            request = self._front.servers[name].request(place, self._inputs)
+            self._shared[name, place] = request
+        self._asked[name] = self._shared[name, place]
+
+    def _replies(self) -> dict[str, Any]:
+        """Return the replies so far, by server."""
+        results = {
+            name: request.result() for name, request in self._asked.items() if request.done()
+        }
+        return {name: reply for name, reply in results.items() if reply is not None}
+
+    def _found(self) -> Answer | None:
+        """Return the expert's own answer, a replica's, or the decoded one; None where replies are too few."""
+        replies = self._replies()
+        is_whole = self._own in replies or self._stand_ins.which == "replica"
+        if replies and is_whole:
+            name = self._own if self._own in replies else next(iter(replies))
+            return Answer(replies[name], (name,))
+        if not self._stand_ins.suffice(self._expert, replies):
+            return None
+        return Answer(self._front.system.decode(self._expert, replies), tuple(replies))
+
+    def _failure(self) -> ServingError:
+        """Return why there is no answer."""
+        lost = ", ".join(self._front.lost(self._expert))
+        if lost:
+            return LostError(f"lost {lost}, more than the others make up for; ask again later")
+        return OverloadedError(
+            f"those that answer for {self._own} cannot take more; ask again later"
         )
-
-    def _request_stand_ins(self, query: _Query, expert: int, room: float = ROOM) -> None:
-        """Ask the servers that stand in for an expert, unless too many of them are full to make up for it."""
-        stand_ins = self.stand_ins.of[expert]
-        free = set()
-        for name in stand_ins:
-            if name in query.requests or not self.servers[name].is_full(room):
-                free.add(name)
-        if self.stand_ins.suffice(expert, free):
-            self._request(query, *stand_ins)
-
-    def _request(self, query: _Query, *names: str) -> None:
-        """Ask servers that this query has not asked yet."""
-        for name in names:
-            if name not in query.requests:
-                query.requests[name] = self.servers[name].request(query.inputs)

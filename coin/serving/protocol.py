@@ -9,16 +9,13 @@ of the model. The response's parameters, and each output's, say whether any of i
 was ``answered_by``; ``seconds`` is the time that these took.
 """
 
-import base64
 import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import Base64Bytes, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from coin.coding.promise import answer_score
@@ -26,8 +23,17 @@ from coin.data.image_io import DAMAGE, to_square
 from coin.errors import DataError, first_line
 from coin.serving.front_end import Answer
 from coin.serving.limits import Limits
+from coin.serving.system import Decoded, System
 
 ALL = "all"  # the model that answers for every task
+
+DATATYPES = {
+    "probabilities": "FP32",
+    "class": "INT64",
+    "label": "BYTES",
+    "score": "FP32",
+    "accepted": "BOOL",
+}
 
 
 class RefusedError(DataError):
@@ -38,111 +44,96 @@ class RefusedError(DataError):
         self.status = status
 
 
-class InferInput(BaseModel):
+class InferInput(BaseModel, strict=True):
     """A request's input."""
 
     name: Literal["images"]
     datatype: Literal["BYTES"]
     shape: tuple[int]
-    data: list[str]
+    data: list[Base64Bytes]
 
 
-class RequestedOutput(BaseModel):
+class RequestedOutput(BaseModel, strict=True):
     """An output that a request asks for."""
 
     name: str
 
 
-class InferRequest(BaseModel):
+class InferRequest(BaseModel, strict=True):
     """A request; without `outputs` it asks for all of them."""
 
     id: str | None = None
     inputs: tuple[InferInput]
-    outputs: list[RequestedOutput] = []
+    # More than a model has, and few enough to look at.
+    outputs: Annotated[list[RequestedOutput], Field(max_length=1000)] = []
 
 
-@dataclass(frozen=True)
-class Description:
-    """A description of the served system."""
-
-    # The names of every task's classes, in the order of the experts.
-    classes: Mapping[str, Sequence[str]]
-    image_size: int  # the side of the networks' inputs
-    platform: str  # the policy, the merge method and the decoder
-    promise: Mapping[str, float] | None = (
-        None  # `alpha` and `confidence`; None leaves out the output `accepted`
-    )
-
-    def outputs(self, model: str) -> list[dict[str, Any]]:
-        """Return the names, types and shapes of a model's outputs."""
-        kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "score": "FP32"}
-        if self.promise is not None:
-            kinds["accepted"] = "BOOL"
-        outputs = []
-        for task in self._tasks(model):
-            for name, kind in kinds.items():
-                full_name = _full_name(model, task, name)
-                shape = [-1]
-                if name == "probabilities":
-                    shape.append(len(self.classes[task]))
-                outputs.append({"name": full_name, "datatype": kind, "shape": shape})
-        return outputs
-
-    def metadata(self, model: str) -> dict[str, Any]:
-        """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
-        parameters = {}
-        for task in self._tasks(model):
-            parameters[f"{task}.classes"] = ",".join(self.classes[task])
-        for name, value in (self.promise or {}).items():
-            parameters[f"promise.{name}"] = str(value)
-        return {
-            "name": model,
-            "versions": ["1"],
-            "platform": self.platform,
-            "parameters": parameters,
-            "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}],
-            "outputs": self.outputs(model),
-        }
-
-    def response(
-        self, model: str, request: InferRequest, answers: Sequence[Answer], time: float
-    ) -> dict[str, Any]:
-        """Return the response to a request, after so many seconds."""
-        requested = {output.name for output in request.outputs}
-        offered = {output["name"]: output for output in self.outputs(model)}
-        outputs = []
-        for answer in answers:
-            task = list(self.classes)[answer.expert]
-            columns = _columns(self.classes[task], answer)
-            for column, data in columns.items():
-                name = _full_name(model, task, column)
-                if name in offered and (not requested or name in requested):
-                    samples = len(answer.reply.logits)
-                    shape = [samples, *offered[name]["shape"][1:]]
-                    own = {"shape": shape, "data": data, "parameters": _parameters([answer])}
-                    outputs.append(offered[name] | own)
-        response = {
-            "model_name": model,
-            "model_version": "1",
-            "parameters": _parameters(answers) | {"seconds": time},
-            "outputs": outputs,
-        }
-        return response if request.id is None else response | {"id": request.id}
-
-    def _tasks(self, model: str) -> list[str]:
-        return list(self.classes) if model == ALL else [model]
+def outputs_of(system: System, model: str, task: str) -> dict[str, dict[str, Any]]:
+    """Return the names, types and shapes of a task's outputs in a model, by what they are."""
+    found = {}
+    for kind, datatype in DATATYPES.items():
+        name = f"{task}.{kind}" if model == ALL else kind
+        shape = [-1, len(system.classes[task])] if kind == "probabilities" else [-1]
+        if kind != "accepted" or system.promise:
+            found[kind] = {"name": name, "datatype": datatype, "shape": shape}
+    return found
 
 
-def _full_name(model: str, task: str, output: str) -> str:
-    return f"{task}.{output}" if model == ALL else output
+def outputs(system: System, model: str) -> list[dict[str, Any]]:
+    """Return the names, types and shapes of a model's outputs."""
+    found: list[dict[str, Any]] = []
+    for task in _tasks(system, model):
+        found += outputs_of(system, model, task).values()
+    return found
 
 
-def _columns(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
+def metadata(system: System, model: str) -> dict[str, Any]:
+    """Return the protocol's model metadata; ``parameters`` holds the class names and the promise."""
+    tasks = _tasks(system, model)
+    parameters = {f"{task}.classes": ",".join(system.classes[task]) for task in tasks}
+    if system.promise:
+        parameters["promise.alpha"] = str(system.promise.alpha)
+        parameters["promise.confidence"] = str(system.promise.confidence)
+    return {
+        "name": model,
+        "versions": ["1"],
+        "platform": f"coin ({system.stand_ins.policy}, {system.variant})",
+        "parameters": parameters,
+        "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": outputs(system, model),
+    }
+
+
+def response(
+    system: System, model: str, request: InferRequest, answers: Sequence[Answer], seconds: float
+) -> dict[str, Any]:
+    """Return the response to a request, whose answers took so many seconds."""
+    requested = {output.name for output in request.outputs}
+    found = []
+    for task, answer in zip(_tasks(system, model), answers, strict=True):
+        data = _data(system.classes[task], answer)
+        for kind, output in outputs_of(system, model, task).items():
+            if not requested or output["name"] in requested:
+                shape = [len(answer.reply.logits), *output["shape"][1:]]
+                own = {"shape": shape, "data": data[kind], "parameters": _parameters([answer])}
+                found.append(output | own)
+    named = {"model_name": model, "model_version": "1"}
+    if request.id is not None:
+        named["id"] = request.id
+    return named | {"parameters": _parameters(answers) | {"seconds": seconds}, "outputs": found}
+
+
+def _tasks(system: System, model: str) -> list[str]:
+    return list(system.classes) if model == ALL else [model]
+
+
+def _data(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
     """Return the data of an answer's outputs, by name."""
     logits = answer.reply.logits[:, : len(classes)]  # [B, C] without what pads them
     predicted = logits.argmax(1).tolist()
-    own = [True] * len(logits)  # a promise covers the expert's own answers
-    accepted = answer.reply.accepted.tolist() if answer.decoded else own
+    accepted = [True] * len(logits)  # a promise covers the expert's own answers
+    if isinstance(answer.reply, Decoded):
+        accepted = answer.reply.accepted.tolist()
     return {
         "probabilities": logits.softmax(1).flatten().tolist(),
         "class": predicted,
@@ -160,20 +151,16 @@ def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"decoded": is_decoded, "answered_by": ",".join(dict.fromkeys(servers))}
 
 
-def parse(
-    body: bytes, model: str, about: Description, limits: Limits
-) -> tuple[InferRequest, Tensor]:
-    """Return a request for a model, and its images as `to_squares` makes them; else a DataError."""
+def parse(body: bytes, model: str, system: System, limits: Limits) -> tuple[InferRequest, Tensor]:
+    """Return a request for a model, and its images as `read_images` does; else a DataError."""
     try:
         request = InferRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
         message = f"found a request that is wrong at {where} ({first['msg']}), expected plain JSON (binary_data=False)"
         raise DataError(message) from error
-    # Pydantic takes the last of keys that come twice.
-    json.loads(body, object_pairs_hook=_refuse_duplicates)
-    known = [output["name"] for output in about.outputs(model)]
+    known = [output["name"] for output in outputs(system, model)]
     for output in request.outputs:
         if output.name not in known:
             raise DataError(f"found output '{output.name}', expected some of {', '.join(known)}")
@@ -187,31 +174,45 @@ def parse(
         raise RefusedError(
             f"found {count} images, expected at most {limits.samples}; send fewer at a time", 413
         )
-    images = [open_file(text) for text in given.data]
+    return request, read_images(given.data, system.image_size, limits.pixels)
+
+
+def read_images(files: Sequence[bytes], image_size: int, most_pixels: int = 2**24) -> Tensor:
+    """Return images prepared like a task's own, once for all servers: uint8 ``[B, 3, S, S]``, S the input size.
+
+    Square images of one smaller size keep that size; others are centre-cropped. Raises `DataError` if a file is no PNG
+    or JPEG image of 8 bits a channel, is damaged, all have too many pixels, or small ones differ in size.
+    """
+    images = [_opened(file) for file in files]
     pixels = sum(image.width * image.height for image in images)
-    if pixels > limits.pixels:
+    if pixels > most_pixels:
         raise RefusedError(
-            f"found {pixels} pixels, expected at most {limits.pixels} a query; shrink the images",
-            413,
+            f"found {pixels} pixels, expected at most {most_pixels} a query; shrink the images", 413
         )
-    return request, to_squares(images, about.image_size)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    """Raise DataError if two keys of a JSON object are the same."""
-    keys = [key for key, _ in pairs]
-    if len({*keys}) < len(keys):
-        raise DataError(f"found a key twice among {', '.join(keys):.100}, expected each once")
-
-
-def open_file(text: str) -> Image.Image:
-    """Open a PNG or JPEG image in base64 without decoding it; raises `DataError` if it is none."""
+    squares = []
     try:
-        content = base64.b64decode(text, validate=True)
-        image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        for image in images:
+            is_small = image.width == image.height <= image_size
+            side = image.width if is_small else image_size
+            squares.append(to_square(image, side))
+    except DAMAGE as error:
+        reason = first_line(error)
+        raise DataError(f"found a damaged image ({reason}), expected PNG or JPEG") from error
+    if len({square.shape for square in squares}) > 1:
+        raise DataError(
+            f"found small images of different sizes, expected one; resize them to {image_size} pixels"
+        )
+    return torch.stack(squares)
+
+
+def _opened(file: bytes) -> Image.Image:
+    """Open a PNG or JPEG file without decoding it; raises `DataError` if it is none."""
+    try:
+        image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
     except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
+        reason = first_line(error)
         raise RefusedError(
-            f"found an image that is too large ({first_line(error)}); shrink it", 413
+            f"found an image that is too large ({reason}); shrink it", 413
         ) from error
     except DAMAGE as error:
         raise DataError("found no image, expected a PNG or JPEG file in base64") from error
@@ -220,27 +221,3 @@ def open_file(text: str) -> Image.Image:
             f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
         )
     return image
-
-
-def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
-    """Return images prepared like a task's own, once for all servers: uint8 ``[B, 3, S, S]``, S the input size.
-
-    Square images of one smaller size keep that size; others are centre-cropped. Raises `DataError` if one is damaged,
-    or small ones differ in size.
-    """
-    squares = []
-    try:
-        for image in images:
-            is_small = image.width == image.height <= image_size
-            side = image.width if is_small else image_size
-            squares.append(to_square(image, side))
-    except DAMAGE as error:
-        raise DataError(
-            f"found a damaged image ({first_line(error)}), expected PNG or JPEG"
-        ) from error
-    shapes = {square.shape for square in squares}
-    if len(shapes) > 1:
-        raise DataError(
-            f"found small images of different sizes, expected one; resize them to {image_size} pixels"
-        )
-    return torch.stack(squares)

@@ -1,11 +1,11 @@
-"""The application on Ray Serve: a deployment per expert, coded model and replica, and the front end before them."""
+"""The application on Ray Serve: a deployment for each server, and the front end before them."""
 
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ from coin.core.memory import keep_freed_memory
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.errors import OverloadedError, ServingError, first_line
 from coin.files.packaged import extra_module
+from coin.serving.breaker import Call
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
-from coin.serving.protocol import Description
-from coin.serving.server_state import Server
-from coin.serving.servers import Reply, Request, System, check_finite, run_together
+from coin.serving.servers import Reply, Request, check_finite, run_together
+from coin.serving.system import System
 
 _APPLICATION = "coin"  # in the cluster
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
@@ -53,32 +53,29 @@ class RayOptions:
 
 
 class ModelProcess:
-    """One network, or all of a replica, in its own process, which runs one pass at a time."""
+    """A server in its own process: one network, or all of a replica, and one pass at a time."""
 
-    def __init__(self, system: System, names: Sequence[str], device: str, batch: int) -> None:
+    def __init__(self, system: System, name: str, device: str, batch: int) -> None:
         from ray import serve
 
         torch.set_num_threads(1)
-        network_of = system.reader(names, device)
+        network_of = system.reader(device)
         keep_freed_memory()  # but for what loading took
-        for path in dict.fromkeys(system.files[name] for name in names):
-            network = network_of(path)
-            network(network.probe)  # the first query need not wait for what a first pass takes
+        black = torch.zeros(1, 3, system.image_size, system.image_size, dtype=torch.uint8)
+        for path in dict.fromkeys(system.files[name]):
+            network_of(path)(black)  # the first query need not wait for what a first pass takes
         thread = ThreadPoolExecutor(1, "pass")
 
         async def run(requests: list[Request]) -> list[Reply]:
-            return await asyncio.get_running_loop().run_in_executor(
-                thread, run_together, network_of, requests
-            )
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(thread, run_together, network_of, requests)
 
-        self._system = system
+        self._files = system.files[name]
         self._run = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)(run)
 
-    async def __call__(self, name: str, images: Tensor) -> Any:
-        """Return a network's reply to stored images."""
-        path = self._system.files[name]
-        expert = self._system.expert_of(name)
-        return await self._run(Request(path, expert, images))
+    async def __call__(self, expert: int, images: Tensor) -> Any:
+        """Return the reply to stored images, as an expert."""
+        return await self._run(Request(self._files[expert], expert, images))
 
 
 class FrontEndProcess:
@@ -94,11 +91,15 @@ class FrontEndProcess:
         await self.app.state.drain()
 
 
-def _asking(handle: Any, name: str) -> Server:
+def _call(server: str) -> Call:
+    """Return what asks a server's deployment; for within the front end's process."""
+    from ray import serve
     from ray.serve.exceptions import BackPressureError
 
-    async def ask(images: Tensor) -> Reply:
-        response = handle.remote(name, images)
+    handle = serve.get_deployment_handle(server, _APPLICATION)
+
+    async def call(expert: int, images: Tensor) -> Reply:
+        response = handle.remote(expert, images)
         try:
             return check_finite(await response)
         except asyncio.CancelledError:
@@ -107,40 +108,30 @@ def _asking(handle: Any, name: str) -> Server:
         except BackPressureError as error:
             raise OverloadedError("its queue is full") from error
 
-    return ask
+    return call
 
 
-def ray_application(system: System, about: Description, options: RayOptions) -> Any:
+def ray_application(system: System, options: RayOptions) -> Any:
     """Return the Ray Serve application, for ``serve.run``."""
     from ray import serve
 
     limits = options.limits
     device = "cuda" if options.gpus > 0 else "cpu"
     resources = {} if options.node is None else {options.node: 1}
-    servers = serve.deployment(ModelProcess).options(
+    server = serve.deployment(ModelProcess).options(
         ray_actor_options={"num_cpus": 0, "num_gpus": options.gpus, "resources": resources},
         max_ongoing_requests=2 * limits.batch,
         max_queued_requests=limits.queue,
         **_STOPPING,
     )
-    processes = system.stand_ins.processes
-    deployments = []
-    for process, names in processes.items():
-        deployment = servers.options(name=process)
-        deployments.append(deployment.bind(system, names, device, limits.batch))
+    names = system.stand_ins.servers
+    servers = [server.options(name=name).bind(system, name, device, limits.batch) for name in names]
 
     def build() -> Any:
         from coin.serving.app import make_app
 
-        asking: dict[str, Server] = {}
-        for process, names in processes.items():
-            handle = serve.get_deployment_handle(
-                process, app_name=serve.get_replica_context().app_name
-            )
-            for name in names:
-                asking[name] = _asking(handle, name)
-        front = FrontEnd(asking, system.stand_ins, system.policy, system.decode, limits)
-        return make_app(front, about)
+        calls = {name: _call(name) for name in names}
+        return make_app(FrontEnd(system, calls, limits))
 
     front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
         name="front-end",
@@ -149,10 +140,10 @@ def ray_application(system: System, about: Description, options: RayOptions) -> 
         logging_config={"encoding": "JSON"},
         **_STOPPING,
     )
-    return front.bind(*deployments)
+    return front.bind(*servers)
 
 
-def start(system: System, about: Description, options: RayOptions) -> Callable[[], None]:
+def start(system: System, options: RayOptions) -> Callable[[], None]:
     """Serve on Ray Serve, else a ServingError, until the returned function is called; running queries finish first.
 
     Of a cluster that was joined other applications run on.
@@ -161,35 +152,35 @@ def start(system: System, about: Description, options: RayOptions) -> Callable[[
     serve = extra_module("ray.serve", "serve")
     import ray
 
-    def stop() -> None:
-        with suppress(Exception):  # whoever cannot be drained is stopped all the same
-            front_end = serve.get_app_handle(_APPLICATION)
-            front_end.drain.remote().result(timeout_s=options.limits.deadline)
-            time.sleep(0.5)  # for a front end's last word to pass Ray's proxy
-        with suppress(Exception):
-            serve.delete(_APPLICATION)
-            if not serve.status().applications:
-                serve.shutdown()
-        ray.shutdown()
-
-    undo = ray.shutdown  # Serve's functions start Ray again where it is not there
+    # Also for a front end that was killed, until Ray has another.
+    waits = options.limits.deadline + 5.0
+    http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
     try:
-        start_ray(options.address)
-        # Also for a front end that was killed, until Ray has another.
-        waits = options.limits.deadline + 5.0
-        http = {"host": options.host, "port": options.port, "request_timeout_s": waits}
-        serve.start(proxy_location="HeadOnly", http_options=http)
-        if _APPLICATION in serve.status().applications:
-            raise ServingError(
-                f"found an application '{_APPLICATION}' in the cluster, expected none; stop that first"
-            )
-        undo = stop
-        serve.run(ray_application(system, about, options), name=_APPLICATION, route_prefix="/")
+        with ExitStack() as undo:
+            undo.callback(ray.shutdown)  # Serve's functions would start Ray again
+            start_ray(options.address)
+            serve.start(proxy_location="HeadOnly", http_options=http)
+            if _APPLICATION in serve.status().applications:
+                found = f"found an application '{_APPLICATION}' in the cluster"
+                raise ServingError(f"{found}, expected none; stop that first")
+            undo.callback(_stop, serve, options.limits.deadline)
+            serve.run(ray_application(system, options), name=_APPLICATION, route_prefix="/")
+            return undo.pop_all().close
     except Exception as error:  # Ray's errors share no base class
-        undo()
         reason = first_line(error)
         raise ServingError(f"Ray cannot serve here ({reason}); see its logs in /tmp/ray") from error
-    return stop
+
+
+def _stop(serve: Any, deadline: float) -> None:
+    """Stop the application when its running queries have ended, and Serve if there is no other."""
+    with suppress(Exception):  # whoever cannot be drained is stopped all the same
+        front_end = serve.get_app_handle(_APPLICATION)
+        front_end.drain.remote().result(timeout_s=deadline)
+        time.sleep(0.5)  # for a front end's last word to pass Ray's proxy
+    with suppress(Exception):
+        serve.delete(_APPLICATION)
+        if not serve.status().applications:
+            serve.shutdown()
 
 
 def check_port(options: RayOptions) -> None:

@@ -38,7 +38,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ from coin.commands.serve import read_system
 from coin.core.ray_cluster import set_ray_variables, start_ray
 from coin.reporting import read_results
 from coin.serving.policies import PolicyKind
-from coin.serving.servers import System
+from coin.serving.system import System
 
 SETUPS = ("uncoded", "replica", "copies", "standin-packed", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
@@ -88,7 +88,7 @@ class Setup:
 
     def system(self) -> System:
         """Return the system that `coin serve` serves with these options."""
-        return read_system(str(self.folder), self.method, None, self.policy, 0.9)[0]
+        return read_system(str(self.folder), self.method, None, self.policy, 0.8)
 
 
 def setup_named(name: str, folder: Path) -> Setup:
@@ -112,8 +112,9 @@ def empty_server_mib(system: System) -> float:
 
     start_ray(None)
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    system = replace(system, files={"empty": []})
     empty = serve.deployment(ModelProcess).options(name="empty", ray_actor_options={"num_cpus": 0})
-    serve.run(empty.bind(system, [], "cpu", 8), name="coin", route_prefix=None)
+    serve.run(empty.bind(system, "empty", "cpu", 8), name="coin", route_prefix=None)
     found = math.nan
     for process in psutil.Process().children(recursive=True):
         if "ServeReplica:coin:empty" in " ".join(process.cmdline()):
@@ -127,7 +128,7 @@ class Benchmark:
 
     def __init__(self, setup: Setup, served: Served, known: Known, options: argparse.Namespace) -> None:
         self.setup, self.served, self.known, self.options = setup, served, known, options
-        self.processes = list(known.system.stand_ins.processes)
+        self.processes = list(known.system.stand_ins.servers)
         self.experts = list(known.system.stand_ins.experts)
         self.stand_ins = [name for name in self.processes if name not in self.experts]
         self.events: list[dict[str, Any]] = []
@@ -251,7 +252,7 @@ class Benchmark:
     def check_completeness(self, answers: Sequence[Answered], down: Sequence[str]) -> None:
         """Note answers that are missing though the servers left make up for those that are down."""
         stand_ins = self.known.system.stand_ins
-        left = [name for name in self.known.system.files if name.partition("/")[0] not in down]
+        left = [name for name in self.processes if name not in down]
         for answer in answers:
             is_answerable = self.experts[answer.place] in left or stand_ins.suffice(answer.place, left)
             if answer.status != 200 and is_answerable:

@@ -30,31 +30,32 @@ from coin.reporting.summary import read_run, stand_ins, summarise
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind
-from coin.serving.servers import Reply, System
+from coin.serving.servers import Reply
+from coin.serving.system import System
 from tests.serving.conftest import ask_all, ask_one
 
 
 def read(
-    folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge", method: str = "coin"
+    folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge", method: str | None = "coin"
 ) -> System:
-    return read_system(str(folder), method, decoder, policy and PolicyKind(policy), 0.9)[0]
+    return read_system(str(folder), method, decoder, policy and PolicyKind(policy), 0.8)
 
 
 def front_end(system: System, *lost: str) -> FrontEnd:
     """Return a front end with the networks in this process, some of which are lost."""
 
-    def serve(name: str) -> Any:
-        network = system.network(name)
+    network_of = system.reader()
 
-        async def ask(images: torch.Tensor) -> Reply:
+    def serve(name: str) -> Any:
+        async def ask(expert: int, images: torch.Tensor) -> Reply:
             if name in lost:
                 raise RuntimeError("killed")
-            return network(images, system.expert_of(name))
+            return network_of(system.files[name][expert])(images, expert)
 
         return ask
 
     servers = {name: serve(name) for name in system.files}
-    return FrontEnd(servers, system.stand_ins, system.policy, system.decode, Limits(timeout=60.0, deadline=60.0))
+    return FrontEnd(system, servers, Limits(timeout=60.0, deadline=60.0))
 
 
 def accuracies(system: System, *lost: str) -> list[float]:
@@ -94,9 +95,8 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
 ) -> None:
     folder = request.getfixturevalue("finished" if decoder in ("linear", "feature_ridge") else "alone")
     system = read(folder, None, decoder, method)
-    assert system.policy.kind == policy  # the default for the decoder
-    bodies = ["coded-0/expert-digits", "coded-0/expert-letters"] if "rank" in method else ["coded-0"]
-    assert list(system.files) == ["expert-digits", "expert-letters", *bodies]
+    assert system.stand_ins.policy == policy  # the default for the decoder
+    assert list(system.files) == ["expert-digits", "expert-letters", "coded-0"]
     results = read_results(folder / "seed-0").query("method == @method and decoder == @decoder").sort_values("task")
     best = results.groupby("batchnorm").decoded_accuracy.mean().idxmax()
     rows = results[results.batchnorm == best]
@@ -114,14 +114,14 @@ def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can
     kept = kept[~kept["name"].str.startswith(("none", "replica"))]
     own = kept[kept["decoder"] == "expert_head"]
     row = recommended(own)
-    about = read_system(str(alone), None, None, PolicyKind("standin"), 0.9)[1]
-    assert about.platform == f"coin (standin, {row['name']}, {row['decoder']})"
+    assert read(alone, "standin", None, None).variant == f"{row['name']}, {row['decoder']}"
     row = recommended(kept)
     system = Coded.from_run(alone)
     assert (system.method, next(iter(system.decoders.values())).kind) == (row["name"], row["decoder"])
-    assert read_system(str(alone), None, None, None, 0.9)[1].platform.endswith(f"{row['name']}, {row['decoder']})")
-    assert list(about.classes) == ["digits", "letters"]
-    assert read_system(str(alone), None, None, PolicyKind("coded_proactive"), 0.9)[1].platform.endswith("linear)")
+    served = read(alone, None, None, None)
+    assert served.variant == f"{row['name']}, {row['decoder']}"
+    assert list(served.classes) == ["digits", "letters"]
+    assert read(alone, "coded_proactive", None, None).variant.endswith(", linear")
     for folder, policy, decoder, told in (
         (alone, "standin", "linear", "expected a decoder that reads none, such as expert_head"),
         (finished, "standin_lost", None, "expected a decoder that reads none, such as expert_head"),
@@ -137,8 +137,8 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
     system = read(alone, "standin", "expert_head", "refit+rank2")
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        own = system.network("coded-0/expert-letters")(images, 1)
-        expected = system.decode(1, {"coded-0/expert-letters": own}).logits
+        own = system.network(system.files["coded-0"][1])(images, system.stand_ins.asked_as("coded-0", 1))
+        expected = system.decode(1, {"coded-0": own}).logits
         found = made.network(to_input(images, 16))
     torch.testing.assert_close(found, expected[:, :6].float(), rtol=1e-2, atol=1e-2)
     with pytest.raises(ConfigurationError, match=r"found a scale or bias of .*, expected plain LoRA for peft"):
@@ -166,14 +166,14 @@ def test_what_a_promise_covers_is_told(alone: Path) -> None:
 
 def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path) -> None:
     system = read(finished, "replica")
-    names = ["expert-digits", "expert-letters", "replica-0/expert-digits", "replica-0/expert-letters"]
+    names = ["expert-digits", "expert-letters", "replica-0"]
     assert list(system.files) == names
-    assert [system.files[name] for name in names[:2]] == [system.files[name] for name in names[2:]]
+    assert system.files["replica-0"] == [system.files[name][0] for name in names[:2]]
     assert list(read(finished, "uncoded").files) == names[:2]
     images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     own = asyncio.run(ask_one(front_end(system), images, 0))
     replica = asyncio.run(ask_one(front_end(system, "expert-digits"), images, 0))
-    assert (replica.decoded, replica.answered_by) == (False, ("replica-0/expert-digits",))
+    assert (replica.decoded, replica.answered_by) == (False, ("replica-0",))
     torch.testing.assert_close(own.reply.logits, replica.reply.logits)
 
 
@@ -190,20 +190,19 @@ def copied(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_compressed_copies_answer_as_their_networks_and_one_is_kept_unpacked(copied: Path) -> None:
     images = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    names = ["replica-0/expert-digits", "replica-0/expert-letters"]
     system = read(copied, decoder=None, method="replica-4bit")
-    assert system.policy.kind == "replica"
-    read_network = system.reader(names)
-    for name in (*names, *names):
-        logits = read_network(system.files[name])(images).logits
-        file = load_network(copied / f"seed-0/replicas/{name.rpartition('-')[2]}.4bit.safetensors")
+    assert (system.stand_ins.policy, system.variant) == ("replica", "replica-4bit")
+    read_network = system.reader()
+    for place, task in (*enumerate(system.classes), *enumerate(system.classes)):
+        logits = read_network(system.files["replica-0"][place])(images).logits
+        file = load_network(copied / f"seed-0/replicas/{task}.4bit.safetensors")
         with torch.no_grad():
             expected = file.network(to_input(images, 16))
         torch.testing.assert_close(logits[:, : file.num_classes], expected)
     about = read_network.cache_info()
     assert (about.currsize, about.misses) == (1, 4)
     answer = asyncio.run(ask_one(front_end(system, "expert-letters"), images, 1))
-    assert answer.answered_by == ("replica-0/expert-letters",)
+    assert answer.answered_by == ("replica-0",)
 
 
 MISTAKES = {

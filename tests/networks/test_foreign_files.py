@@ -12,8 +12,8 @@ from coin.files.safetensors import save_state
 from coin.modules import Coded
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.files import open_network
-from coin.serving.policies import Policy, PolicyKind
-from coin.serving.servers import System
+from coin.serving.policies import PolicyKind
+from coin.serving.system import System
 
 MODULE = """
 from pathlib import Path
@@ -94,8 +94,8 @@ def test_a_process_that_serves_imports_what_the_one_that_opened_the_run_had(fore
     experts = [load_network(foreign).network for _ in range(2)]
     coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder([], [0], "linear")
     coded.files = (foreign, foreign, foreign)
-    coded.classes = [3, 3]
-    system = System.of(coded, Policy(PolicyKind.coded_hedged))
+    coded.class_names = [["a", "b", "c"], ["d", "e", "f"]]
+    system = System.of(coded, PolicyKind.coded_hedged, 0.9, "linear")
     forget()
-    network = system.reader(["expert-0"])(foreign)
-    assert network(network.probe).logits.shape == (1, 3)
+    black = torch.zeros(1, 3, system.image_size, system.image_size, dtype=torch.uint8)
+    assert system.reader()(foreign)(black).logits.shape == (1, 3)

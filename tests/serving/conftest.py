@@ -14,8 +14,9 @@ from PIL import Image
 from coin.coding import Code, make_decoder
 from coin.serving.front_end import Answer, FrontEnd
 from coin.serving.limits import Limits
-from coin.serving.policies import Policy, StandIns
-from coin.serving.servers import Reply, System, check_finite
+from coin.serving.policies import PolicyKind, StandIns
+from coin.serving.servers import Reply, check_finite
+from coin.serving.system import System
 
 OUTPUTS = 3
 
@@ -78,42 +79,47 @@ class LinearSystem:
     As stand-ins the coded models answer with features x, which an expert's head w_i reads.
     """
 
-    def __init__(self, matrix: list[list[float]], policy: Policy, seed: int = 0) -> None:
+    def __init__(self, matrix: list[list[float]], policy: PolicyKind, quantile: float = 0.8, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.code, self.policy = Code(matrix), policy
-        self.weights = torch.randn(self.code.num_experts, 2, OUTPUTS, generator=draw, dtype=torch.float64)
+        self.code = Code(matrix)
+        count = self.code.num_experts
+        self.weights = torch.randn(count, 2, OUTPUTS, generator=draw, dtype=torch.float64)
         self.coded = self.code.encode(self.weights)
-        self.stand_ins = StandIns(policy.which, [f"e{place}" for place in range(self.code.num_experts)], self.code)
-        every = tuple(range(self.code.num_experts))
+        self.stand_ins = StandIns(policy, [f"e{place}" for place in range(count)], self.code)
+        every = tuple(range(count))
         heads = [(weights.T, torch.zeros(OUTPUTS)) for weights in self.weights]
-        decoders = {every: make_decoder("expert_head", self.code, every, heads)} if policy.which == "coded" else {}
-        self.system = System({}, self.stand_ins, policy, decoders, (OUTPUTS,) * self.code.num_experts, True)
+        decoders = {}
+        if self.stand_ins.which == "coded":
+            decoders = {every: make_decoder("expert_head", self.code, every, heads)}
+        classes = {name: ["x"] * OUTPUTS for name in self.stand_ins.experts}
+        self.system = System(classes, {}, self.stand_ins, decoders, True, quantile)
 
     def truth(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
         return inputs @ self.weights[expert]
 
-    def reply(self, server: str, inputs: torch.Tensor) -> Reply:
-        kind, place = server.rpartition("/")[2][0], int(server[-1])
-        return Reply(inputs @ (self.weights if kind == "e" else self.coded)[place], inputs)
+    def reply(self, server: str, expert: int, inputs: torch.Tensor) -> Reply:
+        if server.startswith("replica"):
+            return Reply(self.truth(expert, inputs), inputs)
+        weights = self.coded if server.startswith("coded") else self.weights
+        return Reply(inputs @ weights[int(server[-1])], inputs)
 
-    def front_end(self, ask: Callable[[str, torch.Tensor], Awaitable[Any]], limits: Limits) -> FrontEnd:
+    def front_end(self, ask: Callable[[str, int, torch.Tensor], Awaitable[Any]], limits: Limits) -> FrontEnd:
         """Return a front end whose servers' replies are checked as those that come from Ray are."""
 
-        def server(name: str) -> Callable[[torch.Tensor], Awaitable[Reply]]:
-            async def checked(inputs: torch.Tensor) -> Reply:
-                return check_finite(await ask(name, inputs))
+        def server(name: str) -> Callable[[int, torch.Tensor], Awaitable[Reply]]:
+            async def checked(expert: int, inputs: torch.Tensor) -> Reply:
+                return check_finite(await ask(name, expert, inputs))
 
             return checked
 
-        servers = {name: server(name) for name in self.stand_ins.servers}
-        return FrontEnd(servers, self.stand_ins, self.policy, self.system.decode, limits)
+        return FrontEnd(self.system, {name: server(name) for name in self.stand_ins.servers}, limits)
 
 
 async def ask_all(front: FrontEnd, inputs: torch.Tensor, experts: Sequence[int] | None = None) -> list[Answer]:
     """Return experts' answers, all by default, within the front end's own time for a query."""
     deadline = asyncio.get_running_loop().time() + front.limits.deadline
     with front.admitted():
-        return await front.ask(inputs, experts or range(len(front.stand_ins.experts)), deadline)
+        return await front.ask(inputs, experts or range(len(front.system.stand_ins.experts)), deadline)
 
 
 async def ask_one(front: FrontEnd, inputs: torch.Tensor, expert: int) -> Answer:

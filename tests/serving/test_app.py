@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,9 +20,9 @@ from coin.coding import Code
 from coin.errors import ConfigurationError
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
-from coin.serving.policies import Policy, PolicyKind, StandIns
-from coin.serving.protocol import Description
-from coin.serving.servers import Reply, System
+from coin.serving.policies import PolicyKind, StandIns
+from coin.serving.servers import Reply
+from coin.serving.system import System
 from tests.serving.conftest import body, encoded
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install '.[serve]'")
@@ -39,16 +40,14 @@ class Toy:
 
     def __init__(self, **limits: Any) -> None:
         self.ways = dict.fromkeys(NAMES, "")
-        policy, stand_ins = Policy(PolicyKind.coded_hedged), StandIns("everyone", NAMES[:2], CODE)
-        system = System({}, stand_ins, policy, {}, (3, 2), False)
+        stand_ins = StandIns(PolicyKind.coded_hedged, NAMES[:2], CODE)
+        system = System(CLASSES, {}, stand_ins, {}, False, image_size=8)
         limits = {"initial_lateness": 30.0, "deadline": 60.0, "timeout": 60.0, "bytes": 5000, "samples": 4} | limits
-        self.front = FrontEnd(
-            {name: self._server(name) for name in NAMES}, stand_ins, policy, system.decode, Limits(**limits)
-        )
-        self.app = make_app(self.front, Description(CLASSES, 8, "coin (coded_hedged, average, linear)"))
+        self.front = FrontEnd(system, {name: self._server(name) for name in NAMES}, Limits(**limits))
+        self.app = make_app(self.front)
 
     def _server(self, name: str) -> Any:
-        async def answer(images: torch.Tensor) -> Reply:
+        async def answer(expert: int, images: torch.Tensor) -> Reply:
             if self.ways[name] == "raise":
                 raise RuntimeError("gone")
             if self.ways[name] == "hang":
@@ -172,6 +171,12 @@ MISTAKES = {
     "too many": (INFER, {"json": files(*["aGVsbG8="] * 5)}, 413, "at most 4"),
     "too large": (INFER, {"json": files("A" * 9000)}, 413, "expected at most 5000"),
     "no length": (INFER, {"content": iter([b"{", b"}"])}, 400, "wrong at inputs"),
+    "binary": (
+        INFER,
+        {"content": json.dumps(GOOD["json"]).encode() + b"...", "headers": {"Inference-Header-Content-Length": "9"}},
+        400,
+        "found 9 of",
+    ),
     "packed": (INFER, {"content": b"\x1f\x8b", "headers": {"Content-Encoding": "gzip"}}, 400, "expected plain JSON"),
 }
 
@@ -184,6 +189,13 @@ def test_mistakes_get_a_status_and_one_line(serve_toy: Any, case: str) -> None:
     assert found.status_code == status
     assert message in found.text
     assert "\n" not in found.text
+
+
+def test_a_request_that_says_it_is_json_to_its_end_is_answered(serve_toy: Any) -> None:
+    _, client, _ = serve_toy()
+    content = json.dumps(GOOD["json"]).encode()
+    found = client.post(INFER, content=content, headers={"Inference-Header-Content-Length": str(len(content))})
+    assert found.status_code == 200
 
 
 def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
@@ -201,7 +213,7 @@ def test_a_client_that_still_sends_is_told_why_it_is_refused(
 ) -> None:
     """A connection that is closed with half of the body on its way is reset, and the answer may be lost."""
     toy, client, port = serve_toy(http, **limits)
-    toy.front._open = limits.get("queries", 0)
+    toy.front._running = limits.get("queries", 0)
     with half_sent(port, 300_100) as connection:
         for _ in range(3):
             connection.sendall(bytes(100_000))
@@ -258,8 +270,10 @@ def test_large_images_do_not_hold_small_ones_up(serve_toy: Any) -> None:
 
 
 def test_a_task_may_not_have_the_name_of_all() -> None:
+    toy = Toy()
+    toy.front.system = replace(toy.front.system, classes={"all": ["a"], "b": ["c"]})
     with pytest.raises(ConfigurationError, match="a task 'all'"):
-        make_app(Toy().front, Description({"all": ["a"]}, 8, "coin"))
+        make_app(toy.front)
 
 
 def test_tritons_client_asks_and_is_told_its_mistakes_in_json(serve_toy: Any) -> None:

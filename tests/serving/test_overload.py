@@ -10,7 +10,7 @@ import torch
 
 from coin.errors import OverloadedError, ServingError
 from coin.serving.limits import Limits
-from coin.serving.policies import Policy, PolicyKind
+from coin.serving.policies import PolicyKind
 from coin.serving.servers import Reply
 from tests.serving.conftest import LinearSystem, ask_one, run_virtually
 
@@ -57,12 +57,12 @@ async def overload(kind: PolicyKind, load: float, marginal: float, tail: float) 
     The load is a multiple of what the three experts can answer one at a time.
     """
     draw = random.Random(0)
-    it = LinearSystem([[1 / 3, 1 / 3, 1 / 3]], Policy(kind))
-    machines = {name: Machine(marginal, tail, draw) for name in it.stand_ins.processes}
+    it = LinearSystem([[1 / 3, 1 / 3, 1 / 3]], kind)
+    machines = {name: Machine(marginal, tail, draw) for name in it.stand_ins.servers}
 
-    async def answer(name: str, inputs: torch.Tensor) -> Reply:
-        await machines[name.partition("/")[0]].take_turn()
-        return it.reply(name, inputs)
+    async def answer(name: str, expert: int, inputs: torch.Tensor) -> Reply:
+        await machines[name].take_turn()
+        return it.reply(name, expert, inputs)
 
     front = it.front_end(answer, Limits())
     loop = asyncio.get_running_loop()
@@ -96,13 +96,13 @@ def test_overload_is_refused_at_once_costs_no_answers_and_nobody_is_called_lost(
     kind: PolicyKind, marginal: float, tail: float
 ) -> None:
     answered = {}
-    most = 0.8 if kind == "coded_proactive" else 0.9  # which asks four servers for all that there is room for
+    least = 0.8 if kind == "coded_proactive" else 0.9  # which asks four servers for all that there is room for
     for load in (0.8, 2.0, 10.0):
         ends, refused = run_virtually(overload(kind, load, marginal, tail))
         assert set(ends) <= {"answered", "OverloadedError"}, ends
         assert refused <= 0.1
         answered[load] = ends["answered"]
-        assert answered[load] >= most * max(answered.values()), answered  # it does not fall with the load
-    # At twice the capacity batches do not run full, and what all servers are asked for at once is often half withdrawn.
-    if marginal == 1 and "proactive" not in kind:
+        assert answered[load] >= least * max(answered.values()), answered  # it does not fall with the load
+    # At twice the capacity batches do not run full, and what several servers are asked for is often half withdrawn.
+    if marginal == 1 and "proactive" not in kind and "coded" not in kind:
         assert answered[2.0] >= 0.9 * answered[10.0], answered

@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +15,30 @@ import torch
 from PIL import Image
 from transformers import BertConfig
 
+from coin.coding import Code, Promise, make_decoder
 from coin.coding.promise import answer_score
 from coin.data.image_io import to_square
 from coin.errors import ConfigurationError, DataError
 from coin.networks import NetworkConfig, build_network, save_network
 from coin.serving.front_end import Answer
 from coin.serving.limits import Limits
-from coin.serving.protocol import Description, InferRequest, parse
-from coin.serving.servers import Decoded, NetworkServer, Reply, Request, run_together
+from coin.serving.policies import PolicyKind, StandIns
+from coin.serving.protocol import InferRequest, metadata, parse, response
+from coin.serving.servers import NetworkServer, Reply, Request, run_together
+from coin.serving.system import Decoded, System
 from tests.serving.conftest import body, encoded
 
-PETS = Description({"pets": ["cat", "dog"], "cars": ["old", "new", "none"]}, 32, "coin")
+PETS = System(
+    {"pets": ["cat", "dog"], "cars": ["old", "new", "none"]},
+    files={},
+    stand_ins=StandIns(PolicyKind.standin, ["expert-pets", "expert-cars"], Code([[0.5, 0.5]])),
+    decoders={},
+    features=False,
+    image_size=32,
+)
 
 
-def read(content: Any, about: Description = PETS, **limits: int) -> torch.Tensor:
+def read(content: Any, about: System = PETS, **limits: int) -> torch.Tensor:
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
     return parse(content, next(iter(about.classes)), about, Limits(**limits))[1]
 
@@ -98,16 +109,17 @@ WRONG = {
     "no text": (b"\xff\xfe\xfd", "wrong at the body"),
     "deep": (b"[" * 100_000, "wrong at the body"),
     "half a letter": (b'{"id": "\\ud800", "inputs": []}', "wrong at the body"),
-    "twice": (b'{"id": "1", ' + VALID[1:-1] + b', "id": "2"}', "found a key twice among id, inputs, id"),
-    "twice inside": (VALID.replace(b'"shape"', b'"name": "images", "shape"'), "found a key twice among name"),
     "no inputs": (b"{}", "wrong at inputs"),
     "input": (body(ONE, "words"), "wrong at inputs.0.name"),
     "datatype": (body(ONE, datatype="FP32"), "wrong at inputs.0.datatype"),
     "number": (body([7]), "wrong at inputs.0.data.0"),
     "matrix": (VALID.replace(b"[1]", b"[1, 1]"), "wrong at inputs.0.shape"),
+    "text as shape": (VALID.replace(b"[1]", b'["1"]'), "wrong at inputs.0.shape.0"),
+    "boolean as shape": (VALID.replace(b"[1]", b"[true]"), "wrong at inputs.0.shape.0"),
     "rows": (VALID.replace(b"[1]", b"[2]"), "one a row"),
     "none": (body([]), "found 0 images"),
     "base64": (body(["%%"]), "no image"),
+    "too many outputs": (body(ONE, outputs=[{"name": "label"}] * 1001), "wrong at outputs .* at most 1000 items"),
     "output": (
         body(ONE, outputs=[{"name": "logits"}]),
         "output 'logits', expected some of probabilities, class, label, score",
@@ -122,40 +134,51 @@ def test_what_the_metadata_does_not_offer_is_refused(case: str) -> None:
         read(content)
 
 
-def reply(about: Description, answer: Answer, model: str, *outputs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def test_a_query_for_300000_outputs_is_refused_before_they_are_read() -> None:
+    content = json.dumps(body(ONE, outputs=[{"name": "label"}] * 300_000)).encode()
+    began = time.process_time()
+    with pytest.raises(DataError, match="wrong at outputs"):
+        read(content)
+    assert time.process_time() - began < 1.0  # it took 5.6 seconds
+
+
+def reply(about: System, answers: list[Answer], model: str, *outputs: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a response, and the data of its outputs by name."""
-    asked = InferRequest.model_validate(body([], id="7", outputs=[{"name": name} for name in outputs]))
-    told = json.loads(json.dumps(about.response(model, asked, [answer], 0.5), allow_nan=False))
+    asked = InferRequest.model_validate_json(json.dumps(body([], id="7", outputs=[{"name": name} for name in outputs])))
+    told = json.loads(json.dumps(response(about, model, asked, answers, 0.5), allow_nan=False))
     return told, {output["name"]: output["data"] for output in told["outputs"]}
 
 
 def test_a_response_leaves_out_padded_outputs_and_says_who_answered() -> None:
     decoded = Decoded(torch.tensor([[0.0, 2.0, 9.0]]), torch.tensor([False]))
-    answer = Answer(0, decoded, True, ("expert-cars", "coded-0"))
-    told, found = reply(PETS, answer, "pets")
+    answer = Answer(decoded, ("expert-cars", "coded-0"))
+    told, found = reply(PETS, [answer], "pets")
     assert told["parameters"] == {"decoded": True, "answered_by": "expert-cars,coded-0", "seconds": 0.5}
     assert (told["id"], told["model_name"], told["outputs"][0]["shape"]) == ("7", "pets", [1, 2])
     assert found.pop("probabilities") == pytest.approx([0.1192, 0.8808], abs=1e-4)
     assert found.pop("score") == pytest.approx([0.1192], abs=1e-4)
     assert found == {"class": [1], "label": ["dog"]}
-    told, found = reply(PETS, Answer(1, answer.reply, False, ("expert-cars",)), "all", "cars.label", "cars.score")
-    assert found == {"cars.label": ["none"], "cars.score": answer_score(answer.reply.logits).tolist()}
+    own = Answer(Reply(decoded.logits, decoded.logits), ("expert-cars",))
+    told, found = reply(PETS, [answer, own], "all", "cars.label", "cars.score")
+    assert found == {"cars.label": ["none"], "cars.score": answer_score(decoded.logits).tolist()}
+    assert told["parameters"] == {"decoded": True, "answered_by": "expert-cars,coded-0", "seconds": 0.5}
     assert told["outputs"][0]["parameters"] == {"decoded": False, "answered_by": "expert-cars"}
 
 
 def test_what_the_promise_covers_is_told_where_there_is_one() -> None:
     logits, covered = torch.zeros(2, 3), torch.tensor([True, False])
-    assert "accepted" not in [output["name"] for output in PETS.metadata("pets")["outputs"]]
-    assert "accepted" not in reply(PETS, Answer(0, Decoded(logits, covered), True, ("coded-0",)), "pets")[1]
-    promising = replace(PETS, promise={"alpha": 0.02, "confidence": 0.95})
-    told = promising.metadata("all")
+    decoded = Answer(Decoded(logits, covered), ("coded-0",))
+    own = Answer(Reply(logits, logits), ("expert-pets",))
+    assert "accepted" not in [output["name"] for output in metadata(PETS, "pets")["outputs"]]
+    assert "accepted" not in reply(PETS, [decoded], "pets")[1]
+    decoder = make_decoder("linear", PETS.stand_ins.code, [0])
+    decoder.promises = {0: Promise(0.5, 0.02, 0.95, 1.0, 9, 9)}
+    promising = replace(PETS, decoders={(0,): decoder})
+    told = metadata(promising, "all")
     assert told["outputs"][4] == {"name": "pets.accepted", "datatype": "BOOL", "shape": [-1]}
-    assert told["parameters"]["promise.alpha"] == "0.02"
-    for answer, wanted in (
-        (Answer(0, Decoded(logits, covered), True, ("coded-0",)), [True, False]),
-        (Answer(0, Reply(logits, logits), False, ("expert-pets",)), [True, True]),
-    ):
-        assert reply(promising, answer, "pets")[1]["accepted"] == wanted
+    assert (told["parameters"]["promise.alpha"], told["parameters"]["promise.confidence"]) == ("0.02", "0.95")
+    for answer, expected in ((decoded, [True, False]), (own, [True, True])):
+        assert reply(promising, [answer], "pets")[1]["accepted"] == expected
 
 
 def test_replies_are_padded_and_those_to_requests_run_together_are_told_apart(

@@ -71,14 +71,14 @@ SYSTEM: Any = None  # `ray_application` alone reads it
 def test_a_ray_that_does_not_come_up_is_one_line_and_starts_no_other(use: Any) -> None:
     noted = use(NotedRay(fails="init"))
     with pytest.raises(ServingError, match=r"Ray cannot serve here \(The node timed out during startup\.\); see"):
-        start(SYSTEM, SYSTEM, RayOptions())
+        start(SYSTEM, RayOptions())
     assert noted.calls == ["init"]  # each function of Serve's would start a cluster of its own
 
 
 @pytest.mark.parametrize("others", [(), ("theirs",)])
 def test_only_the_own_application_of_a_joined_cluster_is_stopped(use: Any, others: tuple[str, ...]) -> None:
     noted = use(NotedRay(running=others))
-    stop = start(SYSTEM, SYSTEM, RayOptions(address="auto"))
+    stop = start(SYSTEM, RayOptions(address="auto"))
     assert list(noted.applications) == [*others, "coin"]
     stop()
     assert list(noted.applications) == list(others)
@@ -89,7 +89,7 @@ def test_only_the_own_application_of_a_joined_cluster_is_stopped(use: Any, other
 def test_an_application_that_does_not_start_is_removed_and_others_stay(use: Any) -> None:
     noted = use(NotedRay(fails="run", running=("theirs",)))
     with pytest.raises(ServingError, match="Ray cannot serve here"):
-        start(SYSTEM, SYSTEM, RayOptions(address="auto"))
+        start(SYSTEM, RayOptions(address="auto"))
     assert list(noted.applications) == ["theirs"]
     assert "serve.shutdown" not in noted.calls
     assert not noted.connected
@@ -98,6 +98,6 @@ def test_an_application_that_does_not_start_is_removed_and_others_stay(use: Any)
 def test_a_cluster_that_serves_a_run_already_is_left_as_it_is(use: Any) -> None:
     noted = use(NotedRay(running=("coin",)))
     with pytest.raises(ServingError, match="found an application 'coin' in the cluster, expected none"):
-        start(SYSTEM, SYSTEM, RayOptions(address="auto"))
+        start(SYSTEM, RayOptions(address="auto"))
     assert list(noted.applications) == ["coin"]
     assert not noted.connected
