@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from coin.data import Digits, to_image
-from coin.reporting.style import COLOURS, MARKERS, style
+from coin.reporting.figures import COLOURS, MARKERS, style
 
 AXIS = torch.linspace(-4, 4, 161)
 GRID = torch.cartesian_prod(AXIS, AXIS)

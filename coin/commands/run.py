@@ -17,8 +17,9 @@ from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.choice import recommended, weakness
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.summary import REFERENCES, stand_ins
-from coin.reporting.tables import print_summary
+from coin.reporting.standins import standins
+from coin.reporting.summary import REFERENCES, read_run
+from coin.reporting.tables import print_standins
 
 DRY_RUN = "Print the plan: every step, done or to do."
 
@@ -42,26 +43,26 @@ def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document:
     if as_document:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
         return
-    print_summary(summary)
+    _, frame = read_run(experiment.folder)
+    print_standins(frame)
     print(f"report: {page}")
     print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
-    serve = serve_command(experiment.folder, stand_ins(summary))
+    serve = serve_command(experiment.folder, standins(frame))
     if serve:
         print(f"      {serve} answers queries")
 
 
 def serve_command(folder: Path, kept: pd.DataFrame) -> str:
-    """Return the command that serves what is recommended of `stand_ins`; nothing where it needs no server, or none is.
+    """Return the command that serves what is recommended of `standins`; nothing where it needs no server, or none is.
 
     Results without known memory recommend nothing.
     """
     if kept.empty:
         return ""
     row = recommended(kept)
-    if weakness(row) or row["name"] == REFERENCES[0]:
+    if weakness(row) or row["method"] == REFERENCES[0]:
         return ""
-    method = row["name"].partition("[")[0]
-    words = ["coin", "serve", str(folder), f"--method={method}"]
+    words = ["coin", "serve", str(folder), f"--method={row['method']}"]
     if row["decoder"] != REPLICA:
         words.append(f"--decoder={row['decoder']}")
     return shlex.join(words)

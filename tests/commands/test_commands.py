@@ -186,7 +186,7 @@ def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, caps
     assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}"]) == 0
     page = (tmp_path / "again.html").read_text()
     assert "distillation" in page
-    assert "coin run -c tiny.yaml &#39;--seeds=[0]&#39;" in page
+    assert "name: tiny" in page
     assert capsys.readouterr().out == f"{tmp_path / 'again.html'}\n"
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torchmetrics import Metric
@@ -20,7 +21,7 @@ from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.networks.adapted import tensor_nbytes
 from coin.pipeline.steps.merge import compress_file
-from coin.reporting.results import read_promises, read_results
+from coin.reporting.results import PROMISE_CSV, read_results
 from coin.trainer.record import record_evaluation, warn_of_weak_experts
 
 CLASSES = (3, 2, 3)
@@ -348,7 +349,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
     both = tasks.calibration(), new
     fit_on, promised_on = (replace(answers_of(files, coded, each.inputs()), tasks=each.part) for each in both)
-    rows, every = read_promises(seed), answers_to_tests(files, coded, tasks)
+    rows, every = pd.read_csv(seed / PROMISE_CSV), answers_to_tests(files, coded, tasks)
     rows = rows[(rows.method == "average") & rows.decoder.isin(["linear", "ridge"])]
     assert len(rows) == 2 * (3 + 2 * 3)
     assert rows.threshold.notna().any()
@@ -392,7 +393,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     tasks.promise_samples = 0
     run(evaluator, tasks, make_trainer)
     record_evaluation(evaluator, tasks, seed, "x", None, [])
-    assert read_promises(seed) is None
+    assert not (seed / PROMISE_CSV).exists()
 
 
 def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
