@@ -1,8 +1,7 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -101,48 +100,45 @@ def choose(
     num_lost = frame.task.nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     check_integer("losses", num_lost, 1)
-    given = {"memory_mib": memory_mib, "resident_mib": resident_mib, "forwards": forwards}
-    limits = {column: most for column, most in given.items() if most is not None}
-    for column, most in limits.items():
-        check_number(column, most, low=0)
+    limits = []
+    most = {"memory_mib": memory_mib, "resident_mib": resident_mib, "forwards": forwards}
+    for column, limit in most.items():
+        if limit is not None:
+            check_number(column, limit, low=0)
+            limits.append(f"{column} <= {float(limit)}")
     return choose_from(standins(frame), accuracy, limits, num_lost)
 
 
 def choose_from(
     kept: pd.DataFrame,
     accuracy: float = ACCURACY,
-    limits: Mapping[str, float] = MappingProxyType({}),
+    limits: Sequence[str] = (),
     losses: int = 1,
 ) -> tuple[pd.DataFrame, str]:
-    """Do what `choose` does with rows of `standins`; `limits` are the most by column."""
+    """Do what `choose` does with rows of `standins`; `limits` are conditions on its columns."""
     if kept.empty:
         return kept, "Nothing can be recommended: no stand-in has a known NDA and memory."
     found = weakness(recommended(kept))
     if found:
         return kept[:0], f"Nothing can be recommended: {found}."
 
-    is_accurate = kept.nda_worst >= accuracy
-    is_within = kept.losses >= losses
-    wishes = [f"at least {100 * accuracy:g} % on the worst task"]
-    for column, most in limits.items():
-        is_within &= kept[column] <= most
-        wishes.append(f"{column} up to {most:g}")
-    wishes.append(f"{losses} lost at once")
-    asked = ", ".join(wishes)
-
-    rows = kept[is_accurate & is_within].reset_index(drop=True)
+    is_accurate = f"nda_worst >= {float(accuracy)}"
+    is_within = " and ".join([f"losses >= {losses}", *limits])
+    accurate = kept.query(is_accurate)
+    within = kept.query(is_within)
+    rows = accurate.query(is_within).reset_index(drop=True)
+    asked = f"{is_accurate} and {is_within}"
     if len(rows):
         best = _described(rows.iloc[0])
-        return rows, f"Keep {best}. It takes the least memory of what meets the limits ({asked})."
+        return rows, f"Keep {best}. It takes the least memory of what has {asked}."
 
-    nearest = ""
-    if is_accurate.any():
-        smallest = _described(kept[is_accurate].iloc[0])
-        nearest += f"; the smallest that is accurate enough is {smallest}"
-    if is_within.any():
-        best = _described(_most_accurate(kept[is_within]))
+    nearest = f"Nothing has {asked}"
+    if len(accurate):
+        nearest += f"; the smallest that is accurate enough is {_described(accurate.iloc[0])}"
+    if len(within):
+        best = _described(_most_accurate(within))
         nearest += f"; the most accurate within the limits is {best}"
-    return rows, f"Nothing meets the limits ({asked}){nearest}."
+    return rows, f"{nearest}."
 
 
 def in_words(row: "pd.Series[Any]") -> str:

@@ -71,7 +71,7 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     line = said.splitlines()[-1]
     results = route / "results"
     assert line == f"measured; wrote {results}/results.csv"
-    assert "report" not in said
+    assert "report:" not in said
     keys = ["method", "batchnorm", "decoder", "task"]
     own = read_results(route / "results").set_index(keys)
     own_heads = own.index.get_level_values("decoder") == "expert_head"  # of all kinds, the default

@@ -73,7 +73,7 @@ def test_the_cheapest_that_meets_all_limits_is_first(folder: Path):
 def test_where_nothing_meets_the_limits_the_nearest_are_told(folder: Path):
     sentence = chosen(folder, accuracy=1)[1]
     assert "replica (100.00 % of the lost expert's accuracy on the worst task, b; 20 MiB, 24 MiB resident;" in sentence
-    assert "resident_mib up to 23" in chosen(folder, accuracy=1, resident_mib=23)[1]
+    assert "and resident_mib <= 23" in chosen(folder, accuracy=1, resident_mib=23)[1]
     rows, sentence = chosen(folder, accuracy=0.99, memory_mib=10, forwards=1)
     assert rows == []
     assert "the smallest that is accurate enough is small with ridge" in sentence
