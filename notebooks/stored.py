@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from coin.reporting import summarise
-from coin.reporting.results import read_results, requested_policy
-from coin.reporting.summary import stand_ins
+from coin.reporting import read_results, standins
+from coin.reporting.results import requested_policy
 
 RESULTS = Path(__file__).parent / "results"
 DECODERS = ("linear", "feature_ridge")
@@ -96,7 +95,7 @@ def stood_in(suite: str) -> pd.DataFrame:
 
 def of_stand_ins(suite: str) -> tuple[pd.DataFrame, float]:
     """What may stand in for a lost expert, and the size of a network in MiB."""
-    return stand_ins(summarise(runs(suite, None))), network_mib(measured(suite))
+    return standins(runs(suite, None)), network_mib(measured(suite))
 
 
 def rivals() -> pd.DataFrame:

@@ -30,11 +30,11 @@ from stored import (
     stood_in,
 )
 
-from coin.reporting.figures import legend_below, nda_against_memory
-from coin.reporting.results import COLUMNS, Row, read_promises
-from coin.reporting.style import COLOURS, MARKERS, WIDTH, style
-from coin.reporting.summary import read_summary, stand_ins as summary_stand_ins
-from coin.reporting.tables import keep_table
+from coin.reporting import read_results, standin_table, standins
+from coin.reporting.choice import shortlist
+from coin.reporting.figures import COLOURS, MARKERS, WIDTH, nda_against_memory, style
+from coin.reporting.results import COLUMNS, Row
+from coin.reporting.tables import print_table
 
 NOTEBOOKS = Path(__file__).parent
 FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
@@ -121,17 +121,17 @@ CLAIMED = [
 """What the paper's claims are checked on."""
 
 DRAWN = {
-    ("none", "feature_ridge"): "the survivors alone",
-    ("average", "expert_head"): "average, own head",
-    ("coin", "linear"): "coin, the paper's decoder",
-    ("coin", "feature_ridge"): "coin, feature_ridge",
-    ("distillation", "feature_ridge"): "distillation, feature_ridge",
-    ("refit", "expert_head"): "refit, own head",
-    ("refit-4bit", "expert_head"): "refit, own head, 4 bits",
-    ("refit+rank16-4bit", "expert_head"): "refit + adapters, 4 bits",
-    ("base+rank16-4bit", "expert_head"): "base + adapters, 4 bits",
-    ("replica-3bit-int8base", "replica"): "replica: copies, 3-bit deltas",
-    ("replica-2bit-int8base", "replica"): "replica: copies, 2-bit deltas",
+    ("none", "feature_ridge"): ("none: the survivors alone", "feature_ridge"),
+    ("average", "expert_head"): ("average", "own head"),
+    ("coin", "linear"): ("coin", "the paper's decoder"),
+    ("coin", "feature_ridge"): ("coin", "feature_ridge"),
+    ("distillation", "feature_ridge"): ("distillation", "feature_ridge"),
+    ("refit", "expert_head"): ("refit", "own head"),
+    ("refit-4bit", "expert_head"): ("refit in 4 bits", "own head"),
+    ("refit+rank16-4bit", "expert_head"): ("refit in 4 bits", "with adapters"),
+    ("base+rank16-4bit", "expert_head"): ("base in 4 bits", "with adapters"),
+    ("replica-3bit-int8base", "replica"): ("replica", "copies in 3-bit deltas"),
+    ("replica-2bit-int8base", "replica"): ("replica", "copies in 2-bit deltas"),
 }
 """The points of the figure of stand-ins: method and decoder, and what they are called in it."""
 
@@ -224,14 +224,19 @@ def real_fleets() -> str:
 
 def real_in_short() -> str:
     """The README's table: what stands in, its memory for six experts, and its NDA on photos and with ResNet50."""
-    every = [of_fleet(fleet) for fleet in ("photos", "resnet50")]
+    kept = standins(measured("photos"))
+    of_other = standins(measured("resnet50")).set_index(["method", "decoder"])
+    network = network_mib(measured("photos"))
+    in_networks = kept.assign(
+        memory_mib=kept.memory_mib / network, resident_mib=kept.resident_mib / network
+    )
+    table = standin_table(in_networks).set_index(["method", "decoder"])
+    costs = table[["memory MiB", "resident MiB", "forwards", "lost"]]
+    ndas = kept.set_index(["method", "decoder"]).nda_mean
     rows = []
-    for method, decoder in IN_SHORT:
-        own = rows_of(every[0], method, decoder)
-        memory = [f"{own[column].mean():.2f}" for column in ("networks", "resident")]
-        kept = [f"{ndas(part, method, decoder).mean():.1f}" for part in every]
-        runs = forwards_and_losses(method, decoder, own)
-        rows.append([KEPT[method, decoder], *memory, *runs, *kept])
+    for pair in IN_SHORT:
+        both = [percent(ndas[pair]), percent(of_other.nda_mean[pair])]
+        rows.append([KEPT[pair], *costs.loc[pair], *both])
     heads = ["what stands in", "memory", "resident", "forwards", "lost", "photos", "ResNet50"]
     return markdown(heads, rows)
 
@@ -420,7 +425,7 @@ def lora() -> str:
 def promises() -> str:
     """What is accepted of the answers that the experts' own heads give, and how many of these differ."""
     seeds = sorted((RESULTS / "imagenet-pair").glob("seed-*"))
-    rows = pd.concat([read_promises(seed) for seed in seeds])
+    rows = pd.concat([pd.read_csv(seed / "promise.csv") for seed in seeds])
     lines = []
     for method in ("refit+rank16-4bit", "base+rank16-4bit", "refit"):
         own = rows_of(rows, method, "expert_head")
@@ -451,7 +456,8 @@ def wrong_experts() -> str:
 def demo() -> str:
     """The end of what `make demo` prints."""
     console = Console(width=80, file=StringIO())
-    console.print(keep_table(summary_stand_ins(read_summary(RESULTS / "quickstart")), "quickstart"))
+    kept = standins(read_results(RESULTS / "quickstart/seed-0"))
+    print_table(standin_table(kept)[shortlist(kept)], console)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "\n".join(["```", *filter(None, lines), "```"])
 
@@ -560,9 +566,9 @@ TABLES = {
 def figure(suite: str = "imagenet-pair") -> Figure:
     """Memory against NDA of some of what may stand in on a suite."""
     kept, network = of_stand_ins(suite)
-    names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
-    kept = kept.assign(name=names)[[name != "" for name in names]]
-    return nda_against_memory(kept, network)
+    drawn = kept.set_index(["method", "decoder"]).loc[list(DRAWN)]
+    drawn.index = pd.MultiIndex.from_tuples(DRAWN.values(), names=drawn.index.names)
+    return nda_against_memory(drawn.reset_index(), network)
 
 
 def fleet_figure() -> Figure:
@@ -574,13 +580,12 @@ def fleet_figure() -> Figure:
         for axes, (column, label) in zip(drawn.subplots(1, 2), panels.items(), strict=True):
             for place, (name, part) in enumerate(found.groupby("name", sort=False)):
                 look = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 4.5}
-                axes.plot(
-                    part.experts, part[column], label=name.replace("`", ""), linewidth=1.3, **look
-                )
+                plain = name.replace("`", "") if column == "worst" else None
+                axes.plot(part.experts, part[column], label=plain, linewidth=1.3, **look)
             axes.set(xlabel="experts, N", ylabel=label, xscale="log", xticks=found.experts.unique())
             axes.set_xticks(found.experts.unique(), found.experts.unique())
             axes.minorticks_off()
-        legend_below(drawn, columns=2)
+        drawn.legend(loc="outside lower center", ncols=2)
         return drawn
 
 
@@ -611,7 +616,7 @@ def failover_figure() -> Figure:
         right.set(ylabel="first answer after (ms)", ylim=(0, None), xticks=range(1, 4))
         for axes in (left, right):
             axes.set_xlabel("experts killed, of three")
-        legend_below(drawn, columns=2)
+        drawn.legend(loc="outside lower center", ncols=2)
         return drawn
 
 
@@ -620,11 +625,11 @@ FIGURES = {"stand-ins": figure, "fleet": fleet_figure, "failover": failover_figu
 
 def labels(drawn: Figure) -> str:
     """What a figure says, its texts and the values of its lines; its file has this text too."""
-    told = []
+    told = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
     for axes in drawn.axes:
-        told += [text.get_text() for text in axes.texts]
         for line in axes.lines:
-            told.append(" ".join(f"{value:.4g}" for value in line.get_ydata()))
+            values = [f"{value:.4g}" for value in line.get_ydata()]
+            told.append(" ".join(values))
     return "; ".join(told)
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from coin.data import Digits
 from coin.data.sampling import Stream, seeded
-from coin.reporting.style import COLOURS, MARKERS, style
+from coin.reporting.figures import COLOURS, MARKERS, style
 
 AXIS = torch.linspace(-4, 4, 161)
 GRID = torch.cartesian_prod(AXIS, AXIS)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from coin.commands.parser import add_json_argument, command_parser, parse
 from coin.reporting.choice import choose
 from coin.reporting.results import as_json
-from coin.reporting.tables import results_console, rich_table, stand_in_table
-from coin.reporting.text import percent
+from coin.reporting.tables import print_table, standin_table
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,8 +20,5 @@ def main(arguments: Sequence[str]) -> None:
         print(as_json({"rows": rows, "sentence": sentence}))
         return
     if len(rows):
-        table = stand_in_table(rows).drop(columns="merge s")
-        table["NDA"] = rows["nda_worst"].map(percent)
-        table = table.rename(columns={"NDA": "worst task"})
-        results_console().print(rich_table(table, "what meets the limits", ["method", "decoder"]))
+        print_table(standin_table(rows))
     print(sentence)

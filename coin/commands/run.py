@@ -14,7 +14,8 @@ from coin.pipeline.pool import Launch, check_launch
 from coin.pipeline.run import check_options, run_experiment, run_only
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.tables import print_summary
+from coin.reporting.summary import read_run
+from coin.reporting.tables import print_standins
 
 DRY_RUN = "Print the plan: every step, done or to do."
 
@@ -38,7 +39,8 @@ def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document:
     if as_document:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
         return
-    print_summary(summary)
+    _, frame = read_run(experiment.folder)
+    print_standins(frame)
     print(f"report: {page}")
     print(f"next: coin choose {experiment.folder} --accuracy=0.98 says what to keep")
 

@@ -11,9 +11,9 @@ from coin.coding.decoder_config import REPLICA
 from coin.core.choices import check_number
 from coin.errors import CoinWarning, ConfigurationError
 from coin.modules import Coded
-from coin.reporting.choice import recommended, weakness
-from coin.reporting.summary import REFERENCES, read_run, seed_folders, stand_ins, summarise
-from coin.reporting.text import read_by
+from coin.reporting.choice import in_words, recommended, weakness
+from coin.reporting.standins import standins
+from coin.reporting.summary import REFERENCES, read_run, seed_folders
 from coin.serving.policies import POLICIES, PolicyKind
 from coin.serving.ray_app import RayOptions, check_port, start
 from coin.serving.system import System
@@ -105,15 +105,15 @@ def served_by_default(folder: Path) -> str | None:
     That is the one that `coin.Coded.from_run` takes. The survivors alone need no server more: then the next best is
     served, and a warning says so.
     """
-    kept = stand_ins(summarise(read_run(folder)[1]))
-    if kept.empty:  # results from before memory was measured
+    kept = standins(read_run(folder)[1])
+    if kept.empty:
         return None
     row = recommended(kept)
     if weakness(row):
         warnings.warn(f"nothing can be recommended: {weakness(row)}", CoinWarning, stacklevel=2)
-    if row["name"] == REFERENCES[0]:
-        message = f"{read_by(row)} would do, and need no server more; serving the recommended one of the others"
+    if row["method"] == REFERENCES[0]:
+        message = f"{in_words(row)} would do, and need no server more; serving the recommended one of the others"
         warnings.warn(message, CoinWarning, stacklevel=2)
     if row["decoder"] != REPLICA:
         return None
-    return str(row["name"]).partition("[")[0]
+    return str(row["method"])

@@ -20,8 +20,7 @@ from coin.modules import Expert
 from coin.networks.registry import check_imported
 from coin.networks.weights import read_checkpoint
 from coin.reporting.results import RESULTS_CSV, read_results
-from coin.reporting.summary import summarise
-from coin.reporting.tables import print_summary
+from coin.reporting.tables import print_standins
 from coin.tracking.settings import run_environment
 from coin.trainer import Trainer  # imports all tasks and modules, which are found by short names
 
@@ -128,7 +127,7 @@ class TrainerCLI(LightningCLI):
         """Print the table of the results, and their file."""
         folder = Path(self.trainer.default_root_dir)
         if self.trainer.is_global_zero:
-            print_summary(summarise(read_results(folder)))
+            print_standins(read_results(folder))
         self._say("measured", folder / RESULTS_CSV)
 
     def _say(self, reached: str, file: Path | str) -> None:

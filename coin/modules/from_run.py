@@ -11,7 +11,8 @@ from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance
 from coin.reporting.choice import recommended
 from coin.reporting.results import read_results, requested_policy
-from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.standins import standins
+from coin.reporting.summary import read_run
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,13 @@ def evaluated_systems(seed: Path) -> list[Evaluated]:
 
 def _recommended(systems: Sequence[Evaluated], every_row: pd.DataFrame) -> Evaluated:
     """Return the system that is `recommended` of these."""
-    kept = stand_ins(summarise(every_row))
-    kept["name"] = kept["name"].str.partition("[")[0]  # without a set of coded models
-    by_name = {(each.path.stem, each.decoder): each for each in systems}
-    pairs = zip(kept["name"], kept["decoder"], strict=True)
+    kept = standins(every_row)
+    by_name = {(each.method, each.decoder): each for each in systems}
+    pairs = zip(kept["method"], kept["decoder"], strict=True)
     is_one = [pair in by_name for pair in pairs]
     if not any(is_one):
         raise ConfigurationError(
             "found no NDA in the results, expected experts that are right at times; look at their accuracy first"
         )
     row = recommended(kept[is_one])
-    return by_name[row["name"], row["decoder"]]
+    return by_name[row["method"], row["decoder"]]

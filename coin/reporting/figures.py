@@ -1,100 +1,100 @@
-"""The figure: NDA against memory."""
+"""The figure of stand-ins, NDA against memory, and the style of all figures.
 
+Colours belong to methods, by name, in every figure: cold for closed forms, warm for what is trained, grey for the
+references. Variants of a method share its colour.
+"""
+
+import io
 import math
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.style import context
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from coin.reporting.style import (
-    INK,
-    SOFT,
-    WIDTH,
-    column_of_names,
-    legend_below,
-    marker,
-    method_colour,
-    plain_numbers,
-    style,
-)
-from coin.reporting.text import counted
-
-_MANY = 4  # so many forwards and more have one marker
+INK, SOFT = "#1b1f24", "#6b7480"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+WIDTH = 5.4
+"""Inches. Narrow, so that the text is still legible on a phone."""
+_METHODS = {
+    "average": "#56B4E9", "coin": "#0072B2", "regmean": "#6A3D9A", "head_fit": "#44AA99", "refit": "#009E73",
+    "base": "#A65628", "replica": "#CC79A7", "distillation": "#E69F00", "none": SOFT,
+}  # fmt: skip
+_OTHER = "#B8A800"
+# Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
+_STYLE: Any = {
+    "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
+    "grid.alpha": 0.15, "legend.frameon": False, "legend.fontsize": 9, "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names come from the user: a dollar sign is no mathematics
+}  # fmt: skip
 _NEAR = 0.5  # points of NDA below 100 up to which an axis is about linear
 _TICKS = (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 100)
 
 
-def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
-    """Mean NDA ± spread of `stand_ins` against what they keep, on a logarithmic axis; a marker by their forwards.
+def style() -> AbstractContextManager[None]:
+    """Return a context that draws in the house's style, whatever the user's matplotlib settings say."""
+    return context(_STYLE, after_reset=True)
 
-    Named are those that no other beats in both (joined by a line), and every method with its best decoder. The unit is
-    a network's size if given, else MiB.
-    """
-    in_networks = not math.isnan(network_mib)
-    unit = "networks" if in_networks else "MiB"
-    rows = _points(stand_ins, network_mib if in_networks else 1.0)
-    kinds = sorted(set(rows["runs"]))
-    markers = {runs: marker(place) for place, runs in enumerate(kinds)}
+
+def method_colour(name: str) -> str:
+    """Return the colour of a method, whatever its label adds to its name."""
+    known = [method for method in _METHODS if name.startswith(method)]
+    return _METHODS[known[0]] if known else _OTHER
+
+
+def as_png(figure: Figure, dpi: int = 200) -> bytes:
+    """Return a figure as PNG on white."""
+    buffer = io.BytesIO()
     with style():
-        height = 1.1 + 0.2 * rows["is_named"].sum()
-        figure = Figure(figsize=(WIDTH, max(3.6, height)))
+        figure.savefig(
+            buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}
+        )
+    return buffer.getvalue()
+
+
+def nda_against_memory(standins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
+    """Draw the mean NDA ± spread of `standins` against what they keep, on a logarithmic axis.
+
+    The legend names them, the best first. A line joins what no smaller one equals. The unit is a network's size if
+    given, else MiB.
+    """
+    in_mib = math.isnan(network_mib)
+    sizes = standins["memory_mib"] / (1.0 if in_mib else network_mib)
+    points = standins.assign(size=sizes, nda=100 * standins["nda_mean"] - 100)
+    points["spread"] = 100 * points["nda_std"].fillna(0)
+    by_size = points.sort_values(["size", "nda"], ascending=[True, False])
+    front = by_size[by_size["nda"] > by_size["nda"].cummax().shift(fill_value=-math.inf)]
+    best_first = points.sort_values("nda", ascending=False, kind="stable")
+    with style():
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.19 * len(points)))
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_yscale("asinh", linear_width=_NEAR)
-        labels = []
-        for row in rows.to_dict("records"):
-            colour = method_colour(row["name"])
+        axes.step(front["size"], front["nda"], where="post", color=INK, linewidth=0.8, zorder=0)
+        for place, row in enumerate(best_first.to_dict("records")):
             axes.errorbar(
                 row["size"],
                 row["nda"],
                 row["spread"] or None,
-                color=colour,
-                alpha=1.0 if row["is_named"] else 0.3,
-                marker=markers[row["runs"]],
+                color=method_colour(row["method"]),
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle="none",
                 markersize=6.5,
                 capsize=2,
+                label=f"{100 + row['nda']:.1f}  {row['method']}, {row['decoder']}",
             )
-            if row["is_named"]:
-                labels.append((row["size"], row["nda"], row["label"], colour))
-        front = rows[rows["is_front"]]
-        axes.step(front["size"], front["nda"], where="post", color=INK, linewidth=0.8, zorder=0)
-        for runs, shape in markers.items():
-            at_least = "at least " if runs == _MANY else ""
-            text = f"{at_least}{counted(runs, 'network run')} an answer"
-            axes.plot([], [], color=SOFT, marker=shape, linestyle="none", label=text)
-        axes.set_xlabel(f"memory kept, in {unit} (log scale)")
+        axes.set_xlabel(f"memory kept, in {'MiB' if in_mib else 'networks'} (log scale)")
         axes.set_ylabel("NDA (%), finer near 100")
-        plain_numbers(axes.xaxis)
-        named = rows[rows["is_named"]]
-        lowest = 98 + named["nda"].min()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        lowest = 98 + points["nda"].min()
         ticks = [tick for tick in _TICKS if tick >= lowest]
-        texts = [f"{tick:g}" for tick in ticks]
-        axes.set_yticks([tick - 100 for tick in ticks], texts)
-        column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
-        legend_below(figure)
+        axes.set_yticks([tick - 100 for tick in ticks], [f"{tick:g}" for tick in ticks])
+        figure.legend(loc="outside lower left")
         return figure
-
-
-def _points(stand_ins: pd.DataFrame, unit: float) -> pd.DataFrame:
-    """Return stand-ins by size in a unit of so many MiB, with what a figure shows of them; NDA is in points from 100.
-
-    `is_front` says of which ones no smaller one is as good.
-    """
-    rows = stand_ins.sort_values(
-        ["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True
-    )
-    best_so_far = rows["nda_mean"].cummax().shift(fill_value=-1.0)
-    by_name = rows.groupby("name")
-    num_decoders = by_name["decoder"].transform("nunique")
-    decoders = (", " + rows["decoder"]).where(num_decoders > 1, "")
-    percents = (100 * rows["nda_mean"]).map("  {:.1f}".format)
-    is_front = rows["nda_mean"] > best_so_far
-    is_best_of_name = rows.index.isin(by_name["nda_mean"].idxmax())
-    return rows.assign(
-        size=rows["memory_mib"] / unit,
-        nda=100 * (rows["nda_mean"] - 1),
-        spread=100 * rows["nda_std"].fillna(0),
-        runs=rows["forwards"].clip(upper=_MANY).astype(int),
-        is_front=is_front,
-        is_named=is_front | is_best_of_name,
-        label=rows["name"] + decoders + percents,
-    )

@@ -86,17 +86,20 @@ class Row:
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
-INTEGERS = ("seed", "samples_per_task")
-STAND_IN_COSTS = ("memory_mib", "resident_mib", "forwards", "losses")
-"""What keeping a stand-in costs; NaN for the oracle."""
+TYPES = {
+    **dict.fromkeys(KEYS, "str"),
+    **dict.fromkeys(NUMBERS, "float64"),
+    "seed": "int64",
+    "samples_per_task": "int64",
+}
+"""The type of every column."""
 
-PROMISE_INTEGERS = ("samples", "needed")
-PROMISE_NUMBERS = ("alpha", "confidence", "threshold", "promised", "coverage", "found")
 PROMISE_COLUMNS = (
     *KEYS,
     "alpha",
     "confidence",
-    *PROMISE_INTEGERS,
+    "samples",
+    "needed",
     "threshold",
     "promised",
     "coverage",
@@ -136,12 +139,12 @@ def write_results(
         raise ConfigurationError(
             "found a task called 'mean', the name of the mean over tasks; rename the task"
         )
-    twice = frame[frame.duplicated(list(KEYS))]
+    twice = frame[frame.duplicated(["seed", "method", "decoder", "erased", "task"])]
     if len(twice):
         first = twice.iloc[0]
         raise ConfigurationError(
-            f"found two results of method '{first['method']}' with batchnorm '{first['batchnorm']}' and decoder "
-            f"'{first['decoder']}', expected one; tell the two apart with 'label'"
+            f"found two results of method '{first['method']}' with decoder '{first['decoder']}', expected one; tell "
+            "the two apart with 'label'"
         )
     document = {
         "rows": frame,
@@ -163,8 +166,23 @@ def write_results(
 
 
 def read_results(folder: Path) -> pd.DataFrame:
-    """Return the rows of ``results.csv`` with `COLUMNS` in order; FileError where it is missing or damaged."""
-    frame = read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
+    """Return the rows of ``results.csv`` with `COLUMNS` in order, text as it stands, an empty number as NaN.
+
+    Raises FileError where the file is missing or damaged, or lacks a column.
+    """
+    path = folder / RESULTS_CSV
+    try:
+        frame = pd.read_csv(
+            path,
+            usecols=list(COLUMNS),
+            dtype=TYPES,
+            keep_default_na=False,  # a task may be called "NA"
+            na_values=dict.fromkeys(NUMBERS, ""),
+        )
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`"
+        ) from error
     return frame[list(COLUMNS)]
 
 
@@ -195,15 +213,6 @@ def confusion_key(row: Row) -> str:
     return "|".join([row.method, policy, row.decoder, row.erased, row.task])
 
 
-def read_confusions(folder: Path) -> dict[str, Counts]:
-    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`, none without the file."""
-    path = folder / CONFUSION_NPZ
-    if not path.is_file():
-        return {}
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
-
-
 def write_promises(folder: Path, promises: pd.DataFrame) -> None:
     """Write ``promise.csv``, a row per lost expert and decoder; remove an earlier one where nothing is promised.
 
@@ -217,43 +226,10 @@ def write_promises(folder: Path, promises: pd.DataFrame) -> None:
         write_frame(path, promises[list(PROMISE_COLUMNS)])
 
 
-def read_promises(folder: Path) -> pd.DataFrame | None:
-    """Return the rows of ``promise.csv``, if there is one."""
-    path = folder / PROMISE_CSV
-    if not path.is_file():
-        return None
-    return read_frame(path, PROMISE_COLUMNS, (*INTEGERS, *PROMISE_INTEGERS), PROMISE_NUMBERS)
-
-
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a frame as CSV, without its index; NaN becomes an empty field and floats keep every digit."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False)
-
-
-def read_frame(
-    path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]
-) -> pd.DataFrame:
-    """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
-
-    Only `chance` may be missing, with its mean and spread: older files lack it. Raises FileError where the file is
-    missing or damaged, or lacks another column.
-    """
-    try:
-        # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
-        frame = pd.read_csv(path, dtype="str", keep_default_na=False)
-        for name in columns:
-            if name.startswith("chance") and name not in frame:
-                frame[name] = ""
-        missing = [name for name in columns if name not in frame.columns]
-        if missing:
-            raise ValueError(f"it has no column '{missing[0]}'")
-        numeric = frame[list(numbers)].replace("", "nan").astype("float64")
-        return frame.assign(**numeric).astype(dict.fromkeys(integers, "int64"))
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"'{path}' cannot be read as CSV ({first_line(error)}); make it with `coin run`"
-        ) from error
 
 
 def as_json(document: Any) -> str:

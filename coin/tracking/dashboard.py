@@ -23,8 +23,8 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
 
     Returns its address. Raises ConfigurationError where that cannot be: offline, or there is no run of an evaluation.
     """
-    parts = project.split("/")
-    if len(parts) > 2 or not all(parts):
+    entity, _, called = project.rpartition("/")
+    if not called or "/" in entity:
         raise ConfigurationError(f"found project '{project}', expected ENTITY/PROJECT or PROJECT")
     mode = os.environ.get("WANDB_MODE")
     if mode in OFFLINE_MODES:
@@ -35,11 +35,8 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
     extra_module("wandb_workspaces.workspaces", "dashboard")
     check_connection("online")
     api = wandb.Api()
-    entity = parts[0] if len(parts) == 2 else str(api.default_entity)
-    called = parts[-1]
-    filters = {"jobType": "evaluate"}
-    if group is not None:
-        filters["group"] = group
+    entity = entity or str(api.default_entity)
+    filters = {"jobType": "evaluate"} | ({} if group is None else {"group": group})
     runs = api.runs(f"{entity}/{called}", filters=filters, order="-created_at")
     logged: set[str] = set()
     for run in runs[:_LATEST]:

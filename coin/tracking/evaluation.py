@@ -4,15 +4,17 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import wandb
 from PIL import Image
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.figures import nda_against_memory
+from coin.reporting.choice import shortlist
+from coin.reporting.figures import as_png, nda_against_memory
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
-from coin.reporting.style import as_png
-from coin.reporting.summary import REFERENCES, stand_ins, summarise, variant_names
+from coin.reporting.standins import standins
+from coin.reporting.summary import REFERENCES
 
 
 def log_evaluation(
@@ -30,61 +32,38 @@ def log_evaluation(
     """
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
-    logged: dict[str, Any] = {
-        "results": wandb.Table(columns=[*COLUMNS], data=cells.to_numpy().tolist()),
-    }
-    kept = stand_ins(summarise(frame))
-    frame = frame.assign(name=variant_names)
+    logged: dict[str, Any] = {"results": wandb.Table(dataframe=cells)}
+    kept = standins(frame)
     if len(kept):
-        png = as_png(nda_against_memory(kept), dpi=110)
+        png = as_png(nda_against_memory(kept[shortlist(kept)]), dpi=110)
         logged["nda_against_memory"] = wandb.Image(Image.open(io.BytesIO(png)))
-    best = _best_coded(frame, kept)
-    for place in best.index:
-        row = rows[place]
-        title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
-        counts = confusions[confusion_key(row)]
-        logged[f"confusion/{row.task}"] = _confusion(counts, classes[row.task], title)
-    run.log(logged)
-    run.summary.update(_numbers(frame, best))
-
-
-def _numbers(frame: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
-    """Return the numbers of the run's summary, given the best rows."""
     alone = frame[frame["erased"] == frame["task"]]
+    pairs = alone.groupby(["method", "decoder"], sort=False)["nda"]
+    means = pairs.mean(skipna=False).dropna().reset_index()
     numbers: dict[str, Any] = {}
-    for (name, decoder), own in alone.groupby(["name", "decoder"], sort=False):
-        if own["nda"].notna().all():
-            numbers[f"nda/{name}/{decoder}"] = float(own["nda"].mean())
-    if len(best):
-        numbers["nda_mean_best"] = float(best["nda"].mean())
-        numbers["best_method"] = best["name"].iloc[0]
-        numbers["best_decoder"] = best["decoder"].iloc[0]
-        numbers["best_memory_mib"] = float(best["memory_mib"].mean())
-        numbers["best_resident_mib"] = float(best["resident_mib"].mean())
-    return numbers
+    for pair in means.itertuples():
+        numbers[f"nda/{pair.method}/{pair.decoder}"] = pair.nda
 
-
-def _best_coded(frame: pd.DataFrame, kept: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the coded variant and decoder of `stand_ins` with the largest mean NDA."""
-    contenders = kept[~kept["name"].isin(REFERENCES) & (kept["decoder"] != REPLICA)]
-    if contenders.empty:
-        return frame[:0]
-    best = contenders.sort_values("nda_mean", ascending=False, kind="stable").iloc[0]
-    is_best = (frame["name"] == best["name"]) & (frame["decoder"] == best["decoder"])
-    rows: pd.DataFrame = frame[is_best & (frame["erased"] == frame["task"])]
-    return rows
+    coded = kept[~kept["method"].isin(REFERENCES) & (kept["decoder"] != REPLICA)]
+    if len(coded):
+        best = coded.iloc[coded["nda_mean"].argmax()]
+        numbers["nda_mean_best"] = best["nda_mean"]
+        for name in ("method", "decoder", "memory_mib", "resident_mib"):
+            numbers[f"best_{name}"] = best[name]
+        is_best = (alone["method"] == best["method"]) & (alone["decoder"] == best["decoder"])
+        for place in alone.index[is_best]:
+            row = rows[place]
+            title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
+            counts = confusions[confusion_key(row)]
+            logged[f"confusion/{row.task}"] = _confusion(counts, classes[row.task], title)
+    run.log(logged)
+    run.summary.update(numbers)
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
-    """Return W&B's confusion chart, which `wandb.plot.confusion_matrix` makes of single predictions, of counts."""
-    columns = ["Actual", "Predicted", "nPredictions"]
-    table = wandb.Table(columns=[*columns])
-    for actual, predicted in zip(*counts.nonzero(), strict=True):
-        count = int(counts[actual, predicted])
-        table.add_data(classes[actual], classes[predicted], count)
-    return wandb.plot_table(
-        "wandb/confusion_matrix/v1",
-        table,
-        dict(zip(columns, columns, strict=True)),
-        {"title": title},
+    """Return W&B's confusion chart, which it makes of single predictions, of counts ``[C, C]``."""
+    places = np.indices(counts.shape).reshape(2, -1)
+    actual, predicted = places.repeat(counts.ravel(), axis=1).tolist()
+    return wandb.plot.confusion_matrix(
+        y_true=actual, preds=predicted, class_names=list(classes), title=title
     )

@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from coin.core.lightning import leave_out_anonymous
 from coin.core.processes import is_rank_zero
 from coin.files.atomic import write_text
-from coin.tracking.settings import TAG_LENGTH, in_sweep, logging_only, run_environment
+from coin.tracking.settings import in_sweep, logging_only, run_environment
+
+TAG_LENGTH = 64  # W&B refuses longer tags, and empty ones
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class RunLog:
         if not id_file.is_file():
             write_text(id_file, secrets.token_hex(4))
         given = os.environ.get("WANDB_TAGS", "").split(",")  # W&B itself would leave these out
-        tags = [tag.strip()[:TAG_LENGTH] for tag in (*self.tags, *given)]
+        tags = [tag.strip()[:TAG_LENGTH] for tag in (*self.tags, *given) if tag]
         logger = WandbLogger(
             name=self.name,
             save_dir=self.seed.absolute(),
@@ -66,7 +68,7 @@ class RunLog:
             id=None if in_sweep() else id_file.read_text(encoding="utf-8"),
             group=self.group,
             job_type=self.type,
-            tags=list(dict.fromkeys(filter(None, tags))),
+            tags=list(dict.fromkeys(tags)),
             config=dict(self.config),
             reinit="create_new",
         )

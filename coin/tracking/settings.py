@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from coin.errors import CoinWarning, ConfigurationError, first_line
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
-TAG_LENGTH = 64  # W&B refuses longer tags, and empty ones
 
 
 @contextmanager
@@ -17,25 +17,19 @@ def run_environment(folder: Path) -> Iterator[None]:
     """Within this block, W&B works offline unless the user says otherwise, with files in ``folder/wandb``.
 
     ``WANDB_DIR`` and ``WANDB_DATA_DIR`` are set whatever the user has: a run whose artifacts are staged elsewhere does
-    not survive a move to another machine.
+    not survive a move to another machine. (No setting of W&B's says where artifacts are staged.)
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    changed = {
+    variables = {
         "WANDB_MODE": mode(),
         "WANDB_DIR": str(folder),
         "WANDB_DATA_DIR": str(folder / "wandb"),
     }
     if mode() in OFFLINE_MODES:
-        changed["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
-    before = {name: os.environ[name] for name in changed if name in os.environ}
-    os.environ.update(changed)
-    try:
+        variables["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
+    with patch.dict(os.environ, variables):
         yield
-    finally:
-        for name in changed:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def mode() -> str:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pandas as pd
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
@@ -25,29 +26,29 @@ from coin.tracking.settings import logging_only
 
 
 def record_evaluation(
+    trainer: pl.Trainer,
     model: DecodingEvaluator,
     tasks: Tasks,
-    folder: Path,
     name: str,
-    configuration: Mapping[str, Any] | None,
-    loggers: Sequence[Logger],
+    configuration: Mapping[str, Any],
 ) -> None:
-    """Write what an evaluator has measured on tasks to a folder, and log the same numbers to the W&B loggers.
+    """Write what an evaluator has measured on tasks to the Trainer's folder, and log the same to its W&B loggers.
 
     `name` is the experiment's in the results; `configuration` is what ``results.json`` holds beside the code.
     """
+    folder = Path(trainer.default_root_dir)
     rows = [_row(each, name, tasks) for each in model.measurements]
     pairs = list(zip(rows, model.measurements, strict=True))
     confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
     classes = {task: data.classes for task, data in tasks.tasks.items()}
-    warn_of_weak_experts({row.task: row.expert_accuracy for row in rows}, tasks)
-    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+    warn_of_weak_experts(rows)
+    runs = [each.experiment for each in trainer.loggers if isinstance(each, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
     made = {
         "tasks": list(model.tasks),
         "code": model.code.matrix.tolist(),
         "network_mib": model.network_nbytes / 2**20,
-        **(configuration or {}),
+        **configuration,
     }
     url = urls[0] if urls else None
     write_results(folder, rows, made, confusions, _methods(model), classes, url)
@@ -62,8 +63,7 @@ def record_evaluation(
 
 def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
     columns = {name: value for name, value in measured.columns.items() if name in COLUMNS}
-    if columns["samples_per_task"] is None:
-        columns["samples_per_task"] = tasks.samples_per_task
+    columns["samples_per_task"] = columns["samples_per_task"] or tasks.samples_per_task
     chance = 1 / tasks.tasks[columns["task"]].num_classes
     return Row(experiment=experiment, seed=tasks.seed, chance=chance, **columns)
 
@@ -73,16 +73,9 @@ def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
     replicas = {replica.variant.method: replica.variant for replica in model.replicas}
     found = []
     for each in [*model.variants, *replicas.values()]:
+        made = {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm}
         for row, chosen in enumerate(each.chosen):
-            found.append(
-                {
-                    "label": each.method,
-                    "method": each.kind,
-                    "batchnorm": each.batchnorm,
-                    "row": row,
-                    "chosen": chosen,
-                }
-            )
+            found.append({**made, "row": row, "chosen": chosen})
     return found
 
 
@@ -90,24 +83,23 @@ def _promises(pairs: Sequence[tuple[Row, Measurement]]) -> pd.DataFrame:
     """Return the rows of ``promise.csv``."""
     found = []
     for row, measured in pairs:
-        if measured.promise is not None:
-            promise = {**vars(measured.promise), "promised": measured.promise.coverage}
+        promise = measured.promise
+        if promise is not None:
             on_tests = {name: measured.columns[name] for name in ("coverage", "found")}
-            found.append({**vars(row), **promise, **on_tests})
+            found.append({**vars(row), **vars(promise), "promised": promise.coverage, **on_tests})
     return pd.DataFrame(found, columns=list(PROMISE_COLUMNS))
 
 
-def warn_of_weak_experts(accuracies: Mapping[str, float], tasks: Tasks) -> None:
+def warn_of_weak_experts(rows: Sequence[Row]) -> None:
     """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
-    weak = []
-    for name, accuracy in accuracies.items():
-        chance = 1 / tasks.tasks[name].num_classes
-        if is_weak(accuracy, chance):
-            weak.append(f"'{name}' {accuracy:.1%} (chance is {chance:.1%})")
+    weak = {}
+    for row in rows:
+        if is_weak(row.expert_accuracy, row.chance):
+            weak[row.task] = f"'{row.task}' {row.expert_accuracy:.1%} (chance is {row.chance:.1%})"
     if weak:
         warnings.warn(
-            f"found experts that are hardly right: {', '.join(weak)}, so that NDA says little; train them for longer, "
-            "or see that imported ones were trained on the inputs that networks get here: images normalised by "
+            f"found experts that are hardly right: {', '.join(weak.values())}, so that NDA says little; train them for "
+            "longer, or see that imported ones were trained on the inputs that networks get here: images normalised by "
             "network.mean and network.std, texts cut by the same tokenizer",
             CoinWarning,
             stacklevel=2,

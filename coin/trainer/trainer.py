@@ -108,22 +108,22 @@ class Trainer(pl.Trainer):
         if statistic is StatisticKind.fisher:
             options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)
         network, config = _network(model, ckpt_path)
-        is_one_task = isinstance(datamodule, TaskData)
-        if isinstance(datamodule, TaskData):
-            tasks = Tasks({"task": datamodule}, samples_per_task)
-        elif isinstance(datamodule, Tasks):
-            tasks = Tasks(datamodule.tasks, samples_per_task)
+        if isinstance(datamodule, Tasks):
+            data = "pooled"
+            members = datamodule.tasks
+        elif isinstance(datamodule, TaskData):
+            data = "own"
+            members = {"task": datamodule}
         else:
             raise ConfigurationError(
                 f"found data of {type(datamodule).__name__}, expected a task or Tasks"
             )
-        for task in tasks.tasks.values():
+        tasks = Tasks(members, samples_per_task)
+        for task in members.values():
             config.check_content(task.content, task.vocabulary)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
-        estimate_over_tasks(
-            self, network, tasks, options, path, data="own" if is_one_task else "pooled"
-        )
+        estimate_over_tasks(self, network, tasks, options, path, data=data)
 
     def evaluate(
         self,
@@ -149,9 +149,7 @@ class Trainer(pl.Trainer):
         with progress_bar("evaluation") as model.progress:
             self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
-            record_evaluation(
-                model, datamodule, Path(self.default_root_dir), name, configuration, self.loggers
-            )
+            record_evaluation(self, model, datamodule, name, configuration or {})
         return model.measurements
 
 

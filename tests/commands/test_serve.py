@@ -24,9 +24,9 @@ from coin.errors import ConfigurationError
 from coin.modules import Coded
 from coin.networks import Compression, load_network
 from coin.pipeline.steps.merge import compress_file
-from coin.reporting import read_results
+from coin.reporting import read_results, standins
 from coin.reporting.choice import recommended
-from coin.reporting.summary import read_run, stand_ins, summarise
+from coin.reporting.summary import read_run
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind
@@ -110,16 +110,16 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
 def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(
     alone: Path, finished: Path
 ) -> None:
-    kept = stand_ins(summarise(read_run(alone)[1]))
-    kept = kept[~kept["name"].str.startswith(("none", "replica"))]
+    kept = standins(read_run(alone)[1])
+    kept = kept[~kept["method"].str.startswith(("none", "replica"))]
     own = kept[kept["decoder"] == "expert_head"]
     row = recommended(own)
-    assert read(alone, "standin", None, None).variant == f"{row['name']}, {row['decoder']}"
+    assert read(alone, "standin", None, None).variant == f"{row['method']}, {row['decoder']}"
     row = recommended(kept)
     system = Coded.from_run(alone)
-    assert (system.method, next(iter(system.decoders.values())).kind) == (row["name"], row["decoder"])
+    assert (system.method, next(iter(system.decoders.values())).kind) == (row["method"], row["decoder"])
     served = read(alone, None, None, None)
-    assert served.variant == f"{row['name']}, {row['decoder']}"
+    assert served.variant == f"{row['method']}, {row['decoder']}"
     assert list(served.classes) == ["digits", "letters"]
     assert read(alone, "coded_proactive", None, None).variant.endswith(", linear")
     for folder, policy, decoder, told in (

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torchmetrics import Metric
@@ -20,8 +21,9 @@ from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
 from coin.networks.adapted import tensor_nbytes
 from coin.pipeline.steps.merge import compress_file
-from coin.reporting.results import read_promises, read_results
+from coin.reporting.results import PROMISE_CSV, read_results
 from coin.trainer.record import record_evaluation, warn_of_weak_experts
+from tests.reporting.conftest import BASE
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -341,7 +343,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     decoders = ["linear", "ridge", "expert_head"]
     evaluator = DecodingEvaluator(experts, coded, decoders, alpha=0.5, confidence=0.8)
     run(evaluator, tasks, make_trainer)
-    record_evaluation(evaluator, tasks, seed, "x", None, [])
+    record_evaluation(make_trainer(default_root_dir=seed), evaluator, tasks, "x", {})
 
     files, new = list(experts.values()), tasks.promise_samples()
     for images, task in zip(new.stored, members.values(), strict=True):
@@ -349,7 +351,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert {image.sum().item() for image in images} <= {image.sum().item() for image in validation}
     both = tasks.calibration(), new
     fit_on, promised_on = (replace(answers_of(files, coded, each.inputs()), tasks=each.part) for each in both)
-    rows, every = read_promises(seed), answers_to_tests(files, coded, tasks)
+    rows, every = pd.read_csv(seed / PROMISE_CSV), answers_to_tests(files, coded, tasks)
     rows = rows[(rows.method == "average") & rows.decoder.isin(["linear", "ridge"])]
     assert len(rows) == 2 * (3 + 2 * 3)
     assert rows.threshold.notna().any()
@@ -392,8 +394,8 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         Coded.from_run(tmp_path / "nowhere")
     tasks.promised = 0
     run(evaluator, tasks, make_trainer)
-    record_evaluation(evaluator, tasks, seed, "x", None, [])
-    assert read_promises(seed) is None
+    record_evaluation(make_trainer(default_root_dir=seed), evaluator, tasks, "x", {})
+    assert not (seed / PROMISE_CSV).exists()
 
 
 def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
@@ -429,12 +431,12 @@ def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trai
     assert not any(isinstance(module, Metric) for module in evaluator.modules()), "the networks' move would take them"
 
 
-def test_experts_that_are_hardly_right_are_told_of(synthetic):
-    accuracies = {"low": 0.25, "high": 0.99, "two": 0.55, "never": 0.0}
-    tasks = Tasks({name: synthetic(classes) for name, classes in (("low", 10), ("high", 5), ("two", 2), ("never", 3))})
+def test_experts_that_are_hardly_right_are_told_of():
+    experts = (("low", 0.25, 0.1), ("high", 0.99, 0.2), ("two", 0.55, 0.5), ("never", 0.0, 1 / 3))
+    rows = [replace(BASE, task=task, expert_accuracy=accuracy, chance=chance) for task, accuracy, chance in experts]
     with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
-        warn_of_weak_experts(accuracies, tasks)
+        warn_of_weak_experts(rows)
     assert "high" not in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_weak_experts({"low": 0.3}, tasks)
+        warn_of_weak_experts([replace(rows[0], expert_accuracy=0.3)])

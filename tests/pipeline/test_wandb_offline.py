@@ -10,7 +10,6 @@ import pytest
 from coin.cli import main
 from coin.errors import NumericalError
 from coin.reporting import read_results
-from coin.reporting.summary import variant_names
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +92,9 @@ def test_curves_are_plotted_against_epochs(runs: list[tuple[Path, Records]]) -> 
 def test_the_summary_has_the_numbers_of_the_file(runs: list[tuple[Path, Records]], finished: Path) -> None:
     overview = summary_of(named(runs, "evaluate"))
     frame = read_results(finished / "seed-0")
-    names = variant_names(frame)
-    assert {"average", "coin", "coin-recalibrate", "coin-keep", "distillation", "none", "oracle"} == set(names)
-    for (name, decoder), rows in frame.assign(name=names).groupby(["name", "decoder"]):
+    names = {"average", "coin", "coin-recalibrate", "coin-keep", "distillation", "none", "oracle"}
+    assert names == set(frame["method"])
+    for (name, decoder), rows in frame.groupby(["method", "decoder"]):
         assert overview[f"nda/{name}/{decoder}"] == pytest.approx(rows.nda.mean(), rel=1e-12)
 
 
