@@ -1,79 +1,66 @@
 """The plan of an experiment: its steps in ``runs/.steps``, and where in ``runs/NAME`` a person sees what they make."""
 
-import filecmp
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coin.data import TaskData
 from coin.data.tasks import task_with
-from coin.errors import FileError
-from coin.files.atomic import atomic_path
+from coin.files.atomic import link
 from coin.files.downloads import hub_weights
 from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
-from coin.pipeline.steps.evaluation import Evaluate, shown_names
+from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge
+from coin.pipeline.steps.report import Report
 from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
-from coin.reporting.report import REPORT_HTML
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.runs import RunLog
 
 S = TypeVar("S", bound=Step)
-
-EVALUATION = "evaluation"
-"""The link in a seed's folder to the evaluation whose files are copied there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
     """A step, what it makes in words, an experiment that has it, and where a person sees its files.
 
-    `links` are places with the file or folder that they link to. `seed_folder` gets copies of an evaluation's files.
+    `place` is a link to `target`, a file or folder of the step's; without one it is a folder of links to all its files.
     """
 
     step: Step
     what: str
     experiment: Experiment
-    links: Mapping[Path, Path] = field(default_factory=dict)
-    seed_folder: Path | None = None
+    place: Path
+    target: Path | None = None
 
-    def publish(self) -> bool:
-        """Show the finished step's files at its places, and return whether an evaluation's files have changed there."""
-        changed = False
-        if self.seed_folder is not None:
-            # Until the link leads to this step it leads to the one whose files are there.
-            before = self.seed_folder / EVALUATION
-            changed = _copy_files(self.step.folder, self.seed_folder, shown_names(before))
-        for place, target in self.links.items():
-            if target.exists():
-                _link(place, target)
-        return changed
+    def publish(self) -> None:
+        """Link the finished step's files."""
+        if self.target is not None:
+            link(self.place, self.target)
+            return
+        for path in self.step.shown:
+            link(self.place / path.name, path)
 
 
 def plan(experiment: Experiment) -> list[Planned]:
-    """Return the steps of an experiment in an order in which they can run, those of one key once."""
+    """Return the steps of an experiment in an order in which they can run; seeds may share some, which come twice."""
     made = _Plan(experiment)
     for seed in experiment.seeds:
         made.add_seed(seed)
-    found: dict[str, Planned] = {}
-    for planned in made.steps:
-        key = planned.step.key
-        known = found.get(key, planned)
-        found[key] = replace(known, links={**known.links, **planned.links})
-    return list(found.values())
+    made.add_report("report", experiment.folder, made.evaluations)
+    return made.steps
 
 
-def remove_old_links(steps: Sequence[Planned]) -> None:
-    """Remove the links in seeds' folders to steps that are not in the experiments' plans any more."""
-    places = {place for planned in steps for place in planned.links}
-    for folder in {planned.seed_folder for planned in steps if planned.seed_folder is not None}:
-        for path in folder.glob("*/*"):
-            if path not in places and path.is_symlink() and STORE in path.readlink().parts:
+def remove_old_links(experiment: Experiment, steps: Sequence[Planned]) -> None:
+    """Remove the links in seeds' folders to files that are not of the experiment's plan any more."""
+    planned = {each.step.folder.name for each in steps}
+    for seed in experiment.seeds:
+        folder = experiment.folder / f"seed-{seed}"
+        for path in (*folder.glob("*"), *folder.glob("*/*")):
+            parts = path.readlink().parts if path.is_symlink() else ()
+            if STORE in parts and (not path.exists() or planned.isdisjoint(parts)):
                 path.unlink()
 
 
@@ -87,6 +74,7 @@ class _Plan:
         self.experiment = experiment
         self.store = experiment.folder.parent / STORE
         self.steps: list[Planned] = []
+        self.evaluations: dict[int, Evaluate] = {}  # by seed
         self.base = self._base()
         counts = {task.num_classes for task in experiment.tasks.values()}
         self.widest = self._initial(max(counts), None)
@@ -97,6 +85,7 @@ class _Plan:
     def add_seed(self, seed: int) -> None:
         """Add the steps of a seed."""
         experiment = self.experiment
+        folder = experiment.folder / f"seed-{seed}"
         tasks = {name: task_with(task, seed=seed) for name, task in experiment.tasks.items()}
         experts = {name: self._expert(seed, name, task) for name, task in tasks.items()}
         statistics: dict[Statistic, dict[str, EstimateStatistic]] = {}
@@ -125,10 +114,7 @@ class _Plan:
                 doing="training" if method.is_trained else "merging",
                 log=self._log(seed, "method", method.label, method.label),
             )
-            links = {f"seed-{seed}/coded/{path.name}": path.name for path in merge.outputs}
-            if method.is_trained:
-                links[f"seed-{seed}/logs/{method.label}"] = "logs"
-            merges.append(self._add(merge, f"seed {seed}: {method.label}", links))
+            merges.append(self._add(merge, f"seed {seed}: {method.label}", folder / "coded"))
         replicas = self._replicas(seed, experts)
         evaluation = Evaluate(
             **shared,
@@ -142,18 +128,15 @@ class _Plan:
             yaml=experiment.as_yaml([seed]),
             log=self._log(seed, "evaluate", "evaluate"),
         )
-        folder = experiment.folder / f"seed-{seed}"
-        shown = {folder / EVALUATION: evaluation.folder}
-        self.steps.append(
-            Planned(evaluation, f"seed {seed}: evaluation", experiment, shown, folder)
-        )
+        self.evaluations[seed] = self._add(evaluation, f"seed {seed}: evaluation", folder)
+        self.add_report(f"seed {seed}: report", folder, {seed: evaluation})
 
-    def _add(self, step: S, what: str, links: Mapping[str, str]) -> S:
-        """Add a step; `links` are places in the experiment's folder, with what in the step's they link to."""
-        shown = {
-            self.experiment.folder / place: step.folder / target for place, target in links.items()
-        }
-        self.steps.append(Planned(step, what, self.experiment, shown))
+    def add_report(self, what: str, folder: Path, evaluations: dict[int, Evaluate]) -> None:
+        """Add the report of a seed's evaluation, or of all seeds'."""
+        self._add(Report(name="report", store=self.store, evaluations=evaluations), what, folder)
+
+    def _add(self, step: S, what: str, place: Path, target: Path | None = None) -> S:
+        self.steps.append(Planned(step, what, self.experiment, place, target))
         return step
 
     def _log(self, seed: int | None, kind: str, name: str, *tags: str) -> RunLog:
@@ -196,7 +179,8 @@ class _Plan:
             log=self._log(None, "expert", "base", "base"),
             doing=f"pretraining {experiment.network.name} on {type(base.task).__name__}",
         )
-        return self._add(step, "base", {"base/base.safetensors": step.file, "base/training": ""})
+        place = experiment.folder / "base/base.safetensors"
+        return self._add(step, "base", place, step.output)
 
     def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
         base = self.experiment.base
@@ -212,8 +196,8 @@ class _Plan:
             checkpoint=checkpoint,
             wider=wider,
         )
-        links = {f"base/initial-{count}.safetensors": step.file}
-        return self._add(step, f"initialisation for {count} classes", links)
+        place = self.experiment.folder / f"base/initial-{count}.safetensors"
+        return self._add(step, f"initialisation for {count} classes", place, step.output)
 
     def _expert(self, seed: int, name: str, task: TaskData) -> ExpertStep:
         experiment = self.experiment
@@ -239,7 +223,8 @@ class _Plan:
             classes = list(task.classes)
             doing = f"importing '{place}'"
             step = ImportExpert(**shared, classes=classes, place=place, files=files, doing=doing)
-        return self._add(step, f"seed {seed}: expert {name}", {f"seed-{seed}/experts/{name}": ""})
+        link_to_folder = experiment.folder / f"seed-{seed}/experts/{name}"
+        return self._add(step, f"seed {seed}: expert {name}", link_to_folder, step.folder)
 
     def _statistics(
         self,
@@ -262,8 +247,10 @@ class _Plan:
                 calibration=self.experiment.calibration,
                 trainer=self.experiment.trainer,
             )
-            place = f"seed-{seed}/statistics/{name}.{self._file_name(which)}.safetensors"
-            found[name] = self._add(step, f"seed {seed}: {which} of {name}", {place: step.file})
+            file = f"{name}.{self._file_name(which)}.safetensors"
+            shown = self.experiment.folder / f"seed-{seed}/statistics/{file}"
+            what = f"seed {seed}: {which} of {name}"
+            found[name] = self._add(step, what, shown, step.output)
         return found
 
     def _file_name(self, which: Statistic) -> str:
@@ -284,52 +271,6 @@ class _Plan:
                 experts=experts,
                 initial=self.widest,
             )
-            links = {
-                f"seed-{seed}/replicas/{path.name}": path.name for path in step.outputs.values()
-            }
-            found.append(self._add(step, f"seed {seed}: replicas of {how.name}", links))
+            place = self.experiment.folder / f"seed-{seed}/replicas"
+            found.append(self._add(step, f"seed {seed}: replicas of {how.name}", place))
         return found
-
-
-def _link(place: Path, target: Path) -> None:
-    """Make a place a relative link to a file or folder."""
-    wanted = os.path.relpath(target, place.parent)
-    if place.is_symlink() and str(place.readlink()) == wanted:
-        return
-    if place.is_dir() and not place.is_symlink():
-        raise FileError(
-            f"found the folder '{place}', expected coin's own link or nothing; give another name or output"
-        )
-    made = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made.symlink_to(wanted)
-        made.replace(place)
-    except OSError as error:
-        problem = f"cannot link '{place}' to '{wanted}' ({error.strerror or error})"
-        raise FileError(
-            f"{problem}; choose an output on a file system that has symbolic links"
-        ) from error
-
-
-def _copy_files(step_folder: Path, seed_folder: Path, before: Sequence[Path]) -> bool:
-    """Copy an evaluation's files to a seed's folder, and return whether any has changed; `before` are those there.
-
-    A report of other files is removed first: it is drawn anew even if this process is killed.
-    """
-    names = shown_names(step_folder)
-    removed = [seed_folder / name for name in before if name not in names]
-    removed = [place for place in removed if place.is_file()]
-    changed = [name for name in names if not _is_copy(seed_folder / name, step_folder / name)]
-    if removed or changed:
-        (seed_folder / REPORT_HTML).unlink(missing_ok=True)
-    for place in removed:
-        place.unlink()
-    for name in changed:
-        with atomic_path(seed_folder / name) as temporary:
-            shutil.copyfile(step_folder / name, temporary)
-    return bool(removed or changed)
-
-
-def _is_copy(place: Path, source: Path) -> bool:
-    return place.is_file() and filecmp.cmp(source, place, shallow=False)

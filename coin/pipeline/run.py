@@ -18,9 +18,7 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, remove_old_links
 from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
 from coin.pipeline.step import Step
-from coin.reporting import write_report
-from coin.reporting.report import REPORT_HTML
-from coin.reporting.summary import write_seeds, write_summary
+from coin.reporting import read_summary
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
@@ -40,8 +38,9 @@ _POLL_SECONDS = 0.2
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step that is not done, for every seed, report, and return the contents of ``summary.csv``."""
     steps = prepared(experiment, launch)
-    run_steps(steps, launch, report_seed)
-    return on_rank_zero(partial(summarise_experiment, experiment, steps))
+    run_steps(steps, launch)
+    on_rank_zero(partial(remove_old_links, experiment, steps))
+    return read_summary(experiment.folder)
 
 
 def check_options(experiment: Experiment) -> None:
@@ -113,21 +112,16 @@ def join_processes(experiment: Experiment) -> None:
         launcher.launch(trainer.strategy.setup_environment)
 
 
-def run_steps(
-    steps: Sequence[Planned],
-    launch: Launch | None = None,
-    on_done: Callable[[Planned, bool], None] = lambda planned, changed: None,
-) -> None:
+def run_steps(steps: Sequence[Planned], launch: Launch | None = None) -> None:
     """Run the steps that are not done, each when all that it needs is done, and publish all.
 
     Remote steps go to the pool of the launch section, if there is one; the others run here, one after the other. With
     several processes all of them call it with the same steps, and share the collective ones.
 
-    `on_done` is called on rank zero with every step that is done, and whether its publication has changed results.
     Raises CommandFailedError if some that ran elsewhere have failed; all that do not need them have finished.
     """
     with open_pool(launch, steps[0].step.store) as submit:
-        run = _Run(steps, submit, 1 if launch is None else launch.workers, on_done)
+        run = _Run(steps, submit, 1 if launch is None else launch.workers)
         while run.waiting:
             if not run.go_on():
                 time.sleep(_POLL_SECONDS)
@@ -146,8 +140,8 @@ class _Run:
         steps: Sequence[Planned],
         submit: Submit | None,
         workers: int,
-        on_done: Callable[[Planned, bool], None],
     ) -> None:
+        self.every = steps
         self.waiting = {planned.step.key: planned for planned in steps}
         self.places = {planned.step.key: place for place, planned in enumerate(steps, 1)}
         self.running: dict[str, Callable[[], bool]] = {}
@@ -155,7 +149,6 @@ class _Run:
         self.failed: list[str] = []
         self.submit = submit
         self.workers = workers
-        self.on_done = on_done
 
     def go_on(self) -> bool:
         """Collect what has ended elsewhere, submit what can run there, or run one step here; False to wait."""
@@ -223,8 +216,9 @@ class _Run:
         del self.waiting[planned.step.key]
         if what:
             self._say(planned, what)
-        changed = on_rank_zero(planned.publish)
-        on_rank_zero(partial(self.on_done, planned, changed))
+        for each in self.every:
+            if each.step.key == planned.step.key:
+                on_rank_zero(each.publish)
 
     def _fail(self, planned: Planned, why: str) -> None:
         """Give up a step and all that need it."""
@@ -285,7 +279,7 @@ def _claim(step: Step, locks: ExitStack) -> bool:
 
 def run_only(experiment: Experiment, name: str) -> None:
     """Run the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
-    run_steps(prepared(experiment, only=name), on_done=report_seed)
+    run_steps(prepared(experiment, only=name))
 
 
 def needed_for(steps: Sequence[Planned], name: str) -> list[Planned]:
@@ -318,31 +312,3 @@ def _command(planned: Planned) -> Command:
     if not file.is_file():
         write_text(file, text)
     return Command(("run", "-c", str(file), "--only", step.folder.name), step.folder / "launch.log")
-
-
-def report_seed(planned: Planned, changed: bool) -> None:
-    """Draw the report of a seed whose results are new."""
-    if changed and planned.seed_folder is not None:
-        write_report(planned.seed_folder)
-
-
-def summarise_experiment(experiment: Experiment, steps: Sequence[Planned]) -> pd.DataFrame:
-    """Write the summary over the experiment's seeds, and draw the reports that are missing or show another."""
-    remove_old_links(steps)
-    write_seeds(experiment.folder, experiment.seeds)
-    path = experiment.folder / "summary.csv"
-    before = path.read_bytes() if path.is_file() else b""
-    summary = write_summary(experiment.folder)
-    is_changed = before != path.read_bytes()
-    if before and is_changed:
-        rank_zero_info(
-            f"'{path}' and the report now show this run's seeds and options in place of the earlier ones; to get those "
-            "back run with them again: no step is repeated"
-        )
-    for seed in experiment.seeds:
-        folder = experiment.folder / f"seed-{seed}"
-        if not (folder / REPORT_HTML).is_file():
-            write_report(folder)
-    if is_changed or not (experiment.folder / REPORT_HTML).is_file():
-        write_report(experiment.folder)
-    return summary

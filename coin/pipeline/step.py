@@ -27,6 +27,7 @@ from coin.pipeline.options import config_dict
 STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
+_OWN = (DONE, "launch.log", "launch.job", "logs", "wandb-run-id")
 _COMPARED = ("coded-coin", "torch")
 _KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 
@@ -109,6 +110,12 @@ class Step(ABC):
     def output(self) -> Path:
         """The file that it writes, of the name `file`."""
         return self.folder / self.file
+
+    @property
+    def shown(self) -> list[Path]:
+        """What is in its folder, but for what the store and the loggers keep there."""
+        every = sorted(self.folder.iterdir())
+        return [path for path in every if path.name not in _OWN and not path.name.startswith(".")]
 
     @property
     def is_done(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import coin.pipeline.run
+import coin.pipeline.steps.report
 from coin.cli import main
 from coin.core.processes import is_rank_zero, process_count
 
@@ -27,7 +27,7 @@ def _refused(path: Path, target: Any) -> Path:
 def run(folder: Path, arguments: list[str]) -> None:
     """Run the command, note when every file was written, and run it again."""
     torch.set_num_threads(1)
-    coin.pipeline.run.write_report = lambda *_: None  # its plots would take most of the time
+    coin.pipeline.steps.report.write_report = lambda *_: None  # its plots would take most of the time
     if os.environ["RANK"] != "0":
         Path.replace = _refused  # type: ignore[method-assign]
     assert main(arguments) == 0

@@ -39,6 +39,7 @@ UNKEYED = {
     | below("calibration", *OF_FISHERS, *OF_PROMISES),
     "Merge": {"hardware"} | below("tasks", *OF_TASKS, *OF_TESTS) | below("calibration", *OF_FISHERS, *OF_PROMISES),
     "CompressExperts": {"experts order"},
+    "Report": set(),
     "Evaluate": {"configuration", "yaml"} | below("tasks", *OF_TASKS) | below("calibration", *OF_FISHERS),
 }
 """What changes no result of a step, by its class: fields, and parts of fields."""
@@ -122,4 +123,4 @@ def test_every_option_changes_its_step_s_key_or_is_known_to_change_nothing(steps
     for kind, unkeyed in UNKEYED.items():
         assert not_changing[kind] - OF_ALL == unkeyed, kind
         assert not changing[kind] & (OF_ALL | unkeyed), kind
-        assert len(changing[kind]) > 3, kind
+        assert len(changing[kind]) > 1, kind

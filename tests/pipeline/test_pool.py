@@ -52,7 +52,7 @@ def planned(tmp_path: Path) -> list[Planned]:
     a, wrong, c = (make(name=name, parts=(first,)) for name in ("a", "wrong", "c"))
     steps = [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
     experiment: Any = SimpleNamespace(name="x", as_yaml=lambda: "{}")
-    return [Planned(step, step.name, experiment) for step in steps]
+    return [Planned(step, step.name, experiment, tmp_path / step.name) for step in steps]
 
 
 @pytest.fixture
@@ -70,8 +70,9 @@ def test_a_failed_step_stops_only_those_that_need_it(
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
     done: list[str] = []
+    monkeypatch.setattr(Planned, "publish", lambda each: done.append(each.step.name))
     with pytest.raises(CommandFailedError, match=r"1 of 6 steps failed, the first of them wrong: .*the last word of"):
-        run_steps(planned, LOCAL, lambda each, _: done.append(each.step.name))
+        run_steps(planned, LOCAL)
     assert done[0] == "first"
     assert set(done) == {"first", "a", "c", "two"}
     told = capsys.readouterr().err.splitlines()
@@ -82,28 +83,32 @@ def test_a_failed_step_stops_only_those_that_need_it(
     assert made.read_text() == "3"  # the share of one worker of two
 
 
-def test_an_error_in_this_process_ends_the_run(planned: list[Planned]) -> None:
+def test_an_error_in_this_process_ends_the_run(planned: list[Planned], monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
+    monkeypatch.setattr(Planned, "publish", lambda each: done.append(each.step.name))
     with pytest.raises(CoinError, match=r"^it is wrong; fix it$"):
-        run_steps(planned, on_done=lambda each, _: done.append(each.step.name))
+        run_steps(planned)
     assert done == ["first", "a"]
 
 
 @pytest.mark.usefixtures("jobs")
-def test_what_another_command_is_at_work_on_takes_no_worker(planned: list[Planned], tmp_path: Path) -> None:
+def test_what_another_command_is_at_work_on_takes_no_worker(
+    planned: list[Planned], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A job for it would hold its allocation, and wait."""
     (busy,) = (each.step for each in planned if each.step.name == "a")
     started: list[str] = []
 
-    def note(each: Planned, _: bool) -> None:
+    def note(each: Planned) -> None:
         started.append(each.step.name)
         if each.step.name == "c":
             busy.folder.mkdir(parents=True)
             busy.finish(1.0)  # by the other
 
     wanted = [each for each in planned if each.step.name in ("first", "a", "c", "two")]
+    monkeypatch.setattr(Planned, "publish", note)
     with busy.locked():
-        run_steps(wanted, LOCAL, note)
+        run_steps(wanted, LOCAL)
     assert started == ["first", "c", "a", "two"]
     assert not (busy.folder / "launch.log").exists()
 

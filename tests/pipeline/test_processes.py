@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import coin.pipeline.run
+import coin.pipeline.steps.report
 from coin.cli import main
 from coin.reporting import read_results
 
@@ -39,7 +39,7 @@ CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm
 
 
 def test_two_processes_run_an_experiment_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coin.pipeline.run, "write_report", lambda *_: None)  # as in the script
+    monkeypatch.setattr(coin.pipeline.steps.report, "write_report", lambda *_: None)  # as in the script
     (tmp_path / "shared.yaml").write_text(CONFIG)
     command = ["run", "-c", str(tmp_path / "shared.yaml"), f"--output={tmp_path / 'two'}"]
     trainer = "--trainer={accelerator: cpu, devices: 2, strategy: ddp}"

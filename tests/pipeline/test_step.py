@@ -106,7 +106,7 @@ def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("coin.pipeline.step.versions", lambda: {**current, "torch": "9.0", "numpy": "9.0"})
     assert made.other_versions == f"torch {current['torch']}"
     with pytest.warns(CoinWarning, match=rf"1 finished steps .*, the first of them a by torch {current['torch'][:3]}"):
-        warn_of_versions([Planned(made, "it", None)])  # type: ignore[arg-type]
+        warn_of_versions([Planned(made, "it", None, tmp_path)])  # type: ignore[arg-type]
 
 
 def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from coin.coding import Code, DecoderKind
@@ -15,7 +14,7 @@ from coin.modules import DecodingEvaluator
 from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options, tasks_key
-from coin.pipeline.step import DONE, Step, in_order, keyed_by, unkeyed
+from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
 from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
 from coin.pipeline.steps.train import ExpertStep
 from coin.tracking.runs import RunLog
@@ -90,11 +89,3 @@ class Evaluate(Step):
             trainer.evaluate(model, data, self.experiment, configuration)
         for task in self.tasks.values():
             task.release()
-
-
-def shown_names(folder: Path) -> list[Path]:
-    """Return which files of an evaluation's folder a person sees in the seed's, relative to either."""
-    names = []
-    for pattern in ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*"):
-        names += [path.relative_to(folder) for path in sorted(folder.glob(pattern))]
-    return [name for name in names if name.name != DONE]

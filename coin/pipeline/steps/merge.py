@@ -20,7 +20,7 @@ from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.files.atomic import hashes
+from coin.files.atomic import hashes, link
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
 from coin.merging.expert_sources import ExpertFiles
@@ -300,8 +300,12 @@ class CompressExperts(Step):
 
     def run(self) -> None:
         """Write the copies, and the 8-bit base of some beside them."""
+        base = self.initial.output
+        if self.compression.base_bits == 32:  # the base as it is
+            base = self.folder / base.name  # which copies of the folder have too
+            link(base, self.initial.output)
         for task, output in self.outputs.items():
-            compress_file(self.experts[task].output, output, self.initial.output, self.compression)
+            compress_file(self.experts[task].output, output, base, self.compression)
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
