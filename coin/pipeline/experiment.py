@@ -22,8 +22,8 @@ from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
-from coin.pipeline.brought import check_experts, check_places
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.steps.imported import check_places
 from coin.pipeline.steps.merge import read_code, variant_files
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import FisherKind
@@ -189,8 +189,8 @@ class Experiment:
         for name in tasks:
             self.tasks[name].prepare_data()
 
-    def check_parts(self, tasks: Collection[str]) -> None:
-        """Raise CoinError, before any training, if tasks' data are unreadable or too few, or an expert does not fit."""
+    def check_data(self, tasks: Collection[str]) -> None:
+        """Raise CoinError, before any training, if tasks' data are unreadable or too few."""
         if is_rank_zero():
             self.calibration.warn_of_too_few()
         own_samples = [method.samples_per_task or 0 for method in self.methods]
@@ -200,17 +200,6 @@ class Experiment:
             task.calibration(samples, name=name)
             if self.calibration.promise_samples:
                 task.promise(self.calibration.promise_samples, name=name)
-        base = self.base
-        base_file = None
-        if base is not None and base.checkpoint is not None:
-            base_file = Path(base.checkpoint)
-        check_experts(
-            {name: place for name, place in self.expert.checkpoints.items() if name in tasks},
-            self.tasks,
-            self.network,
-            base_file,
-            base_is_trained=base is not None and base.task is not None,
-        )
 
 
 def _check_names(name: str, tasks: Mapping[str, TaskData], expert: ExpertConfig) -> None:

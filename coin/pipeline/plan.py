@@ -13,9 +13,10 @@ from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import STORE, Step
 from coin.pipeline.steps.evaluation import Evaluate
-from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, Merge
+from coin.pipeline.steps.imported import ImportExpert
+from coin.pipeline.steps.merge import CompressExperts, EstimateStatistic, ExpertStep, Merge
 from coin.pipeline.steps.report import Report
-from coin.pipeline.steps.train import ExpertStep, ImportExpert, TrainNetwork, WriteInitial
+from coin.pipeline.steps.train import TrainNetwork, WriteInitial
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.tracking.runs import RunLog
 
@@ -87,7 +88,7 @@ class _Plan:
         experiment = self.experiment
         folder = experiment.folder / f"seed-{seed}"
         tasks = {name: task_with(task, seed=seed) for name, task in experiment.tasks.items()}
-        experts = {name: self._expert(seed, name, task) for name, task in tasks.items()}
+        experts = self._experts(seed, tasks)
         statistics: dict[Statistic, dict[str, EstimateStatistic]] = {}
         for method in experiment.methods:
             for which in method.statistics():
@@ -198,6 +199,13 @@ class _Plan:
         )
         place = self.experiment.folder / f"base/initial-{count}.safetensors"
         return self._add(step, f"initialisation for {count} classes", place, step.output)
+
+    def _experts(self, seed: int, tasks: Mapping[str, TaskData]) -> dict[str, ExpertStep]:
+        """Add the experts, imported ones first: a mistake in one shows before others are trained."""
+        imported = self.experiment.expert.checkpoints
+        order = sorted(tasks, key=lambda name: name not in imported)
+        made = {name: self._expert(seed, name, tasks[name]) for name in order}
+        return {name: made[name] for name in tasks}
 
     def _expert(self, seed: int, name: str, task: TaskData) -> ExpertStep:
         experiment = self.experiment

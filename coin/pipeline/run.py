@@ -71,7 +71,7 @@ def prepared(
         on_rank_zero(partial(experiment.fetch, tasks))
     on_rank_zero(partial(warn_of_versions, steps))
     if on_rank_zero(lambda: not all(planned.step.is_done for planned in steps)):
-        experiment.check_parts(tasks)
+        experiment.check_data(tasks)
     return steps
 
 

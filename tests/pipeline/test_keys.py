@@ -101,12 +101,12 @@ def simple(value: Any) -> Any:
 @pytest.fixture(scope="module")
 def steps(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
     """One or more steps of every class, with every option."""
-    brought = tmp_path_factory.mktemp("brought") / "weights.safetensors"
-    brought.write_bytes(b"weights")
+    imported = tmp_path_factory.mktemp("imported") / "weights.safetensors"
+    imported.write_bytes(b"weights")
     options = ["--replicas=[{bits: 3}]", "--calibration.promise_samples=60", "--calibration.fisher_data=pooled"]
     arguments = ["-c", str(config), *options]
     found = [planned.step for planned in plan(read_experiment(arguments)[0])]
-    imports = read_experiment([*arguments, f"--expert.checkpoints={{digits: {brought}}}"])[0]
+    imports = read_experiment([*arguments, f"--expert.checkpoints={{digits: {imported}}}"])[0]
     return found + [planned.step for planned in plan(imports) if type(planned.step).__name__ == "ImportExpert"]
 
 

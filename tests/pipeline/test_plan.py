@@ -13,7 +13,7 @@ from coin.files.downloads import folder_contents
 from coin.pipeline.plan import Planned, plan, remove_old_links
 from coin.pipeline.run import prepared
 from coin.pipeline.step import Step
-from coin.pipeline.steps.train import place_key
+from coin.pipeline.steps.imported import place_key
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
@@ -153,9 +153,7 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
         assert changed_by(option, "own_classes.py", "# a comment") == set()
 
 
-def test_experts_that_are_brought_are_known_by_their_contents(
-    planned: Callable[..., list[Planned]], tmp_path: Path
-) -> None:
+def test_imported_experts_are_known_by_their_contents(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         path.write_bytes(b"weights")

@@ -15,8 +15,14 @@ from coin.networks import head_name
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import result_options, tasks_key
 from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
-from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
-from coin.pipeline.steps.train import ExpertStep
+from coin.pipeline.steps.merge import (
+    CompressExperts,
+    ExpertStep,
+    Merge,
+    code_key,
+    datamodule,
+    samples_key,
+)
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
 

@@ -30,11 +30,14 @@ from coin.networks.files import kept_base, save_compressed
 from coin.pipeline.config import CalibrationConfig
 from coin.pipeline.options import config_dict, result_options, tasks_key
 from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
-from coin.pipeline.steps.train import ExpertStep, WriteInitial
+from coin.pipeline.steps.imported import ImportExpert
+from coin.pipeline.steps.train import TrainNetwork, WriteInitial
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
+
+ExpertStep = TrainNetwork | ImportExpert
 
 
 def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:

@@ -1,4 +1,4 @@
-"""The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
+"""The steps to the experts: the shared initialisation, and the training of a network on one task."""
 
 import errno
 import sys
@@ -22,9 +22,9 @@ from coin.files.downloads import folder_contents
 from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.modules.recipe import Recipe
-from coin.networks import NetworkConfig, load_network, save_network
-from coin.networks.files import import_checkpoint, import_pretrained, initial_network
-from coin.networks.hub import PREFIX, HuggingFace, local_place
+from coin.networks import NetworkConfig, save_network
+from coin.networks.files import initial_network
+from coin.networks.hub import HuggingFace
 from coin.networks.sources import ImportPath
 from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.options import result_options, task_key
@@ -74,15 +74,6 @@ def recipe_key(config: TrainingConfig) -> dict[str, Any]:
     """Return how one network is trained, without where others come from."""
     elsewhere = ("task", "checkpoint", "seed", "overrides", "checkpoints")
     return {name: value for name, value in vars(config).items() if name not in elsewhere}
-
-
-def place_key(place: str) -> Any:
-    """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
-    if not place.startswith(PREFIX):
-        return None
-    # Which are among the step's files.
-    contents = folder_contents(local_place(place), weights=False)
-    return {"place": place, "contents": contents} if contents else place
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,41 +181,6 @@ class TrainNetwork(Step):
         super().finish(seconds)
         for path in (self.folder / "checkpoints").glob("*.ckpt"):
             path.unlink()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ImportExpert(Step):
-    """Writes an expert from a user's `files` of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
-
-    file: ClassVar[str] = "expert.safetensors"
-    remote: ClassVar[bool] = False
-
-    network: NetworkConfig = keyed_by(network_key)
-    task_name: str
-    classes: list[str]
-    place: str = keyed_by(place_key)
-    files: list[Path]
-    initial: WriteInitial
-    task: TaskData = unkeyed()
-
-    def run(self) -> None:
-        """Write the file."""
-        if self.place.startswith(PREFIX):
-            network = load_network(self.initial.output).network
-            import_pretrained(self.network, self.place, network)
-        else:
-            network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
-        made: dict[str, Any] = {
-            "made_by": "coin run",
-            "source": self.place,
-            "task": self.task_name,
-            "classes": self.classes,
-            "sha256": hashes([*self.files, self.initial.output]),
-        }
-        save_network(self.output, network, self.network, self.task.num_classes, made)
-
-
-ExpertStep = TrainNetwork | ImportExpert
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:
