@@ -94,7 +94,7 @@ def print_plan(experiment: Experiment, launch: Launch, *, as_document: bool = Fa
 def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
     """Return the experiment that the arguments of ``coin run`` describe, and the options beside it."""
     parser = command_parser("run")
-    parser.add_class_arguments(Experiment, skip={"given"})
+    parser.add_class_arguments(Experiment, skip={"config"})
     parser.add_class_arguments(Launch, "launch")
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
@@ -106,4 +106,4 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     own = {name: value for name, value in given.items() if name in options}
     for task in own["tasks"].values():
         task.setdefault("init_args", {})["image_size"] = options["network"].image_size
-    return Experiment(**options, given=own), beside
+    return Experiment(**options, config=own), beside

@@ -54,7 +54,7 @@ class Experiment:
             processes share out the batches of trainings (of ``batch_size`` samples each) and the samples of statistics
             and the evaluation; the first one does the rest and writes all files, into a folder that all nodes share.
         wandb: What is logged to W&B.
-        given: All options as plain values, as a file has them: what a run leaves for its repetition.
+        config: All options as plain values, as jsonargparse writes them: what a run leaves for its repetition.
 
     Raises ConfigurationError where the parts do not fit together.
     """
@@ -75,7 +75,8 @@ class Experiment:
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
-        given: Mapping[str, Any] | None = None,
+        *,
+        config: Mapping[str, Any],
     ) -> None:
         _check_names(name, tasks, expert)
         self.name = name
@@ -89,7 +90,6 @@ class Experiment:
         self.calibration = calibration
         self.trainer = trainer or {}
         self.wandb = wandb
-        self.given = given or {}
         self.seeds = seeds if isinstance(seeds, list) else [seeds or 0]
         in_range = [seed for seed in self.seeds if seed in _SEEDS]
         if not self.seeds or len(set(in_range)) != len(self.seeds):
@@ -97,8 +97,8 @@ class Experiment:
                 f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}"
             )
         self.code = read_code(code, len(tasks))
-        self.decoders = distinct_decoders(decoders)
-        self.takes_all_decoders = decoders is None
+        self.config = {**config, "code": self.code.matrix.tolist()}
+        distinct_decoders(decoders)
         self.replicas = [Compression.of(section) for section in replicas or []]
         defaults = (calibration.fisher_kind, calibration.fisher_data)
         self.methods = [method.with_defaults(*defaults) for method in methods]
@@ -139,17 +139,14 @@ class Experiment:
 
     def as_yaml(self, seeds: list[int] | None = None) -> str:
         """Return the configuration with which ``coin run`` repeats these seeds, or all."""
-        given = {**self.given, "seeds": self.seeds if seeds is None else seeds}
-        return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+        config = {**self.config, "seeds": self.seeds if seeds is None else seeds}
+        return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def recorded(self, seed: int | None) -> dict[str, Any]:
         """Return the options of one seed, or of what all seeds share, as results and W&B have them."""
-        own = {
-            name: value
-            for name, value in self.given.items()
-            if name not in ("seeds", "output", "wandb")
-        }
-        return {**own, "code": self.code.matrix.tolist(), "seed": seed}
+        left_out = ("seeds", "output", "wandb")
+        kept = {name: value for name, value in self.config.items() if name not in left_out}
+        return {**kept, "seed": seed}
 
     def check(self) -> None:
         """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.

@@ -300,7 +300,7 @@ def needed_for(steps: Sequence[Planned], name: str) -> list[Planned]:
 def _tasks_of(step: Step) -> Iterable[str]:
     """Return the names of the tasks whose data a step reads."""
     several: Iterable[str] | None = getattr(step, "tasks", None)
-    return several or [getattr(step, "task_name", "")]
+    return several or [step.config.get("task_name", "")]
 
 
 def _command(planned: Planned) -> Command:

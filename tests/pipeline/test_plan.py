@@ -13,7 +13,7 @@ from coin.files.downloads import folder_contents
 from coin.pipeline.plan import Planned, plan, remove_old_links
 from coin.pipeline.run import prepared
 from coin.pipeline.step import Step
-from coin.pipeline.steps.imported import place_key
+from coin.pipeline.steps.imported import place_config
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
@@ -92,13 +92,13 @@ def test_an_option_changes_the_keys_of_what_it_changes(
 def test_an_edited_folder_of_hugging_face_s_changes_its_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"id2label": {"0": "a", "1": "b"}}')
     (tmp_path / "model.safetensors").write_text("weights")
-    before, weighed = place_key(f"hf/{tmp_path}"), folder_contents(str(tmp_path), weights=True)
+    before, weighed = place_config(f"hf/{tmp_path}"), folder_contents(str(tmp_path), weights=True)
     (tmp_path / "config.json").write_text('{"id2label": {"0": "b", "1": "a"}}')
-    assert place_key(f"hf/{tmp_path}") != before
+    assert place_config(f"hf/{tmp_path}") != before
     assert folder_contents(str(tmp_path), weights=True).keys() == {"config.json", "model.safetensors"}
     assert folder_contents(str(tmp_path), weights=True) != weighed
-    assert place_key("hf/some/id") == "hf/some/id"
-    assert place_key("weights.pth") is None
+    assert place_config("hf/some/id") == "hf/some/id"
+    assert place_config("weights.pth") is None
 
 
 def test_seeds_and_experiments_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:

@@ -21,7 +21,7 @@ from coin.errors import CoinError, ConfigurationError
 from coin.pipeline.plan import Planned
 from coin.pipeline.pool import Cluster, Command, CommandFailedError, Launch, open_pool, worker_environments
 from coin.pipeline.run import run_steps
-from coin.pipeline.step import Step, unkeyed
+from coin.pipeline.step import Step
 from tests.pipeline.finishing import Finish
 
 LOCAL = Launch(Cluster.local, 2)
@@ -32,8 +32,8 @@ class Touch(Step):
     """A step that another process finishes."""
 
     parts: tuple["Touch", ...] = ()
-    here: bool = unkeyed(default=False)
-    doing: str = unkeyed(default="touching")
+    here: bool = False
+    doing: str = "touching"
 
     @property
     def remote(self) -> bool:  # type: ignore[override]

@@ -19,8 +19,8 @@ from coin.networks import NetworkConfig, head_name, load_network, save_network
 from coin.networks.calling import logits_of
 from coin.networks.files import import_checkpoint, import_pretrained
 from coin.networks.hub import PREFIX, HuggingFace, local_place
-from coin.pipeline.step import Step, keyed_by, unkeyed
-from coin.pipeline.steps.train import WriteInitial, network_key
+from coin.pipeline.step import Step
+from coin.pipeline.steps.train import WriteInitial
 from coin.reporting.summary import is_weak
 
 UNRELATED = 0.6
@@ -54,7 +54,7 @@ def check_places(checkpoints: Mapping[str, str]) -> None:
         tasks[contents] = task
 
 
-def place_key(place: str) -> Any:
+def place_config(place: str) -> Any:
     """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
     if not place.startswith(PREFIX):
         return None
@@ -65,7 +65,7 @@ def place_key(place: str) -> Any:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImportExpert(Step):
-    """Writes an expert from a user's `files` of weights, or from a folder or ID of Hugging Face's (``hf/…``).
+    """Writes an expert from a user's file of weights, or from a folder or ID of Hugging Face's (``hf/…``).
 
     It says how often the expert is right, and how far it is from the initialisation, and warns where one of them hints
     at a mistake.
@@ -74,13 +74,10 @@ class ImportExpert(Step):
     file: ClassVar[str] = "expert.safetensors"
     remote: ClassVar[bool] = False
 
-    network: NetworkConfig = keyed_by(network_key)
-    task_name: str
-    classes: list[str]
-    place: str = keyed_by(place_key)
-    files: list[Path]
+    network: NetworkConfig
     initial: WriteInitial
-    task: TaskData = unkeyed()
+    place: str
+    task: TaskData
 
     def run(self) -> None:
         """Write the file."""
@@ -95,9 +92,9 @@ class ImportExpert(Step):
         made: dict[str, Any] = {
             "made_by": "coin run",
             "source": self.place,
-            "task": self.task_name,
-            "classes": self.classes,
-            "sha256": hashes([*self.files, self.initial.output]),
+            "task": self.config["task_name"],
+            "classes": self.config["classes"],
+            "sha256": hashes([*self.config["files"], self.initial.output]),
         }
         save_network(self.output, network, self.network, self.task.num_classes, made)
 
@@ -117,7 +114,8 @@ class ImportExpert(Step):
         if self.network.reads == "images":
             mean, std = source.normalisation
             normalised = f", images normalised with mean {list(mean)} and std {list(std)}"
-        rank_zero_info(f"expert {self.task_name}: {right}{normalised}")
+        name = self.config["task_name"]
+        rank_zero_info(f"expert {name}: {right}{normalised}")
         if not is_weak(accuracy, chance):
             return
         own = ""
@@ -125,8 +123,8 @@ class ImportExpert(Step):
             named = source.classes(local_place(self.place))  # in the order of its logits
             own = f"its own classes are {', '.join(named[:8])}, "
         warnings.warn(
-            f"found the expert '{self.task_name}' {right} (chance is {chance:.1%}), expected more; {own}the task's "
-            f"classes are {', '.join(self.classes[:8])}: check their order, and that it was trained on such inputs",
+            f"found the expert '{name}' {right} (chance is {chance:.1%}), expected more; {own}the task's classes are "
+            f"{', '.join(self.task.classes[:8])}: check their order, and that it was trained on such inputs",
             CoinWarning,
             stacklevel=2,
         )
@@ -135,12 +133,11 @@ class ImportExpert(Step):
         """Say how far the expert's body is from the initialisation, and warn where that is another network's."""
         states = [dict(initial.named_parameters()), dict(network.named_parameters())]
         distance = spread(states, [0.5, 0.5], (f"{head_name(network)}.",))
-        rank_zero_info(
-            f"expert {self.task_name}: its weights are {distance:.1%} from the initialisation"
-        )
+        name = self.config["task_name"]
+        rank_zero_info(f"expert {name}: its weights are {distance:.1%} from the initialisation")
         if distance > UNRELATED:
             warnings.warn(
-                f"found the expert '{self.task_name}' {distance:.0%} of its weights from the initialisation, as "
+                f"found the expert '{name}' {distance:.0%} of its weights from the initialisation, as "
                 "unrelated networks are, expected the one that it was fine-tuned from; give it as base.checkpoint or "
                 "network.weights",
                 CoinWarning,

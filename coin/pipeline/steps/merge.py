@@ -1,10 +1,10 @@
 """The steps from experts to what stands in for them: statistics, coded models, compressed copies."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,48 +27,16 @@ from coin.merging.expert_sources import ExpertFiles
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
 from coin.networks.files import kept_base, save_compressed
-from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import config_dict, result_options, tasks_key
-from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
+from coin.pipeline.step import Step
 from coin.pipeline.steps.imported import ImportExpert
 from coin.pipeline.steps.train import TrainNetwork, WriteInitial
+from coin.reporting.results import as_json
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
 
 ExpertStep = TrainNetwork | ImportExpert
-
-
-def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:
-    """Return tasks as a datamodule with the experiment's calibration options."""
-    return Tasks(
-        tasks,
-        calibration.samples_per_task,
-        calibration.batch_size,
-        promise_samples=calibration.promise_samples,
-    )
-
-
-def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
-    """Return what decides which calibration samples are drawn."""
-    return {"samples_per_task": calibration.samples_per_task, "batch_size": calibration.batch_size}
-
-
-def fisher_key(options: FisherOptions | None) -> dict[str, Any] | None:
-    """Return what decides a Fisher beyond its last bits."""
-    if options is None:
-        return None
-    return {name: value for name, value in vars(options).items() if name != "memory_mib"}
-
-
-def code_key(code: Code) -> list[list[float]]:
-    """Return the coding weights."""
-    return code.matrix.tolist()
-
-
-def _training_key(trainer: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if trainer is None else result_options(trainer, training=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,25 +46,22 @@ class EstimateStatistic(Step):
     file: ClassVar[str] = "statistic.safetensors"
     collective: ClassVar[bool] = True
 
-    which: Statistic
-    fisher: FisherOptions | None = keyed_by(fisher_key)
-    task_name: str
     expert: ExpertStep
-    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
-    calibration: CalibrationConfig = keyed_by(samples_key)
-    trainer: dict[str, Any] = unkeyed()
-    doing: str = unkeyed(default="computing")
+    fisher: FisherOptions | None  # none for Gram matrices
+    tasks: dict[str, TaskData]
+    trainer: dict[str, Any]
+    doing: str = "computing"
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""
         estimate_over_tasks(
             make_trainer(self.folder, self.trainer),
             load_network(self.expert.output).network,
-            datamodule(self.tasks, self.calibration),
+            Tasks(self.tasks, self.config["samples_per_task"], self.config["batch_size"]),
             self.fisher,
             self.output,
-            task=self.task_name,
-            data=str(self.which.data),
+            task=self.config["task_name"],
+            data=self.config["data"],
         )
 
 
@@ -104,21 +69,14 @@ class EstimateStatistic(Step):
 class Merge(Step):
     """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
-    version = 3  # distillation chooses among its learning rates alone
-
     method: Method
-    code: Code = keyed_by(code_key)
-    experts: dict[str, ExpertStep] = keyed_by(in_order)
+    experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
-    initial: WriteInitial | None  # given, as the trainer, to methods that read it only
-    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
-    seed: int
-    calibration: CalibrationConfig = keyed_by(samples_key)
-    trainer: dict[str, Any] | None = keyed_by(_training_key)
-    # The ``trainer`` section, which says on which device it runs.
-    hardware: dict[str, Any] = unkeyed()
-    log: RunLog = unkeyed()
-    doing: str = unkeyed(default="merging")
+    initial: WriteInitial | None  # for methods that read it
+    tasks: dict[str, TaskData]
+    trainer: dict[str, Any]
+    log: RunLog
+    doing: str = "merging"
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -133,29 +91,30 @@ class Merge(Step):
     @property
     def outputs(self) -> list[Path]:
         """The files of the coded models, followed by those of the compressed variants."""
-        return coded_paths(self.method, self.code.num_coded, self.folder)
+        return coded_paths(self.method, len(self.config["code"]), self.folder)
 
     def run(self) -> None:
         """Make the coded models."""
         paths = {task: step.output for task, step in self.experts.items()}
         initial = None if self.initial is None else self.initial.output
-        files = ExpertFiles(paths, initial, merging_device(self.folder, self.hardware))
+        files = ExpertFiles(paths, initial, merging_device(self.folder, self.trainer))
         statistics = {
             which: {task: step.output for task, step in steps.items()}
             for which, steps in self.statistics.items()
         }
-        data = datamodule(self.tasks, self.calibration)
+        samples = self.config["samples_per_task"]
+        data = Tasks(self.tasks, samples, self.config["batch_size"])
         data.setup()
         calibration = list(data.calibrations().values())
         with ExitStack() as stack:
             train = None
-            if self.trainer is not None:
+            if self.method.is_trained:
                 loggers = stack.enter_context(self.log.open(self.folder))
-                train = Training(data, self.folder, self.seed, self.trainer, loggers)
+                seed = self.config["seed"]
+                train = Training(data, self.folder, seed, self.trainer, loggers)
             experts = Experts(files, statistics=statistics, calibration=calibration, train=train)
-            make_coded_models(
-                self.method, self.code, experts, self.folder, self.calibration.samples_per_task
-            )
+            code = Code(self.config["code"])
+            make_coded_models(self.method, code, experts, self.folder, samples)
 
 
 def merging_device(folder: Path, trainer: Mapping[str, Any]) -> torch.device:
@@ -227,7 +186,7 @@ def make_coded_models(
         provenance = {
             "made_by": "coin merge",
             "label": method.label,
-            "method": {"name": method.name, "options": config_dict(method)},
+            "method": {"name": method.name, "options": json.loads(as_json(vars(method)))},
             "batchnorm": str(method.batchnorm) if batchnorms(files.skeleton) else "",
             "code": code.matrix.tolist(),
             "row": index,
@@ -291,7 +250,7 @@ class CompressExperts(Step):
     compression: Compression
     experts: dict[str, ExpertStep]
     initial: WriteInitial
-    doing: str = unkeyed(default="compressing")
+    doing: str = "compressing"
 
     @property
     def outputs(self) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from coin.files.atomic import link
-from coin.pipeline.step import Step, unkeyed
+from coin.pipeline.step import Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
 from coin.reporting.summary import write_seeds, write_summary
@@ -21,7 +21,7 @@ class Report(Step):
     remote: ClassVar[bool] = False
 
     evaluations: dict[int, Evaluate]  # by seed
-    doing: str = unkeyed(default="drawing")
+    doing: str = "drawing"
 
     @property
     def shown(self) -> list[Path]:
