@@ -31,9 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     elif options["only"] is not None:
         run_only(experiment, options["only"])
     else:
-        summary = run_experiment(experiment, options["launch"])
+        summary = run_experiment(experiment, options["launch"], run_step)
         if is_rank_zero():
             print_results(experiment, summary, as_document=options["json"])
+
+
+def run_step(file: Path, name: str) -> None:
+    """Run one step of an experiment's file, and what it needs: what a job does."""
+    experiment, _ = read_experiment(["-c", str(file)])
+    run_only(experiment, name)
 
 
 def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document: bool) -> None:

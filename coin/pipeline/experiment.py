@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from coin.coding import distinct_decoders
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import did_you_mean
@@ -137,16 +135,9 @@ class Experiment:
             for method in self.methods:
                 data.check_augmentation(Augmentation(method.augmentation))
 
-    def as_yaml(self, seeds: list[int] | None = None) -> str:
-        """Return the configuration with which ``coin run`` repeats these seeds, or all."""
-        config = {**self.config, "seeds": self.seeds if seeds is None else seeds}
-        return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-    def recorded(self, seed: int | None) -> dict[str, Any]:
-        """Return the options of one seed, or of what all seeds share, as results and W&B have them."""
-        left_out = ("seeds", "output", "wandb")
-        kept = {name: value for name, value in self.config.items() if name not in left_out}
-        return {**kept, "seed": seed}
+    def of_seeds(self, seeds: list[int]) -> dict[str, Any]:
+        """Return the configuration with which ``coin run`` repeats these seeds."""
+        return {**self.config, "seeds": seeds}
 
     def check(self) -> None:
         """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.

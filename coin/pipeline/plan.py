@@ -109,7 +109,7 @@ class _Shared:
         experiment = self.experiment
         folder = experiment.folder / ("base" if seed is None else f"seed-{seed}")
         config = {
-            "experiment": experiment.recorded(seed),
+            "experiment": experiment.of_seeds(experiment.seeds if seed is None else [seed]),
             "network": experiment.network.name,
             "seed": seed,
             "method" if kind == "method" else "task": name,
@@ -148,7 +148,6 @@ class _Shared:
             task=base.task,
             trainer=experiment.trainer,
             log=self.log(None, "expert", "base", "base"),
-            doing=f"pretraining {experiment.network.name} on {type(base.task).__name__}",
         )
         return self.add(step, "base", experiment.folder / "base/base.safetensors", step.output)
 
@@ -216,8 +215,7 @@ class _Seed:
             replicas=[self._copies(how) for how in experiment.replicas],
             tasks=self.tasks,
             trainer=experiment.trainer,
-            recorded=experiment.recorded(self.seed),
-            yaml=experiment.as_yaml([self.seed]),
+            experiment=experiment.of_seeds([self.seed]),
             log=self.shared.log(self.seed, "evaluate", "evaluate"),
         )
         self._add(step, "evaluation", self.folder)
@@ -269,7 +267,6 @@ class _Seed:
             initial=self.shared.initial[task.num_classes],
             place=place,
             task=task,
-            doing=f"importing '{place}'",
         )
 
     def _trained(self, name: str) -> TrainNetwork:
@@ -294,7 +291,6 @@ class _Seed:
             trainer=experiment.trainer,
             initial=self.shared.initial[task.num_classes],
             log=self.shared.log(self.seed, "expert", name, name),
-            doing=f"fine-tuning for {recipe.epochs} epochs",
         )
 
     def _statistic(self, which: Statistic) -> dict[str, EstimateStatistic]:
@@ -354,7 +350,6 @@ class _Seed:
             initial=self.shared.widest if method.reads_initial else None,
             tasks=self.tasks,
             trainer=experiment.trainer,
-            doing="training" if method.is_trained else "merging",
             log=self.shared.log(self.seed, "method", method.label, method.label),
         )
         return self._add(step, method.label, self.folder / "coded")

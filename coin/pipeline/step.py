@@ -27,7 +27,9 @@ from coin.pipeline.options import with_sources
 STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
-_OWN = (DONE, "launch.log", "launch.job", "logs", "wandb-run-id")
+JOB = "job"
+"""The file with the number of the job that was submitted for a step."""
+_OWN = (DONE, JOB, "logs", "wandb-run-id")
 _COMPARED = ("coded-coin", "torch")
 _KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 
@@ -37,20 +39,18 @@ class Step(ABC):
     """One step. What decides its results is its `config`, as in the experiment's file, and the steps among its fields.
 
     `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
-    `collective` step is run by all processes together, one that is `alone` by any of them while others run others, and
-    the rest by the first process; a `remote` one may run in a process or job of its own.
+    `collective` step is run by all processes together, another by the first one; a `remote` one is worth a job.
     """
 
     version: ClassVar[int] = 1
     file: ClassVar[str] = "out"
+    doing: ClassVar[str] = ""  # in its line of progress
     collective: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
     remote: ClassVar[bool] = True
 
     name: str
     store: Path
     config: Mapping[str, Any] = field(default_factory=dict)  # a file that a user named is a `Path`
-    doing: str = ""  # in its line of progress: "fine-tuning for 3 epochs"
 
     @abstractmethod
     def run(self) -> None:
@@ -130,32 +130,26 @@ class Step(ABC):
         write_text(self.folder / DONE, json.dumps(made, indent=1, default=sha256_of))
 
     @contextlib.contextmanager
-    def locked(self, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the step's lock within the block, and yield whether it is held; with `wait` it always is.
+    def locked(self) -> Iterator[None]:
+        """Wait for the step's lock, and hold it within the block.
 
         A lock ends with its process, even if that is killed. Raises FileError where the folder takes no lock.
         """
         path = self.store / ".locks" / self.folder.name
         lock = FileLock(path)
-        held = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
         except Timeout:
-            held = wait
-            if wait:
-                warnings.warn(
-                    f"waiting for {self.name}: another process is at work on it",
-                    CoinWarning,
-                    stacklevel=3,
-                )
-                lock.acquire(poll_interval=0.5)
+            waiting = f"waiting for {self.name}: another process is at work on it"
+            warnings.warn(waiting, CoinWarning, stacklevel=3)
+            lock.acquire(poll_interval=0.5)
         except OSError as error:
             problem = f"cannot lock '{path}': {error.strerror or error}"
             raise FileError(
                 f"{problem}; choose an output that you can write to, on a disk with locks"
             ) from error
         try:
-            yield held
+            yield
         finally:
             lock.release()

@@ -150,8 +150,8 @@ def _no_results(folder: Path) -> FileError:
 def _options(document: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of ``results.json`` without what the seeds of one experiment differ in."""
     configuration = dict(document["configuration"])
-    configuration.pop("seed", None)
-    configuration.pop("experts", None)
+    for name in ("seed", "seeds", "experts"):
+        configuration.pop(name, None)
     return configuration
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from coin.callbacks import Weights
 from coin.commands.run import read_experiment
@@ -62,7 +61,7 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
 def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
     options = ["--expert.lr=0.5", "--methods=[{class_path: Coin, init_args: {damping: 0.1}}]", "--code=[[0.25,0.75]]"]
     experiment = read_experiment(["-c", str(config), *options])[0]
-    said = yaml.safe_load(experiment.as_yaml([7]))
+    said = experiment.of_seeds([7])
     assert said["seeds"] == [7]
     assert said["tasks"]["digits"]["init_args"]["image_size"] == 16  # what the network takes
     assert said["tasks"]["digits"]["class_path"] == "coin.data.Digits"

@@ -16,7 +16,7 @@ def make_initial(experiment: Experiment) -> list[Path]:
     """Make the shared initialisation, and return its files, that with the most classes first."""
     steps = [each.step for each in plan(experiment) if each.step.name == "base" or "initial" in each.step.name]
     for step in steps:
-        execute(step)
+        execute(step, step.name)
     return [step.output for step in steps if isinstance(step, WriteInitial)]
 
 

@@ -82,8 +82,7 @@ def resolved(config: Path) -> dict[str, Any]:
     options += ["--calibration.fisher_kind=monte_carlo", "--trainer={precision: bf16-mixed}"]
     options += ["--methods=[{class_path: Average}, {class_path: Coin}, {class_path: Distillation}]"]
     experiment, _ = read_experiment(["-c", str(config), *options])
-    found: dict[str, Any] = yaml.safe_load(experiment.as_yaml())
-    return found
+    return experiment.of_seeds(experiment.seeds)
 
 
 def keys(config: dict[str, Any], file: Path) -> list[str]:

@@ -11,7 +11,7 @@ from coin.data import TaskData
 from coin.errors import FileError
 from coin.files.downloads import folder_contents
 from coin.pipeline.plan import Planned, plan, remove_old_links
-from coin.pipeline.run import prepared
+from coin.pipeline.run import checked_plan
 from coin.pipeline.step import Step
 from coin.pipeline.steps.imported import place_config
 
@@ -221,8 +221,8 @@ def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
     read: list[str] = []
     monkeypatch.setattr(TaskData, "prepare_data", lambda task: read.append(type(task).__name__))
     monkeypatch.setattr(TaskData, "calibration", lambda task, *_, **__: read.append(type(task).__name__))
-    steps = prepared(experiment, only="digits")
+    steps = checked_plan(experiment, only="digits")
     assert [each.step.name for each in steps] == ["base", "initial-10", "expert-digits"]
     assert read == ["Digits", "Digits"]
-    prepared(experiment, only="coded-average")
+    checked_plan(experiment, only="coded-average")
     assert set(read) == {"Digits", "Glyphs"}

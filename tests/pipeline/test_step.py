@@ -70,21 +70,22 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
     assert write(tmp_path, **same).key != made.key
 
 
-def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: Path) -> None:
+def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = write(tmp_path, "first", option="x"), write(tmp_path, "second", option="y")
     both = write(tmp_path, "both", option="z", parts=(first, second))
     assert [step.name for step in both.closure.values()] == ["first", "second", "both"]
     assert not first.is_done
     for step in both.closure.values():
-        execute(step)
+        execute(step, step.name)
     assert both.output.read_text() == "xyz"
     made = json.loads((both.folder / DONE).read_text())
     assert made["key"] == both.key
     assert made["options"]["config"] == {"option": "z"}
-    said: list[str] = []
     before = both.output.stat().st_mtime_ns
-    execute(write(tmp_path, "both", option="z", parts=(first, second)), said.append)
-    assert said == ["up to date"]
+    execute(write(tmp_path, "both", option="z", parts=(first, second)), "both")
+    assert capsys.readouterr().err.splitlines()[-1] == "both: up to date"
     assert both.output.stat().st_mtime_ns == before
     other = write(tmp_path, "both", option="Z", parts=(first, second))
     assert other.folder != both.folder
@@ -93,7 +94,7 @@ def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: P
 def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write(tmp_path)
     assert made.other_versions == ""
-    execute(made)
+    execute(made, "made")
     assert made.other_versions == ""
     current = versions()
     monkeypatch.setattr("coin.pipeline.step.versions", lambda: {**current, "torch": "9.0", "numpy": "9.0"})
@@ -109,11 +110,11 @@ def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) ->
 
     made = working(tmp_path, fail)
     with pytest.raises(OSError, match="no space"):
-        execute(made)
+        execute(made, "made")
     assert not made.is_done
     again = write(tmp_path)
     assert (again.folder / "half").is_file()
-    execute(again)
+    execute(again, "again")
     assert again.is_done
 
 
@@ -121,7 +122,7 @@ def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) ->
 def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
     runs: list[int] = []
     steps = [working(tmp_path, lambda: (runs.append(1), time.sleep(0.5))[0]) for _ in range(2)]
-    threads = [threading.Thread(target=execute, args=(step,)) for step in steps]
+    threads = [threading.Thread(target=execute, args=(step, "it")) for step in steps]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import yaml  # type: ignore[import-untyped]
+
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
 from coin.data.tasks import Tasks
@@ -37,16 +39,15 @@ class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
 
     collective: ClassVar[bool] = True
+    doing: ClassVar[str] = "every method with every decoder"
 
     experts: dict[str, ExpertStep]
     merges: list[Merge]
     replicas: list[CompressExperts]
     tasks: dict[str, TaskData]
     trainer: dict[str, Any]
-    recorded: dict[str, Any]  # what ``results.json`` says of the experiment
-    yaml: str  # what ``coin run`` repeats the seed with
+    experiment: dict[str, Any]  # the configuration that repeats the seed
     log: RunLog
-    doing: str = "every method with every decoder"
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""
@@ -64,7 +65,8 @@ class Evaluate(Step):
             confidence=config["promise_confidence"],
         )
         if is_rank_zero():
-            write_text(self.folder / "config.yaml", self.yaml)
+            text = yaml.safe_dump(self.experiment, sort_keys=False, allow_unicode=True)
+            write_text(self.folder / "config.yaml", text)
         keys = {task: step.key for task, step in self.experts.items()}
         data = Tasks(
             self.tasks,
@@ -74,6 +76,8 @@ class Evaluate(Step):
         )
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
-            trainer.evaluate(model, data, config["experiment"], {**self.recorded, "experts": keys})
+            trainer.evaluate(
+                model, data, config["experiment"], {**self.experiment, "experts": keys}
+            )
         for task in self.tasks.values():
             task.release()

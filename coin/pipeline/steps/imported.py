@@ -73,6 +73,7 @@ class ImportExpert(Step):
 
     file: ClassVar[str] = "expert.safetensors"
     remote: ClassVar[bool] = False
+    doing: ClassVar[str] = "importing"
 
     network: NetworkConfig
     initial: WriteInitial

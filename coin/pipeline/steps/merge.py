@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
@@ -36,6 +37,7 @@ from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
 
+T = TypeVar("T")
 ExpertStep = TrainNetwork | ImportExpert
 
 
@@ -44,13 +46,13 @@ class EstimateStatistic(Step):
     """Computes a statistic of a task's expert over calibration samples of its own task, or of all `tasks`."""
 
     file: ClassVar[str] = "statistic.safetensors"
+    doing: ClassVar[str] = "computing"
     collective: ClassVar[bool] = True
 
     expert: ExpertStep
     fisher: FisherOptions | None  # none for Gram matrices
     tasks: dict[str, TaskData]
     trainer: dict[str, Any]
-    doing: str = "computing"
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""
@@ -69,6 +71,8 @@ class EstimateStatistic(Step):
 class Merge(Step):
     """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
+    doing: ClassVar[str] = "merging"
+
     method: Method
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
@@ -76,17 +80,11 @@ class Merge(Step):
     tasks: dict[str, TaskData]
     trainer: dict[str, Any]
     log: RunLog
-    doing: str = "merging"
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
         """Whether all processes run it."""
         return self.method.is_trained
-
-    @property
-    def alone(self) -> bool:  # type: ignore[override]
-        """Whether any one process runs it."""
-        return not self.method.is_trained
 
     @property
     def outputs(self) -> list[Path]:
@@ -173,14 +171,9 @@ def make_coded_models(
         read += statistic.values()
     if method.reads_initial and files.initial is not None:
         read.append(files.initial)
-    paths = coded_paths(method, code.num_coded, folder)
-    for index, row in enumerate(code.matrix.tolist()):
-        started = time.perf_counter()
-        passes_before = experts.passes
-        seconds_before = experts.seconds
-        made = method.coded_model(experts, row)
-        passes = experts.passes - passes_before
-        seconds = time.perf_counter() - started + experts.seconds - seconds_before
+    every_path = coded_paths(method, code.num_coded, folder)
+    for row, weights in enumerate(code.matrix.tolist()):
+        made, cost = _measured(experts, partial(method.coded_model, experts, weights))
         if not is_rank_zero():
             continue
         provenance = {
@@ -189,30 +182,34 @@ def make_coded_models(
             "method": {"name": method.name, "options": json.loads(as_json(vars(method)))},
             "batchnorm": str(method.batchnorm) if batchnorms(files.skeleton) else "",
             "code": code.matrix.tolist(),
-            "row": index,
+            "row": row,
             "tasks": list(files.paths),
             "class_counts": [file.num_classes for file in files.opened.values()],
             "experts": list(files.fingerprints.values()),
             "samples_per_task": method.samples_per_task or samples_per_task,
             "sha256": hashes(read),
-            "seconds": seconds,
-            "passes": passes,
             "chosen": made.chosen,
+            **cost,
         }
-        path, *variants = paths[index :: code.num_coded]
+        path, *variants = every_path[row :: code.num_coded]
         save_network(path, made.network, files.config, files.width, provenance, made.adapters)
-        for variant, compression in zip(variants, method.compress, strict=True):
-            started = time.perf_counter()
-            passes_before = experts.passes
-            packed = method.pack(experts, row, made, compression.bits)
-            metadata = {
-                **provenance,
-                "label": f"{method.label}-{compression.name}",
-                "passes": passes + experts.passes - passes_before,
-                "seconds": seconds + time.perf_counter() - started,
-            }
-            save_compressed(variant, packed, files.config, files.width, None, compression, metadata)
-    return paths
+        for variant, how in zip(variants, method.compress, strict=True):
+            pack = partial(method.pack, experts, weights, made, how.bits)
+            packed, more = _measured(experts, pack)
+            total = {name: cost[name] + more[name] for name in cost}
+            metadata = {**provenance, "label": f"{method.label}-{how.name}", **total}
+            save_compressed(variant, packed, files.config, files.width, None, how, metadata)
+    return every_path
+
+
+def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """Return what is made of experts, and what it cost: seconds and passes, with those of the statistics it read."""
+    started = time.perf_counter()
+    passes = experts.passes
+    seconds = experts.seconds
+    made = make()
+    seconds = time.perf_counter() - started + experts.seconds - seconds
+    return made, {"seconds": seconds, "passes": experts.passes - passes}
 
 
 def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
@@ -245,12 +242,11 @@ def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
 class CompressExperts(Step):
     """Writes a compressed copy of every expert."""
 
-    alone: ClassVar[bool] = True
+    doing: ClassVar[str] = "compressing"
 
     compression: Compression
     experts: dict[str, ExpertStep]
     initial: WriteInitial
-    doing: str = "compressing"
 
     @property
     def outputs(self) -> dict[str, Path]:

@@ -19,9 +19,9 @@ class Report(Step):
     """
 
     remote: ClassVar[bool] = False
+    doing: ClassVar[str] = "drawing"
 
     evaluations: dict[int, Evaluate]  # by seed
-    doing: str = "drawing"
 
     @property
     def shown(self) -> list[Path]:

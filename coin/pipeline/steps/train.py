@@ -62,12 +62,12 @@ class WriteInitial(Step):
     """
 
     file: ClassVar[str] = "initial.safetensors"
+    doing: ClassVar[str] = "writing"
     remote: ClassVar[bool] = False  # it may have to download
 
     network: NetworkConfig
     base: "TrainNetwork | None" = None
     wider: "WriteInitial | None" = None
-    doing: str = "writing"
 
     def run(self) -> None:
         """Write the file."""
@@ -88,6 +88,7 @@ class TrainNetwork(Step):
     """
 
     file: ClassVar[str] = "expert.safetensors"  # checkpoints and logs are in the same folder
+    doing: ClassVar[str] = "training"
     collective: ClassVar[bool] = True
 
     network: NetworkConfig
