@@ -165,15 +165,14 @@ class Experiment:
         for task in self._all_tasks().values():
             task.check_files()
 
-    def fetch(self, tasks: Iterable[str]) -> None:
-        """Download what is missing of experts and tasks' data; other weights come where they are read."""
-        places = [
-            local_place(place)
-            for place in self.expert.checkpoints.values()
-            if place.startswith(PREFIX)
-        ]
-        for place in dict.fromkeys(places):
-            fetch_from_hub(place)
+    def fetch_experts(self) -> None:
+        """Download what is missing of imported experts; other weights come where they are read."""
+        for place in self.expert.checkpoints.values():
+            if place.startswith(PREFIX):
+                fetch_from_hub(local_place(place))
+
+    def fetch_data(self, tasks: Iterable[str]) -> None:
+        """Download what is missing of tasks' data."""
         for name in tasks:
             self.tasks[name].prepare_data()
 

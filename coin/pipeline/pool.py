@@ -193,29 +193,34 @@ class _Jobs:
         self.executor = _executor(launch, self.folder)
 
     def run_here(self, waiting: Sequence[Sequence[Planned]]) -> None:
-        """Run stages on this machine, each by several workers; the jobs end with this process."""
-        workers = self.launch.workers
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))  # of the jobs
-        gpus = _gpus()
+        """Run stages on this machine, one after the other, until one has failed."""
+        threads = max(1, cores() // self.launch.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the jobs
         for stage in waiting:
-            jobs = []
-            try:
-                for worker in range(min(workers, len(stage))):
-                    share = gpus[worker::workers] or gpus[worker % max(1, len(gpus)) :][:1]
-                    self.executor.update_parameters(gpus_per_node=len(share), visible_gpus=share)
-                    own = stage[worker::workers]
-                    jobs.append(self.executor.submit(self._job(own)))
-                    self._note(jobs[-1], own)
-                for job in jobs:
-                    job.wait()
-            finally:
-                for job in jobs:
-                    if (
-                        not job.done()
-                    ):  # the SIGINT of its cancel() is ignored in a shell's background
-                        os.kill(int(job.job_id), signal.SIGTERM)
+            self._run_stage(stage)
             if not all(planned.step.is_done for planned in stage):
                 return
+
+    def _run_stage(self, stage: Sequence[Planned]) -> None:
+        """Run a stage by several workers; their jobs end with this process."""
+        workers = self.launch.workers
+        gpus = _gpus()
+        jobs = []
+        try:
+            for worker in range(min(workers, len(stage))):
+                share = _share(gpus, worker, workers)
+                self.executor.update_parameters(gpus_per_node=len(share), visible_gpus=share)
+                own = stage[worker::workers]
+                job = self.executor.submit(self._job(own))
+                jobs.append(job)
+                self._note(job, own)
+            for job in jobs:
+                job.wait()
+        finally:
+            for job in jobs:
+                if not job.done():
+                    # The SIGINT that its cancel() sends is ignored in a shell's background.
+                    os.kill(int(job.job_id), signal.SIGTERM)
 
     def submit(self, waiting: Sequence[Sequence[Planned]]) -> None:
         """Submit stages to SLURM, each as an array that depends on the earlier ones, and wait for all.
@@ -273,6 +278,13 @@ def _gpus() -> list[int]:
     if given:
         return [int(number) for number in given.split(",")]
     return list(range(torch.cuda.device_count()))
+
+
+def _share(gpus: list[int], worker: int, workers: int) -> list[int]:
+    """Return a worker's GPUs; with fewer GPUs than workers, several have one."""
+    if worker < len(gpus):
+        return gpus[worker::workers]
+    return [gpus[worker % len(gpus)]] if gpus else []
 
 
 def _queued() -> set[str]:

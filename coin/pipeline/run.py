@@ -66,14 +66,13 @@ def checked_plan(experiment: Experiment, only: str | None = None) -> list[Planne
     """
     check_options(experiment)
     join_processes(experiment)
-    tasks = list(experiment.tasks) if only is None else []
-    on_rank_zero(partial(experiment.fetch, tasks))
+    on_rank_zero(experiment.fetch_experts)
     steps = plan(experiment)
     if only is not None:
         steps = needed_for(steps, only)
-        read = {task for planned in steps for task in _tasks_of(planned.step)}
-        tasks = [task for task in experiment.tasks if task in read]
-        on_rank_zero(partial(experiment.fetch, tasks))
+    read = {task for planned in steps for task in _tasks_of(planned.step)}
+    tasks = [task for task in experiment.tasks if task in read]
+    on_rank_zero(partial(experiment.fetch_data, tasks))
     on_rank_zero(partial(warn_of_versions, steps))
     if on_rank_zero(lambda: not all(planned.step.is_done for planned in steps)):
         experiment.check_data(tasks)
