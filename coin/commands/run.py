@@ -1,6 +1,7 @@
 """``coin run``: a whole experiment."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,9 +29,15 @@ def main(arguments: Sequence[str]) -> None:
     elif options["only"] is not None:
         run_only(experiment, options["only"])
     else:
-        summary = run_experiment(experiment, options["launch"])
+        summary = run_experiment(experiment, options["launch"], run_step)
         if is_rank_zero():
             print_results(experiment, summary, as_document=options["json"])
+
+
+def run_step(file: Path, name: str) -> None:
+    """Run one step of an experiment's file, and what it needs: what a job does."""
+    experiment, _ = read_experiment(["-c", str(file)])
+    run_only(experiment, name)
 
 
 def print_results(experiment: Experiment, summary: pd.DataFrame, *, as_document: bool) -> None:
@@ -72,7 +79,7 @@ def print_plan(experiment: Experiment, launch: Launch, *, as_document: bool = Fa
 def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
     """Return the experiment that the arguments of ``coin run`` describe, and the options beside it."""
     parser = command_parser("run")
-    parser.add_class_arguments(Experiment, skip={"given"})
+    parser.add_class_arguments(Experiment, skip={"config"})
     parser.add_class_arguments(Launch, "launch")
     only = "Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else."
     parser.add_argument("--only", type=str | None, default=None, help=only)
@@ -85,4 +92,4 @@ def read_experiment(arguments: Sequence[str]) -> tuple[Experiment, dict[str, Any
     own = {name: value for name, value in given.items() if name in options}
     for task in own["tasks"].values():
         task.setdefault("init_args", {})["image_size"] = options["network"].image_size
-    return Experiment(**options, given=own), beside
+    return Experiment(**options, config=own), beside

@@ -4,7 +4,6 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA

@@ -3,7 +3,7 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
@@ -49,39 +49,27 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
     """
     if process_count() == 1 or _alone.get():
         return compute()
-    (result,) = each_on_its_own([compute])
-    return result
-
-
-def each_on_its_own(computes: Sequence[Callable[[], T]]) -> list[T]:
-    """Run as many functions as there are processes at most, each on a process of its own; return their results on all.
-
-    Within its function every process runs alone, as in `on_rank_zero`. Raises its own error on the process that had
-    it, and a CoinError on the others.
-    """
-    rank = distributed.get_rank()
     result: T | None = None
     failed: BaseException | None = None
-    token = _alone.set(True)
+    if distributed.get_rank() == 0:
+        token = _alone.set(True)
+        try:
+            result = compute()
+        except BaseException as error:
+            failed = error
+        finally:
+            _alone.reset(token)
+    outcome = [result, failed and first_line(failed)]
     try:
-        if rank < len(computes):
-            result = computes[rank]()
-    except BaseException as error:
-        failed = error
-    finally:
-        _alone.reset(token)
-    own = result, failed and first_line(failed)
-    outcomes = [own] * process_count()
-    try:
-        distributed.all_gather_object(outcomes, own, group=_control())
+        distributed.broadcast_object_list(outcome, src=0, group=_control())
     except RuntimeError as error:  # a connection is closed
         raise failed or CoinError("another process has ended; see what it has printed") from error
     if failed is not None:
         raise failed
-    for _, line in outcomes:
-        if line is not None:
-            raise CoinError(f"another process has stopped: {line}")
-    return [made for made, _ in outcomes[: len(computes)]]  # type: ignore[misc]
+    made, line = outcome
+    if line is not None:
+        raise CoinError(f"another process has stopped: {line}")
+    return made  # type: ignore[return-value]
 
 
 @cache

@@ -1,6 +1,7 @@
 """Atomic writes: a file is complete or absent, even if its writer is killed."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -42,6 +43,19 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` by way of a temporary name."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def link(place: Path, target: Path) -> None:
+    """Make a place a relative link to a file or folder; a FileError where there is a folder."""
+    wanted = os.path.relpath(target, place.parent)
+    if place.is_symlink() and str(place.readlink()) == wanted:
+        return
+    if place.is_dir() and not place.is_symlink():
+        raise FileError(
+            f"found the folder '{place}', expected coin's own link or nothing; give another name or output"
+        )
+    with atomic_path(place) as temporary:
+        temporary.symlink_to(wanted)
 
 
 def how_to_redo(path: Path) -> str:

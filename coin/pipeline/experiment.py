@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from coin.coding import distinct_decoders
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import did_you_mean
@@ -22,8 +20,8 @@ from coin.modules import Expert
 from coin.networks import Compression, NetworkConfig
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
-from coin.pipeline.brought import check_experts, check_places
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.steps.imported import check_places
 from coin.pipeline.steps.merge import read_code, variant_files
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import FisherKind
@@ -54,7 +52,7 @@ class Experiment:
             processes share out the batches of trainings (of ``batch_size`` samples each) and the samples of statistics
             and the evaluation; the first one does the rest and writes all files, into a folder that all nodes share.
         wandb: What is logged to W&B.
-        given: All options as plain values, as a file has them: what a run leaves for its repetition.
+        config: All options as plain values, as jsonargparse writes them: what a run leaves for its repetition.
 
     Raises ConfigurationError where the parts do not fit together.
     """
@@ -75,7 +73,8 @@ class Experiment:
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
-        given: Mapping[str, Any] | None = None,
+        *,
+        config: Mapping[str, Any],
     ) -> None:
         _check_names(name, tasks, expert)
         self.name = name
@@ -89,7 +88,6 @@ class Experiment:
         self.calibration = calibration
         self.trainer = trainer or {}
         self.wandb = wandb
-        self.given = given or {}
         self.seeds = seeds if isinstance(seeds, list) else [seeds or 0]
         in_range = [seed for seed in self.seeds if seed in _SEEDS]
         if not self.seeds or len(set(in_range)) != len(self.seeds):
@@ -97,8 +95,8 @@ class Experiment:
                 f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}"
             )
         self.code = read_code(code, len(tasks))
-        self.decoders = distinct_decoders(decoders)
-        self.takes_all_decoders = decoders is None
+        self.config = {**config, "code": self.code.matrix.tolist()}
+        distinct_decoders(decoders)
         self.replicas = [Compression.of(section) for section in replicas or []]
         defaults = (calibration.fisher_kind, calibration.fisher_data)
         self.methods = [method.with_defaults(*defaults) for method in methods]
@@ -137,19 +135,9 @@ class Experiment:
             for method in self.methods:
                 data.check_augmentation(Augmentation(method.augmentation))
 
-    def as_yaml(self, seeds: list[int] | None = None) -> str:
-        """Return the configuration with which ``coin run`` repeats these seeds, or all."""
-        given = {**self.given, "seeds": self.seeds if seeds is None else seeds}
-        return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-
-    def recorded(self, seed: int | None) -> dict[str, Any]:
-        """Return the options of one seed, or of what all seeds share, as results and W&B have them."""
-        own = {
-            name: value
-            for name, value in self.given.items()
-            if name not in ("seeds", "output", "wandb")
-        }
-        return {**own, "code": self.code.matrix.tolist(), "seed": seed}
+    def of_seeds(self, seeds: list[int]) -> dict[str, Any]:
+        """Return the configuration with which ``coin run`` repeats these seeds."""
+        return {**self.config, "seeds": seeds}
 
     def check(self) -> None:
         """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.
@@ -177,20 +165,19 @@ class Experiment:
         for task in self._all_tasks().values():
             task.check_files()
 
-    def fetch(self, tasks: Iterable[str]) -> None:
-        """Download what is missing of experts and tasks' data; other weights come where they are read."""
-        places = [
-            local_place(place)
-            for place in self.expert.checkpoints.values()
-            if place.startswith(PREFIX)
-        ]
-        for place in dict.fromkeys(places):
-            fetch_from_hub(place)
+    def fetch_experts(self) -> None:
+        """Download what is missing of imported experts; other weights come where they are read."""
+        for place in self.expert.checkpoints.values():
+            if place.startswith(PREFIX):
+                fetch_from_hub(local_place(place))
+
+    def fetch_data(self, tasks: Iterable[str]) -> None:
+        """Download what is missing of tasks' data."""
         for name in tasks:
             self.tasks[name].prepare_data()
 
-    def check_parts(self, tasks: Collection[str]) -> None:
-        """Raise CoinError, before any training, if tasks' data are unreadable or too few, or an expert does not fit."""
+    def check_data(self, tasks: Collection[str]) -> None:
+        """Raise CoinError, before any training, if tasks' data are unreadable or too few."""
         if is_rank_zero():
             self.calibration.warn_of_too_few()
         own_samples = [method.samples_per_task or 0 for method in self.methods]
@@ -200,17 +187,6 @@ class Experiment:
             task.calibration(samples, name=name)
             if self.calibration.promise_samples:
                 task.promise_samples(self.calibration.promise_samples, name=name)
-        base = self.base
-        base_file = None
-        if base is not None and base.checkpoint is not None:
-            base_file = Path(base.checkpoint)
-        check_experts(
-            {name: place for name, place in self.expert.checkpoints.items() if name in tasks},
-            self.tasks,
-            self.network,
-            base_file,
-            base_is_trained=base is not None and base.task is not None,
-        )
 
 
 def _check_names(name: str, tasks: Mapping[str, TaskData], expert: ExpertConfig) -> None:

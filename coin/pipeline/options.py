@@ -1,22 +1,21 @@
-"""Objects as plain values, for keys and records."""
+"""What decides the results of steps, of an experiment's resolved configuration."""
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jsonargparse import Namespace
-from torch import Tensor
-
 from coin.data import TaskData
-from coin.errors import ConfigurationError
-from coin.files.user_code import source_of, source_of_path
+from coin.files.downloads import folder_contents
+from coin.files.user_code import source_of_path
 from coin.merging import Method
+from coin.networks import NetworkConfig
+from coin.networks.hub import HuggingFace
+from coin.networks.sources import ImportPath
 from coin.trainer import make_trainer
+
+Config = Mapping[str, Any]
+"""A section of the configuration, as jsonargparse writes it."""
 
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
@@ -43,8 +42,8 @@ _AS_MANY_AS_THERE_ARE = ("auto", -1, "-1")
 """Values of ``devices`` for which Lightning counts them."""
 
 
-def result_options(trainer: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
-    """Return those of the Trainer's options that change a step's result, for its key.
+def result_options(trainer: Config, *, training: bool) -> dict[str, Any]:
+    """Return those of the Trainer's options that change a step's result.
 
     In a training the number of processes is among them: each of them takes batches of its own. All else gives the same
     numbers on one process and on many.
@@ -68,89 +67,45 @@ def _device_count(accelerator: str) -> int:
     return make_trainer(Path(), {"accelerator": accelerator, "devices": "auto"}).num_devices
 
 
-def task_key(task: TaskData, *, with_tests: bool) -> dict[str, Any]:
+def task_config(config: Config, task: TaskData, *, with_tests: bool) -> dict[str, Any]:
     """Return what decides which samples a step reads of a task; of a step that tests nothing without the test samples.
 
     Where files lie decides nothing where their contents are known.
     """
-    found = _object_dict(task)
     left_out = task.without_effect
+    contents = dict(task.content_key())
     if not with_tests:
         left_out |= task.for_tests
-        found["contents"].pop("test", None)
-    return {name: value for name, value in found.items() if name not in left_out}
+        contents.pop("test", None)
+    options = config.get("init_args", {})
+    kept = {name: value for name, value in options.items() if name not in left_out}
+    return {**config, "init_args": kept, "contents": contents}
 
 
-def tasks_key(tasks: Mapping[str, TaskData], *, with_tests: bool) -> list[Any]:
-    """Return `task_key` of every task, in their order."""
-    return [(name, task_key(task, with_tests=with_tests)) for name, task in tasks.items()]
+def method_config(config: Config, method: Method) -> dict[str, Any]:
+    """Return a method's configuration with the contents of what it names."""
+    contents = method.content_key() if hasattr(method, "content_key") else None
+    return {**config, "contents": contents}
 
 
-def config_dict(value: Any) -> Any:
-    """Return a value as plain JSON values: a task or method as its class, its options, and a hash of its files.
-
-    What is not coin's has the hash of its source (`coin.files.user_code`), as has a ``class_path``.
-
-    Raises ConfigurationError if an object does not store an option under its name, or is of an unsupported type.
-    """
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, np.generic | Tensor):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [config_dict(entry) for entry in value]
-    # What jsonargparse leaves of a class path within a plain dictionary.
-    if isinstance(value, Namespace):
-        value = value.as_dict()
-    if isinstance(value, Mapping):
-        options = {str(name): config_dict(entry) for name, entry in value.items()}
-        path = options.get("class_path")
-        return options | _source(source_of_path(path) if isinstance(path, str) else None)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {option.name: config_dict(getattr(value, option.name)) for option in fields(value)}
-    if isinstance(value, TaskData | Method):
-        return _object_dict(value)
-    raise ConfigurationError(
-        f"found an option of type {type(value).__name__}, expected plain values"
-    )
+def network_config(config: Config, network: NetworkConfig) -> dict[str, Any]:
+    """Return a network's configuration with the source of a class of the user's, or a folder's contents."""
+    found = dict(config)
+    source = network.source
+    if isinstance(source, ImportPath):
+        found["class_path"] = network.name
+    if isinstance(source, HuggingFace):
+        found["contents"] = folder_contents(source.place, weights=network.weights is not None)
+    return found
 
 
-def _object_dict(value: TaskData | Method) -> dict[str, Any]:
-    kind = type(value)
-    is_own = kind.__module__.startswith("coin.")
-    found: dict[str, Any] = {
-        "class": kind.__name__ if is_own else f"{kind.__module__}.{kind.__qualname__}"
-    }
-    for name in _option_names(kind):
-        attribute = name if hasattr(value, name) else f"_{name}"
-        if not hasattr(value, attribute):
-            problem = f"found a {kind.__name__} that does not store its option {name}"
-            raise ConfigurationError(
-                f"{problem}, expected an attribute {name}; set it in the constructor"
-            )
-        found[name] = config_dict(getattr(value, attribute))
-    if hasattr(value, "content_key"):
-        found["contents"] = config_dict(value.content_key())
-    return found | _source(source_of(kind))
-
-
-def _option_names(kind: type) -> list[str]:
-    """Return the names of a constructor's arguments, with those of base classes that it hands on."""
-    names: list[str] = []
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        arguments = inspect.getfullargspec(base.__init__)  # type: ignore[misc]
-        names += [*arguments.args[1:], *arguments.kwonlyargs]
-        if arguments.varkw is None:
-            break
-    return names
-
-
-def _source(digest: str | None) -> dict[str, str]:
-    """Return the entry of the source of a user's class; none for coin's."""
-    return {} if digest is None else {"source": digest}
+def with_sources(config: Any) -> Any:
+    """Return a configuration with a digest of its source beside every ``class_path`` of a user's class."""
+    if isinstance(config, list | tuple):
+        return [with_sources(entry) for entry in config]
+    if not isinstance(config, Mapping):
+        return config
+    found = {name: with_sources(entry) for name, entry in config.items()}
+    if "class_path" in found:
+        found["source"] = source_of_path(found["class_path"])
+    return found

@@ -1,37 +1,37 @@
-"""The ``launch`` section: steps side by side, as jobs that submitit starts on this machine or submits to SLURM.
+"""The ``launch`` section: steps as jobs that submitit submits to SLURM, or starts on this machine.
 
-A job is ``coin run -c EXPERIMENT.yaml --only STEP``: it writes the step's folder, where the experiment finds it.
+Steps that do not need one another are a stage. On SLURM it is an array of jobs, and the next depends on it; here each
+worker takes its share of a stage. A job does what ``coin run --only STEP`` does: it writes the step's folder, where the
+experiment finds it.
 """
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import torch
+import yaml  # type: ignore[import-untyped]
 
 from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
+from coin.pipeline.plan import Planned
+from coin.pipeline.step import JOB
 
-_STATUS = "# exit status "
-# Of jobs on this machine, which submitit would end after two minutes.
-_LOCAL = {"timeout_min": 7 * 24 * 60}
+_LONG = 7 * 24 * 60  # minutes; submitit ends a job on this machine after two
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
-# In a reason of SLURM's: what no end of another job changes.
-_NO_NODE = ("DOWN", "DRAINED", "NotAvail")
-_GONE_SECONDS = 15.0  # after which the result of a job that has left the queue is not waited for
 
 
 class Cluster(StrEnum):
@@ -69,232 +69,229 @@ class Launch:
             raise ConfigurationError(f"{found}; set launch.cluster=slurm")
 
 
-class CommandFailedError(CoinError):
-    """Some steps have failed; all that do not need them have finished."""
+class JobsFailedError(CoinError):
+    """Jobs have ended, and their steps are not done."""
+
+
+RunStep: TypeAlias = Callable[[Path, str], None]
+"""Runs a step of an experiment's file, by the name of its folder, and what it needs: ``coin run --only``."""
 
 
 @dataclass(frozen=True)
-class Command:
-    """A ``coin`` command, called in a job, with environment variables; what it prints is appended to `log`."""
+class Job:
+    """What a job runs: steps of an experiment's file, one after the other."""
 
-    arguments: Sequence[str]
-    log: Path
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-    def start(self) -> "subprocess.Popen[bytes]":
-        """Start it as a process."""
-        command = [sys.executable, "-m", "coin", *self.arguments]
-        environment = {**child_environment(cores()), **self.variables}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab", buffering=0) as log:
-            log.write(f"# {' '.join(command)}\n".encode())
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            )
-
-    def note_end(self, status: int) -> None:
-        """Note the exit status of its process in its log."""
-        with self.log.open("ab", buffering=0) as log:
-            log.write(f"\n{_STATUS}{status}\n".encode())
+    run: RunStep
+    file: Path
+    steps: Sequence[str]
 
     def __call__(self) -> None:
-        """Run it to its end; CommandFailedError unless its exit status is 0. It ends with the job."""
-        process = self.start()
-        write_text(self.process, str(process.pid))
-        try:
-            status = process.wait()
-        finally:
-            process.terminate()  # does nothing to one that has ended
-            self.process.unlink(missing_ok=True)
-        self.note_end(status)
-        if status:
-            raise CommandFailedError(self.failure())
-
-    def failure(self) -> str:
-        """Return why it has failed: its exit status and the last line that it printed, if it came to its end.
-
-        It names the job, and the log if there is one: a job may be cancelled or killed before it writes.
-        """
-        lines = []
-        see = ""
-        if self.log.is_file():
-            text = self.log.read_text(encoding="utf-8", errors="replace")
-            lines = [line for line in text.splitlines() if line.strip()]
-            see = f" (see {self.log})"
-        if lines and lines[-1].startswith(_STATUS):
-            return f"{lines[-1].removeprefix('# ')}: {lines[-2]}{see}"
-        job = f"job {self.job.read_text(encoding='utf-8')}" if self.job.is_file() else "it"
-        return f"{job} ended without a result, cancelled or killed{see}"
-
-    @property
-    def job(self) -> Path:
-        """The file with the number of its job."""
-        return self.log.with_suffix(".job")
-
-    @property
-    def process(self) -> Path:
-        """The file with the number of its process, while that runs."""
-        return self.log.with_suffix(".pid")
+        """Run the steps."""
+        os.environ.pop("WANDB_SERVICE", None)  # of the process that has submitted it
+        if os.environ.get("SUBMITIT_EXECUTOR") == Cluster.local:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores
+        for step in self.steps:
+            self.run(self.file, step)
 
     def checkpoint(self) -> Any:
-        """Return what submitit requeues when the cluster preempts the job: the same, which goes on where it was."""
+        """Return what submitit puts back in the queue where the time is up or SLURM preempts the job."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
-Submit: TypeAlias = Callable[[Command], Callable[[], bool]]
-"""Starts a command, and returns what says whether it has ended, asked until it has."""
+def stages(steps: Sequence[Planned]) -> list[list[Planned]]:
+    """Return the remote steps that are to do, in stages: each needs no others than the earlier ones.
 
-
-@contextlib.contextmanager
-def open_pool(launch: Launch | None, store: Path) -> Iterator[Submit | None]:
-    """Yield the function that submits commands as a launch section says, none without; jobs of SLURM outlive the block.
-
-    Raises ConfigurationError where submitit or SLURM is missing, or refuses an option.
+    What is not remote is made by the first job that needs it.
     """
-    if launch is None or launch.cluster is None:
-        yield None
+    found: list[list[Planned]] = []
+    ready: dict[str, int] = {}  # after how many stages what needs a step can run
+    for planned in steps:
+        step = planned.step
+        if step.is_done or step.key in ready:
+            continue
+        stage = max((ready.get(need.key, 0) for need in step.needs), default=0)
+        ready[step.key] = stage
+        if step.remote:
+            ready[step.key] = stage + 1
+            found += [[] for _ in range(stage + 1 - len(found))]
+            found[stage].append(planned)
+    return found
+
+
+def run_as_jobs(steps: Sequence[Planned], launch: Launch, run: RunStep) -> None:
+    """Run the remote steps that are to do as jobs, and wait for these.
+
+    Raises JobsFailedError where some are not done then, ConfigurationError where submitit or SLURM refuses an option.
+    """
+    waiting = stages(steps)
+    every = [planned for stage in waiting for planned in stage]
+    if not every:
         return
-    jobs = _Jobs(launch, store)
+    jobs = _Jobs(launch, every[0], run)
     if launch.cluster is Cluster.slurm:
-        yield jobs.submit
-        return
-    # SIGTERM ends the block too.
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield jobs.submit
-    finally:
-        jobs.cancel()
-        signal.signal(signal.SIGTERM, before)
+        jobs.submit(waiting)
+    else:
+        jobs.run_here(waiting)
+    failed = [planned for planned in every if not planned.step.is_done]
+    if failed:
+        why = jobs.why(failed[0])
+        raise JobsFailedError(
+            f"{len(failed)} of {len(every)} steps are not done, the first of them {failed[0].what}: {why}; fix the "
+            "cause and run the same command again"
+        )
 
 
 def check_launch(launch: Launch, store: Path) -> None:
     """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
     if launch.cluster is not None:
-        _Jobs(launch, store)
+        _executor(launch, store / ".jobs")
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """Return a subprocess's environment with this number of threads, unless ``OMP_NUM_THREADS`` is set."""
-    # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
-    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return {"OMP_NUM_THREADS": str(threads), **inherited}
+def _executor(launch: Launch, folder: Path) -> Any:
+    """Return submitit's executor."""
+    submitit = extra_module("submitit", "slurm")
+    if launch.cluster is Cluster.local:
+        executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(timeout_min=_LONG)
+        return executor
+    if shutil.which("srun") is None:
+        found = "found no srun on this machine, expected a SLURM cluster's login node"
+        raise ConfigurationError(f"{found}; launch.cluster=local runs jobs here")
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # of accounting, which is not everywhere
+    with _refusals(launch):
+        executor = submitit.AutoExecutor(folder, cluster="slurm")
+        executor.update_parameters(
+            **{"name": "coin", "slurm_array_parallelism": launch.workers, **launch.slurm}
+        )
+    return executor
 
 
-def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the variables of each worker on this machine: its share of the cores and GPUs; several may share one."""
-    import torch  # which a job that only starts a command does not need
-
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // workers)))
-    shared = {"OMP_NUM_THREADS": threads}
-    count = torch.cuda.device_count()
-    if count == 0:
-        return [shared] * workers
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
-    environments = []
-    for place in range(workers):
-        own = devices[place::workers] or [devices[place % count]]
-        environments.append({**shared, "CUDA_VISIBLE_DEVICES": ",".join(own)})
-    return environments
+@contextlib.contextmanager
+def _refusals(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # submitit's and sbatch's errors share no base class
+        raise ConfigurationError(
+            f"cannot submit jobs with {launch.slurm}: {first_line(error)}"
+        ) from error
 
 
 class _Jobs:
-    """Jobs that submitit submits to SLURM, which outlive this process, or starts on this machine.
+    """The jobs of an experiment; a step's folder has the number of its job."""
 
-    A job's number is kept beside its log: started again, the command waits for a job of SLURM's that is still alive.
-    """
+    def __init__(self, launch: Launch, first: Planned, run: RunStep) -> None:
+        experiment = first.experiment
+        text = yaml.safe_dump(experiment.of_seeds(experiment.seeds), sort_keys=False)
+        digest = sha256(text.encode()).hexdigest()
+        self.launch = launch
+        self.folder = first.step.store / ".jobs"
+        self.file = self.folder / f"{experiment.name}-{digest[:12]}.yaml"
+        write_text(self.file, text)
+        self.run = run
+        self.executor = _executor(launch, self.folder)
 
-    def __init__(self, launch: Launch, store: Path) -> None:
-        self.submitit = extra_module("submitit", "slurm")
-        self.given = launch.slurm
-        self.folder = store / ".jobs"
-        self.reasons: dict[str, str] = {}  # why each job of this user waits, by its number
-        self.asked_at = -math.inf  # when SLURM was asked for them
-        self.own: dict[str, Any] = {}  # the jobs that are waited for, by their numbers
-        self.commands: list[Command] = []
-        self.told: set[str] = set()  # the reasons that were printed
-        self.left_at: dict[str, float] = {}  # when a job without a result left the queue
-        self.is_slurm = launch.cluster is Cluster.slurm
-        # What distinguishes the workers of this machine; SLURM gives every job its own cores and GPUs.
-        self.free = [] if self.is_slurm else worker_environments(launch.workers)
-        options = {"name": "coin", **({} if self.is_slurm else _LOCAL), **launch.slurm}
-        if self.is_slurm and shutil.which("srun") is None:
-            found = "found no srun on this machine, expected a SLURM cluster's login node"
-            raise ConfigurationError(f"{found}; launch.cluster=local runs jobs here")
-        # Of accounting, which is not everywhere.
-        logging.getLogger("submitit").setLevel(logging.ERROR)
-        with self._refusals("use"):
-            self.executor = self.submitit.AutoExecutor(self.folder, cluster=str(launch.cluster))
-            self.executor.update_parameters(**options)
+    def run_here(self, waiting: Sequence[Sequence[Planned]]) -> None:
+        """Run stages on this machine, one after the other, until one has failed."""
+        threads = max(1, cores() // self.launch.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the jobs
+        for stage in waiting:
+            self._run_stage(stage)
+            if not all(planned.step.is_done for planned in stage):
+                return
 
-    @contextlib.contextmanager
-    def _refusals(self, what: str) -> Iterator[None]:
+    def _run_stage(self, stage: Sequence[Planned]) -> None:
+        """Run a stage by several workers; their jobs end with this process."""
+        workers = self.launch.workers
+        gpus = _gpus()
+        jobs = []
         try:
-            yield
-        except Exception as error:  # submitit's and sbatch's errors share no base class
-            raise ConfigurationError(
-                f"cannot {what} jobs with {self.given}: {first_line(error)}"
-            ) from error
+            for worker in range(min(workers, len(stage))):
+                share = _share(gpus, worker, workers)
+                self.executor.update_parameters(gpus_per_node=len(share), visible_gpus=share)
+                own = stage[worker::workers]
+                job = self.executor.submit(self._job(own))
+                jobs.append(job)
+                self._note(job, own)
+            for job in jobs:
+                job.wait()
+        finally:
+            for job in jobs:
+                if not job.done():
+                    # The SIGINT that its cancel() sends is ignored in a shell's background.
+                    os.kill(int(job.job_id), signal.SIGTERM)
 
-    def submit(self, command: Command) -> Callable[[], bool]:
-        """Submit a command, unless its job is still alive."""
-        variables = {} if self.is_slurm else self.free.pop()
-        job_id = command.job.read_text(encoding="utf-8") if command.job.is_file() else ""
-        if job_id in self._queued():
-            job = self.submitit.SlurmJob(self.folder, job_id)
-        else:
-            command.process.unlink(missing_ok=True)  # of a job that was killed
-            with self._refusals("submit"):
-                job = self.executor.submit(replace(command, variables=variables))
-            job_id = str(job.job_id)
-            write_text(command.job, job_id)
-            if self.is_slurm:
-                self.reasons[job_id] = ""
-        self.own[job_id] = job
-        self.commands.append(command)
-        return partial(self._has_ended, job, variables)
+    def submit(self, waiting: Sequence[Sequence[Planned]]) -> None:
+        """Submit stages to SLURM, each as an array that depends on the earlier ones, and wait for all.
 
-    def cancel(self) -> None:
-        """End the jobs that have not ended."""
-        for job in self.own.values():
-            job.cancel()  # does nothing to one that has ended
-        # Where the processor is busy submitit kills a job before it has ended its process.
-        for command in self.commands:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                os.kill(int(command.process.read_text(encoding="utf-8")), signal.SIGTERM)
+        A step whose job is still in the queue is not submitted again.
+        """
+        queued = _queued()
+        jobs: list[str] = []
+        given = self.launch.slurm.get("slurm_additional_parameters", {})
+        for stage in waiting:
+            if jobs:
+                self.executor.update_parameters(
+                    slurm_dependency=f"afterok:{':'.join(jobs)}",
+                    # Otherwise it would wait for ever where an earlier one has failed.
+                    slurm_additional_parameters={**given, "kill-on-invalid-dep": "yes"},
+                )
+            jobs += [self._number(planned) for planned in stage if self._number(planned) in queued]
+            new = [planned for planned in stage if self._number(planned) not in queued]
+            if not new:
+                continue
+            with _refusals(self.launch):
+                submitted = self.executor.submit_array([self._job([planned]) for planned in new])
+            for job, planned in zip(submitted, new, strict=True):
+                self._note(job, [planned])
+                jobs.append(str(job.job_id))
+        while not _queued().isdisjoint(jobs):
+            time.sleep(_QUEUE_SECONDS)
 
-    def _has_ended(self, job: Any, variables: dict[str, str]) -> bool:
-        if not self.is_slurm:
-            has_ended = bool(job.done())
-            if has_ended:
-                self.free.append(variables)
-            return has_ended
-        if job.paths.result_pickle.exists():
-            return True
-        if job.job_id in self._queued():
-            self.left_at.pop(job.job_id, None)
-            return False
-        now = time.monotonic()
-        return now - self.left_at.setdefault(job.job_id, now) > _GONE_SECONDS
+    def why(self, planned: Planned) -> str:
+        """Return the last line of a step's job, with its log; a job may be cancelled or killed before it writes."""
+        job = self._number(planned)
+        log = self.folder / f"{job}_0_log.err"
+        lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
+        said = [line for line in lines if line.strip()]
+        last = said[-1] if said else "cancelled or killed"
+        return f"job {job}: {last} (see {log})"
 
-    def _queued(self) -> dict[str, str]:
-        """Return this user's jobs and why they wait, asked for now and then; say once if no node takes one of them."""
-        if not self.is_slurm or time.monotonic() - self.asked_at < _QUEUE_SECONDS:
-            return self.reasons
-        asked = subprocess.run(
-            ["squeue", "--me", "-h", "-o", "%A %r"], capture_output=True, text=True, check=False
-        )
-        self.asked_at = time.monotonic()
-        if asked.returncode == 0:  # otherwise the controller is busy: what it said last stands
-            self.reasons = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
-        for job, reason in self.reasons.items():
-            if (
-                job in self.own
-                and reason not in self.told
-                and any(each in reason for each in _NO_NODE)
-            ):
-                self.told.add(reason)
-                rank_zero_info(f"job {job} waits for a node: {reason}; sinfo -R says why")
-        return self.reasons
+    def _job(self, steps: Sequence[Planned]) -> Job:
+        return Job(self.run, self.file, [planned.step.folder.name for planned in steps])
+
+    def _note(self, job: Any, steps: Sequence[Planned]) -> None:
+        for planned in steps:
+            write_text(planned.step.folder / JOB, str(job.job_id))
+            rank_zero_info(f"job {job.job_id}: {planned.what}")
+
+    def _number(self, planned: Planned) -> str:
+        """Return the number of a step's job; "" without one."""
+        file = planned.step.folder / JOB
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _gpus() -> list[int]:
+    """Return the numbers of the GPUs that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given:
+        return [int(number) for number in given.split(",")]
+    return list(range(torch.cuda.device_count()))
+
+
+def _share(gpus: list[int], worker: int, workers: int) -> list[int]:
+    """Return a worker's GPUs; with fewer GPUs than workers, several have one."""
+    if worker < len(gpus):
+        return gpus[worker::workers]
+    return [gpus[worker % len(gpus)]] if gpus else []
+
+
+def _queued() -> set[str]:
+    """Return the numbers of this user's jobs that wait or run; waits for a controller that does not answer."""
+    command = ["squeue", "--me", "-h", "-r", "-o", "%i"]
+    while True:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not asked.returncode:
+            return set(asked.stdout.split())
+        time.sleep(_QUEUE_SECONDS)

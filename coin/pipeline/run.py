@@ -3,24 +3,21 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from hashlib import sha256
 
 import pandas as pd
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from coin.core.processes import each_on_its_own, on_rank_zero, process_count, rank_zero_info
+from coin.core.processes import on_rank_zero, process_count, rank_zero_info
 from coin.errors import CoinWarning, ConfigurationError
-from coin.files.atomic import remove_leftovers, write_text
+from coin.files.atomic import remove_leftovers
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import Planned, plan, remove_old_links
-from coin.pipeline.pool import Command, CommandFailedError, Launch, Submit, open_pool
+from coin.pipeline.pool import Launch, RunStep, check_launch, run_as_jobs
 from coin.pipeline.step import Step
-from coin.reporting import write_report
-from coin.reporting.report import REPORT_HTML
-from coin.reporting.summary import write_seeds, write_summary
+from coin.reporting import read_run, summarise
 from coin.tracking.settings import check_connection
 from coin.trainer import make_trainer
 
@@ -34,14 +31,27 @@ _SET_BY_STEPS = {
     "max_epochs",
     "max_steps",
 }
-_POLL_SECONDS = 0.2
 
 
-def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
-    """Run every step that is not done, for every seed, report, and return the contents of ``summary.csv``."""
-    steps = prepared(experiment, launch)
-    run_steps(steps, launch, report_seed)
-    return on_rank_zero(partial(summarise_experiment, experiment, steps))
+def run_experiment(experiment: Experiment, launch: Launch, run_step: RunStep) -> pd.DataFrame:
+    """Run every step that is not done, for every seed, and return the contents of ``summary.csv``.
+
+    With a cluster `run_step` is what its jobs do; what is not worth a job runs here.
+    """
+    steps = checked_plan(experiment)
+    if launch.cluster is not None:
+        if process_count() > 1:
+            found = f"found {process_count()} processes that share every training"
+            raise ConfigurationError(f"{found}, and a launch section; leave out one")
+        check_launch(launch, steps[0].step.store)
+        for planned in steps:
+            if not planned.step.remote and all(need.is_done for need in planned.step.needs):
+                execute(planned.step, planned.what)
+        run_as_jobs(steps, launch, run_step)
+    run_steps(steps)
+    on_rank_zero(partial(remove_old_links, experiment, steps))
+    _, frame = read_run(experiment.folder)
+    return summarise(frame)
 
 
 def check_options(experiment: Experiment) -> None:
@@ -50,29 +60,23 @@ def check_options(experiment: Experiment) -> None:
     experiment.check()
 
 
-def prepared(
-    experiment: Experiment, launch: Launch | None = None, only: str | None = None
-) -> list[Planned]:
+def checked_plan(experiment: Experiment, only: str | None = None) -> list[Planned]:
     """Return the plan of an experiment that can run: its options and data are checked, its downloads are there.
 
     With the name of a step, `only`, it is of what this needs alone (`needed_for`), and so are the data.
     """
     check_options(experiment)
     join_processes(experiment)
-    if launch is not None and launch.cluster is not None and process_count() > 1:
-        found = f"found {process_count()} processes that share every training, and a launch section"
-        raise ConfigurationError(f"{found}; leave out one")
-    tasks = list(experiment.tasks) if only is None else []
-    on_rank_zero(partial(experiment.fetch, tasks))
+    on_rank_zero(experiment.fetch_experts)
     steps = plan(experiment)
     if only is not None:
         steps = needed_for(steps, only)
-        read = {task for planned in steps for task in _tasks_of(planned.step)}
-        tasks = [task for task in experiment.tasks if task in read]
-        on_rank_zero(partial(experiment.fetch, tasks))
+    read = {task for planned in steps for task in _tasks_of(planned.step)}
+    tasks = [task for task in experiment.tasks if task in read]
+    on_rank_zero(partial(experiment.fetch_data, tasks))
     on_rank_zero(partial(warn_of_versions, steps))
     if on_rank_zero(lambda: not all(planned.step.is_done for planned in steps)):
-        experiment.check_parts(tasks)
+        experiment.check_data(tasks)
     return steps
 
 
@@ -113,163 +117,29 @@ def join_processes(experiment: Experiment) -> None:
         launcher.launch(trainer.strategy.setup_environment)
 
 
-def run_steps(
-    steps: Sequence[Planned],
-    launch: Launch | None = None,
-    on_done: Callable[[Planned, bool], None] = lambda planned, changed: None,
-) -> None:
-    """Run the steps that are not done, each when all that it needs is done, and publish all.
-
-    Remote steps go to the pool of the launch section, if there is one; the others run here, one after the other. With
-    several processes all of them call it with the same steps, and share the collective ones.
-
-    `on_done` is called on rank zero with every step that is done, and whether its publication has changed results.
-    Raises CommandFailedError if some that ran elsewhere have failed; all that do not need them have finished.
-    """
-    with open_pool(launch, steps[0].step.store) as submit:
-        run = _Run(steps, submit, 1 if launch is None else launch.workers, on_done)
-        while run.waiting:
-            if not run.go_on():
-                time.sleep(_POLL_SECONDS)
-    if run.failed:
-        failed = (
-            f"{len(run.failed)} of {len(steps)} steps failed, the first of them {run.failed[0]}"
-        )
-        raise CommandFailedError(f"{failed}; fix the cause and run the same command again")
+def run_steps(steps: Sequence[Planned]) -> None:
+    """Run the steps that are not done, one after the other, and publish all; several processes all call it."""
+    for place, planned in enumerate(steps, 1):
+        execute(planned.step, f"[{place}/{len(steps)}] {planned.what}")
+        on_rank_zero(planned.publish)
 
 
-class _Run:
-    """The steps that wait, that run elsewhere and that are done, by key, and why some have failed."""
-
-    def __init__(
-        self,
-        steps: Sequence[Planned],
-        submit: Submit | None,
-        workers: int,
-        on_done: Callable[[Planned, bool], None],
-    ) -> None:
-        self.waiting = {planned.step.key: planned for planned in steps}
-        self.places = {planned.step.key: place for place, planned in enumerate(steps, 1)}
-        self.running: dict[str, Callable[[], bool]] = {}
-        self.done: set[str] = set()
-        self.failed: list[str] = []
-        self.submit = submit
-        self.workers = workers
-        self.on_done = on_done
-
-    def go_on(self) -> bool:
-        """Collect what has ended elsewhere, submit what can run there, or run one step here; False to wait."""
-        moved = self.collect()
-        ready = self.ready()
-        for planned in ready:
-            if self.submit is None or not planned.step.remote:
-                beside = [planned]
-                if planned.step.alone and process_count() > 1:
-                    beside = [each for each in ready if each.step.alone][: process_count()]
-                self.run_here(beside)
-                return True
-            if len(self.running) < self.workers and self.run_elsewhere(planned, self.submit):
-                moved = True
-        return moved
-
-    def ready(self) -> list[Planned]:
-        """Return the steps that can run now."""
-        found = []
-        for key, planned in self.waiting.items():
-            if key not in self.running and all(
-                need.key in self.done for need in planned.step.needs
-            ):
-                found.append(planned)
-        return found
-
-    def collect(self) -> bool:
-        """Take what has ended elsewhere, and return whether something has."""
-        ended = [key for key, has_ended in self.running.items() if has_ended()]
-        for key in ended:
-            del self.running[key]
-            planned = self.waiting[key]
-            if planned.step.is_done:
-                self._finish(planned, "done")
-            else:
-                self._fail(planned, _command(planned).failure())
-        return bool(ended)
-
-    def run_elsewhere(self, planned: Planned, submit: Submit) -> bool:
-        """Submit a step, and return whether it has been; a step that is done is finished at once.
-
-        A step that another process is at work on is not submitted: the job would hold its allocation, and wait.
-        """
-        if planned.step.is_done:
-            self._finish(planned, "up to date")
-            return True
-        with planned.step.locked(wait=False) as free:
-            if not free:
-                return False
-        self.running[planned.step.key] = submit(_command(planned))
-        self._say(planned, f"{planned.step.doing}, elsewhere")
-        return True
-
-    def run_here(self, every: Sequence[Planned]) -> None:
-        """Run a step in this process, or in all of them; or several that are `alone`, each in one of the processes."""
-        execute_beside(
-            [planned.step for planned in every],
-            [partial(self._say, planned) for planned in every],
-        )
-        for planned in every:
-            self._finish(planned)
-
-    def _finish(self, planned: Planned, what: str = "") -> None:
-        self.done.add(planned.step.key)
-        del self.waiting[planned.step.key]
-        if what:
-            self._say(planned, what)
-        changed = on_rank_zero(planned.publish)
-        on_rank_zero(partial(self.on_done, planned, changed))
-
-    def _fail(self, planned: Planned, why: str) -> None:
-        """Give up a step and all that need it."""
-        self._say(planned, f"failed: {why}")
-        self.failed.append(f"{planned.what}: {why}")
-        key = planned.step.key
-        self.waiting = {
-            name: each for name, each in self.waiting.items() if key not in each.step.closure
-        }
-
-    def _say(self, planned: Planned, what: str) -> None:
-        place = self.places[planned.step.key]
-        rank_zero_info(f"[{place}/{len(self.places)}] {planned.what}: {what}")
-
-
-def execute(step: Step, say: Callable[[str], None] = lambda _: None) -> None:
-    """Run a step unless it is done, and report its progress; waits for another process that runs it."""
-    execute_beside([step], [say])
-
-
-def execute_beside(steps: Sequence[Step], says: Sequence[Callable[[str], None]]) -> None:
-    """Run one step, or several that need one process each, unless they are done; `says` report their progress."""
+def execute(step: Step, title: str) -> None:
+    """Run a step unless it is done, and say so; waits for another process that runs it."""
     with ExitStack() as locks:
-        waiting = []
-        for step, say in zip(steps, says, strict=True):
-            if on_rank_zero(partial(_claim, step, locks)):
-                waiting.append((step, say))
-                say(step.doing)
-            else:
-                say("up to date")
-        if not waiting:
+        if not on_rank_zero(partial(_claim, step, locks)):
+            rank_zero_info(f"{title}: up to date")
             return
+        rank_zero_info(f"{title}: {step.doing}")
         started = time.monotonic()
-        first = waiting[0][0]
-        if first.collective:
-            first.run()
-        elif len(waiting) == 1:
-            on_rank_zero(first.run)
+        if step.collective:
+            step.run()
         else:
-            each_on_its_own([step.run for step, _ in waiting])
+            on_rank_zero(step.run)
         seconds = time.monotonic() - started
-        for step, say in waiting:
-            on_rank_zero(partial(step.finish, seconds))
-            if seconds >= LONG:
-                say(f"done in {seconds:.0f} s")
+        on_rank_zero(partial(step.finish, seconds))
+        if seconds >= LONG:
+            rank_zero_info(f"{title}: done in {seconds:.0f} s")
 
 
 def _claim(step: Step, locks: ExitStack) -> bool:
@@ -285,7 +155,7 @@ def _claim(step: Step, locks: ExitStack) -> bool:
 
 def run_only(experiment: Experiment, name: str) -> None:
     """Run the steps with a name (a task's: its expert) or the one in a folder, of all seeds, and what they need."""
-    run_steps(prepared(experiment, only=name), on_done=report_seed)
+    run_steps(checked_plan(experiment, only=name))
 
 
 def needed_for(steps: Sequence[Planned], name: str) -> list[Planned]:
@@ -306,43 +176,4 @@ def needed_for(steps: Sequence[Planned], name: str) -> list[Planned]:
 def _tasks_of(step: Step) -> Iterable[str]:
     """Return the names of the tasks whose data a step reads."""
     several: Iterable[str] | None = getattr(step, "tasks", None)
-    return several or [getattr(step, "task_name", "")]
-
-
-def _command(planned: Planned) -> Command:
-    """Return the command that runs a step in a job of its own."""
-    step = planned.step
-    text = planned.experiment.as_yaml()
-    digest = sha256(text.encode()).hexdigest()
-    file = step.store / ".jobs" / f"{planned.experiment.name}-{digest[:12]}.yaml"
-    if not file.is_file():
-        write_text(file, text)
-    return Command(("run", "-c", str(file), "--only", step.folder.name), step.folder / "launch.log")
-
-
-def report_seed(planned: Planned, changed: bool) -> None:
-    """Draw the report of a seed whose results are new."""
-    if changed and planned.seed_folder is not None:
-        write_report(planned.seed_folder)
-
-
-def summarise_experiment(experiment: Experiment, steps: Sequence[Planned]) -> pd.DataFrame:
-    """Write the summary over the experiment's seeds, and draw the reports that are missing or show another."""
-    remove_old_links(steps)
-    write_seeds(experiment.folder, experiment.seeds)
-    path = experiment.folder / "summary.csv"
-    before = path.read_bytes() if path.is_file() else b""
-    summary = write_summary(experiment.folder)
-    is_changed = before != path.read_bytes()
-    if before and is_changed:
-        rank_zero_info(
-            f"'{path}' and the report now show this run's seeds and options in place of the earlier ones; to get those "
-            "back run with them again: no step is repeated"
-        )
-    for seed in experiment.seeds:
-        folder = experiment.folder / f"seed-{seed}"
-        if not (folder / REPORT_HTML).is_file():
-            write_report(folder)
-    if is_changed or not (experiment.folder / REPORT_HTML).is_file():
-        write_report(experiment.folder)
-    return summary
+    return several or [step.config.get("task_name", "")]

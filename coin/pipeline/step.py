@@ -1,8 +1,8 @@
 """A step of an experiment: a key that is known before it runs, and a folder that is finished or not.
 
-The key is a digest of the step's class and version, of its fields, of the keys of the steps that it needs and of the
-contents of files that a user named. The folder ``runs/.steps/NAME-KEY`` is finished when it has a ``done.json``; what
-is finished is never written to again. So resuming is *the folder is there*, and whoever has the same key shares it.
+The key is a digest of the step's class and version, of its configuration, of the contents of files that a user named
+and of the keys of the steps that it needs. The folder ``runs/.steps/NAME-KEY`` is finished when it has a ``done.json``;
+what is finished is never written to again. So resuming is *the folder is there*, and who has the same key shares it.
 """
 
 import contextlib
@@ -10,60 +10,47 @@ import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from coin.core.versions import versions
 from coin.errors import CoinWarning, FileError
 from coin.files.atomic import sha256_of, write_text
-from coin.pipeline.options import config_dict
+from coin.pipeline.options import with_sources
 
 STORE = ".steps"
 """The folder of all steps, in that of all experiments."""
 DONE = "done.json"
+JOB = "job"
+"""The file with the number of the job that was submitted for a step."""
+_OWN = (DONE, JOB, "logs", "wandb-run-id")
 _COMPARED = ("coded-coin", "torch")
 _KEY_LENGTH = 12  # of a key's digits, in the name of a folder
 
 
-def keyed_by(digest: Callable[[Any], Any], **options: Any) -> Any:
-    """Return a dataclass field of which the key has what a function makes of its value."""
-    return field(metadata={"keyed": digest}, **options)
-
-
-def in_order(named: Mapping[str, Any]) -> list[Any]:
-    """Return the names and values of a mapping in their order, where that decides which rows of the code are whose."""
-    return list(named.items())
-
-
-def unkeyed(**options: Any) -> Any:
-    """Return a dataclass field that does not change what a step makes, and so is not in its key."""
-    return keyed_by(lambda _: None, **options)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Step(ABC):
-    """One step: its fields are its options, the steps that it needs, and files that a user named (`Path`).
+    """One step. What decides its results is its `config`, as in the experiment's file, and the steps among its fields.
 
     `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
-    `collective` step is run by all processes together, one that is `alone` by any of them while others run others, and
-    the rest by the first process; a `remote` one may run in a process or job of its own.
+    `collective` step is run by all processes together, another by the first one; a `remote` one is worth a job.
     """
 
     version: ClassVar[int] = 1
     file: ClassVar[str] = "out"
+    doing: ClassVar[str] = ""  # in its line of progress
     collective: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
     remote: ClassVar[bool] = True
 
     name: str
-    store: Path = unkeyed()
-    doing: str = unkeyed(default="")  # in its line of progress: "fine-tuning for 3 epochs"
+    store: Path
+    config: Mapping[str, Any] = field(default_factory=dict)  # a file that a user named is a `Path`
 
     @abstractmethod
     def run(self) -> None:
@@ -71,24 +58,24 @@ class Step(ABC):
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """All that its results depend on, as plain values; a step that it needs is there by its key."""
-        found = {"step": type(self).__name__, "version": self.version}
-        for entry in fields(self):
-            digest = entry.metadata.get("keyed", lambda value: value)
-            keyed = digest(getattr(self, entry.name))
-            plain = config_dict(tree_map(_digest, keyed))
-            if plain is not None:
-                found[entry.name] = plain
-        return found
+        """All that its results depend on; a step that it needs is there by its key."""
+        return {
+            "step": type(self).__name__,
+            "version": self.version,
+            "name": self.name,
+            "config": with_sources(self.config),
+            "needs": [need.key for need in self.needs],
+        }
 
     @cached_property
     def key(self) -> str:
         """The digest of `options`."""
-        return hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(self.options, sort_keys=True, default=sha256_of)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def needs(self) -> "list[Step]":
-        """The steps among its fields."""
+        """The steps among its fields, in their order."""
         leaves = tree_leaves([getattr(self, entry.name) for entry in fields(self)])
         return [leaf for leaf in leaves if isinstance(leaf, Step)]
 
@@ -109,6 +96,12 @@ class Step(ABC):
     def output(self) -> Path:
         """The file that it writes, of the name `file`."""
         return self.folder / self.file
+
+    @property
+    def shown(self) -> list[Path]:
+        """What is in its folder, but for what the store and the loggers keep there."""
+        every = sorted(self.folder.iterdir())
+        return [path for path in every if path.name not in _OWN and not path.name.startswith(".")]
 
     @property
     def is_done(self) -> bool:
@@ -134,42 +127,29 @@ class Step(ABC):
             "options": self.options,
             "versions": versions(),
         }
-        write_text(self.folder / DONE, json.dumps(made, indent=1))
+        write_text(self.folder / DONE, json.dumps(made, indent=1, default=sha256_of))
 
     @contextlib.contextmanager
-    def locked(self, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the step's lock within the block, and yield whether it is held; with `wait` it always is.
+    def locked(self) -> Iterator[None]:
+        """Wait for the step's lock, and hold it within the block.
 
         A lock ends with its process, even if that is killed. Raises FileError where the folder takes no lock.
         """
         path = self.store / ".locks" / self.folder.name
         lock = FileLock(path)
-        held = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
         except Timeout:
-            held = wait
-            if wait:
-                warnings.warn(
-                    f"waiting for {self.name}: another process is at work on it",
-                    CoinWarning,
-                    stacklevel=3,
-                )
-                lock.acquire(poll_interval=0.5)
+            waiting = f"waiting for {self.name}: another process is at work on it"
+            warnings.warn(waiting, CoinWarning, stacklevel=3)
+            lock.acquire(poll_interval=0.5)
         except OSError as error:
             problem = f"cannot lock '{path}': {error.strerror or error}"
             raise FileError(
                 f"{problem}; choose an output that you can write to, on a disk with locks"
             ) from error
         try:
-            yield held
+            yield
         finally:
             lock.release()
-
-
-def _digest(value: Any) -> Any:
-    """Return a step's key, a file's digest, or the value."""
-    if isinstance(value, Step):
-        return value.key
-    return sha256_of(value) if isinstance(value, Path) else value

@@ -105,7 +105,7 @@ def seed_folders(folder: Path) -> list[Path]:
 
 def _options(document: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of ``results.json`` without what the seeds of one experiment differ in."""
-    of_seed = ("seed", "experts")
+    of_seed = ("seed", "seeds", "experts")
     configuration = document["configuration"]
     return {name: value for name, value in configuration.items() if name not in of_seed}
 

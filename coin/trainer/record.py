@@ -1,6 +1,5 @@
 """Write the results of an evaluation: rows, confusion matrices and promises, as files and to W&B."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pandas as pd
 from lightning.pytorch.loggers import WandbLogger
 
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning
 from coin.evaluation.scores import Measurement
 from coin.modules import DecodingEvaluator
 from coin.reporting.results import (
@@ -21,7 +19,6 @@ from coin.reporting.results import (
     write_promises,
     write_results,
 )
-from coin.reporting.summary import is_weak
 from coin.tracking.settings import logging_only
 
 
@@ -41,7 +38,6 @@ def record_evaluation(
     pairs = list(zip(rows, model.measurements, strict=True))
     confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
     classes = {task: data.classes for task, data in tasks.tasks.items()}
-    warn_of_weak_experts(rows)
     runs = [each.experiment for each in trainer.loggers if isinstance(each, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
     made = {
@@ -88,19 +84,3 @@ def _promises(pairs: Sequence[tuple[Row, Measurement]]) -> pd.DataFrame:
             on_tests = {name: measured.columns[name] for name in ("coverage", "found")}
             found.append({**vars(row), **vars(promise), "promised": promise.coverage, **on_tests})
     return pd.DataFrame(found, columns=list(PROMISE_COLUMNS))
-
-
-def warn_of_weak_experts(rows: Sequence[Row]) -> None:
-    """Warn where an expert is hardly more often right than chance: what is kept of that says nothing."""
-    weak = {}
-    for row in rows:
-        if is_weak(row.expert_accuracy, row.chance):
-            weak[row.task] = f"'{row.task}' {row.expert_accuracy:.1%} (chance is {row.chance:.1%})"
-    if weak:
-        warnings.warn(
-            f"found experts that are hardly right: {', '.join(weak.values())}, so that NDA says little; train them for "
-            "longer, or see that imported ones were trained on the inputs that networks get here: images normalised by "
-            "network.mean and network.std, texts cut by the same tokenizer",
-            CoinWarning,
-            stacklevel=2,
-        )

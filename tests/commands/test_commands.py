@@ -199,7 +199,7 @@ def test_a_command_that_goes_well_says_nothing_on_standard_error(finished: Path,
 
 
 @pytest.mark.slow
-def test_brought_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:
+def test_imported_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:
     given = f"{{digits: {finished}/seed-0/experts/digits/expert.safetensors}}"
     extra = [f"--output={tmp_path}", f"--expert.checkpoints={given}"]
     assert main(["run", "-c", str(config), *extra, "--methods=[{class_path: Average}]"]) == 0

@@ -144,7 +144,6 @@ RUN = {
     "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
     "missing checkpoint": (["--expert.checkpoints={digits: nowhere.ckpt}"], "nowhere.ckpt"),
-    "another architecture": (["--expert.checkpoints={digits: other.pt}"], "it is of another architecture: give one of"),
     "a rate's other name": (["--expert.learning_rate=1"], "unrecognized arguments: --expert.learning_rate=1; se"),
     "a rank alone": (
         [f"--methods={method_with('adapters: 4')}"],
@@ -167,32 +166,41 @@ RUN = {
         "expected hf/ before it; write hf/hf_",
     ),
     "such a folder's weights": (["--expert.checkpoints={digits: hf_folder}"], "Hugging Face's write hf/hf_folder"),
-    "a pickled network": (
-        ["--expert.checkpoints={digits: whole.pt}"],
-        "'whole.pt' holds pickled objects, such as a who",
-    ),
-    "a web page": (["--expert.checkpoints={digits: page.pt}"], "'page.pt' is a web page (HTML), expected a network's"),
-    "no checkpoint": (
-        ["--expert.checkpoints={digits: text.pt}"],
-        "'text.pt' is no checkpoint, expected a network's we",
-    ),
     "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
 }
 """Options of ``coin run -c small.yaml``."""
+
+IMPORTED = {
+    "another architecture": ("other.pt", "it is of another architecture: give one of"),
+    "a pickled network": ("whole.pt", "'whole.pt' holds pickled objects, such as a who"),
+    "a web page": ("page.pt", "'page.pt' is a web page (HTML), expected a network's"),
+    "no checkpoint": ("text.pt", "'text.pt' is no checkpoint, expected a network's we"),
+}
+"""Files of an expert."""
 
 
 @pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
 @pytest.mark.parametrize("case", RUN)
 def test_a_mistake_of_an_experiment_is_one_line(case: str, config: Path, capsys: Any) -> None:
-    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
-    torch.save(torch.nn.Conv2d(3, 4, 3), "whole.pt")
-    Path("page.pt").write_text("<!DOCTYPE html>")
-    Path("text.pt").write_text("no checkpoint")
     Path("hf_folder").mkdir()
     Path("hf_folder/config.json").write_text("{}")
     options, message = RUN[case]
     assert message in refused(["run", "-c", "small.yaml", *options], capsys)
     assert not list(Path().rglob("*.ckpt")), "trained"
+
+
+@pytest.mark.parametrize("case", IMPORTED)
+def test_a_mistake_in_an_imported_expert_is_one_line_before_others_are_trained(
+    case: str, config: Path, capsys: Any
+) -> None:
+    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
+    torch.save(torch.nn.Conv2d(3, 4, 3), "whole.pt")
+    Path("page.pt").write_text("<!DOCTYPE html>")
+    Path("text.pt").write_text("no checkpoint")
+    file, message = IMPORTED[case]
+    command = ["run", "-c", "small.yaml", f"--expert.checkpoints={{letters: {file}}}"]
+    assert message in refused(command, capsys, written=True)
+    assert not list(Path("o/.steps").glob("expert-digits-*")), "trained"
 
 
 COMMANDS = {
@@ -393,7 +401,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(
     assert last.read_bytes() == before
 
 
-def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_base(
+def test_imported_experts_are_compared_with_one_another_and_with_the_initialisation(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_config: NetworkConfig
 ) -> None:
     """Before anything is trained, merged or measured."""
@@ -412,15 +420,16 @@ def test_experts_that_are_brought_are_compared_with_one_another_and_with_the_bas
     assert line.startswith("found one expert for the tasks 'digits' and 'letters'")
     own = f"--expert.checkpoints={json.dumps({name: str(files[name]) for name in ('digits', 'letters')})}"
     command = ["run", "-c", str(config), own, "--only=digits"]
-    with pytest.warns(CoinWarning, match=r"the expert 'digits' \d+% of its weights from the base, as unrelated"):
+    with pytest.warns(
+        CoinWarning, match=r"the expert 'digits' \d+% of its weights from the initialisation, as unrelated"
+    ):
         assert main(command) == 0  # without a base it would be random weights
     capsys.readouterr()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "found the expert .* from the base", CoinWarning)
+        warnings.filterwarnings("error", "found the expert .* from the initialisation", CoinWarning)
         assert main([*command, "--output=other", f"--base.checkpoint={files['base']}"]) == 0
     said = capsys.readouterr().err
     assert "expert digits: its weights are" in said
-    assert "from the first expert" not in said  # it is the first
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from coin.errors import CoinError, ConfigurationError
 from coin.merging import Experts, UserMethod
-from coin.pipeline.options import config_dict
 
 ROW = [0.25, 0.75]
 MODULE = """
@@ -150,6 +149,3 @@ def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
     made = method.make(given, ROW).network
     assert torch.equal(made[0].weight, given.networks[1][0].weight)
     assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"  # type: ignore[arg-type]
-    named = UserMethod("mine.told", {"scale": 2.0})
-    told = {"class": "UserMethod", "function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
-    assert config_dict(named).items() >= told.items()

@@ -1,6 +1,5 @@
 import math
 import shutil
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from coin.coding import Answers, Code, answer_score, make_decoder
 from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError
 from coin.evaluation.held import HeldNetworks
 from coin.merging import Average, Experts
 from coin.modules import Coded, DecodingEvaluator
@@ -22,8 +21,7 @@ from coin.networks import Compression, features_and_logits, load_network, save_n
 from coin.networks.adapted import tensor_nbytes
 from coin.pipeline.steps.merge import compress_file
 from coin.reporting.results import PROMISE_CSV, read_results
-from coin.trainer.record import record_evaluation, warn_of_weak_experts
-from tests.reporting.conftest import BASE
+from coin.trainer.record import record_evaluation
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -429,14 +427,3 @@ def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trai
     assert {id(metric) for metric, _ in moved} == {id(metric) for metric in every}
     assert {device for _, device in moved} == {evaluator.device}
     assert not any(isinstance(module, Metric) for module in evaluator.modules()), "the networks' move would take them"
-
-
-def test_experts_that_are_hardly_right_are_told_of():
-    experts = (("low", 0.25, 0.1), ("high", 0.99, 0.2), ("two", 0.55, 0.5), ("never", 0.0, 1 / 3))
-    rows = [replace(BASE, task=task, expert_accuracy=accuracy, chance=chance) for task, accuracy, chance in experts]
-    with pytest.warns(CoinWarning, match=r"'low' 25.0% \(chance is 10.0%\), 'two' 55.0% .*'never' 0.0%") as told:
-        warn_of_weak_experts(rows)
-    assert "high" not in str(told[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_weak_experts([replace(rows[0], expert_accuracy=0.3)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-import coin.pipeline.run
+import coin.pipeline.steps.report
 from coin.cli import main
 
 
@@ -29,7 +29,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the reports, whose plots take longer than what the test is about."""
-    monkeypatch.setattr(coin.pipeline.run, "write_report", lambda folder: None)
+    monkeypatch.setattr(coin.pipeline.steps.report, "write_report", lambda folder: None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Compressed experts and coded models in an experiment, and what reads them afterwards."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ METHODS = [
 
 
 def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
-    run_small: Callable[..., Path], trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    run_small: Callable[..., Path], trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = run_small(**trained, methods=METHODS, replicas=REPLICAS, decoders=["linear", "expert_head"])
     frame = read_results(seed)
@@ -76,6 +77,16 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     told = capsys.readouterr().err
     assert "evaluation: up to date" in told
     assert "compressing" not in told
+    # A copy whose links were followed is whole.
+    copy = tmp_path / "copied"
+    shutil.copytree(seed.parent, copy)
+    (tmp_path / ".steps").rename(tmp_path / "gone")
+    copies = list(copy.glob("seed-*/replicas/*bit*.safetensors"))
+    assert len(copies) == 2 * len(REPLICAS)
+    for path in copies:
+        assert load_network(path).num_classes in (6, 10)
+    assert len(Coded.from_run(copy, "refit-2bit", "linear").files) == 3
+    assert (copy / "summary.csv").read_text().count("replica-3bit-delta") == 3
 
 
 def test_the_command_compresses_experts_and_coded_models(

@@ -2,17 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from coin.callbacks import Weights
 from coin.commands.run import read_experiment
-from coin.data import Augmentation, Digits
+from coin.data import Augmentation
 from coin.errors import ConfigurationError
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
-from coin.pipeline.options import config_dict, result_options
+from coin.pipeline.options import result_options
 from coin.statistics import FisherKind
 
 
@@ -60,37 +58,16 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
             CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_mc_samples=number)
 
 
-class OwnTask(Digits):
-    """A user's task that keeps its option its own way."""
-
-    def __init__(self, folder: str, **options: Any) -> None:
-        super().__init__(**options)
-        self._folder = Path(folder)
-
-
-class Forgetful(OwnTask):
-    """One that keeps it nowhere."""
-
-    def __init__(self, shade: int, **options: Any) -> None:
-        super().__init__("x", **options)
-
-
 def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
     options = ["--expert.lr=0.5", "--methods=[{class_path: Coin, init_args: {damping: 0.1}}]", "--code=[[0.25,0.75]]"]
     experiment = read_experiment(["-c", str(config), *options])[0]
-    said = yaml.safe_load(experiment.as_yaml([7]))
+    said = experiment.of_seeds([7])
     assert said["seeds"] == [7]
     assert said["tasks"]["digits"]["init_args"]["image_size"] == 16  # what the network takes
     assert said["tasks"]["digits"]["class_path"] == "coin.data.Digits"
     assert (said["methods"][0]["class_path"], said["methods"][0]["init_args"]["damping"]) == ("coin.Coin", 0.1)
     assert (said["code"], said["expert"]["lr"]) == ([[0.25, 0.75]], 0.5)
     assert {"launch", "only", "json", "dry_run"}.isdisjoint(said)
-
-
-def test_an_option_that_its_class_does_not_store_is_refused() -> None:
-    assert config_dict(OwnTask("images", max_train=40))["folder"] == "images"
-    with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
-        config_dict(Forgetful(3))
 
 
 @pytest.mark.parametrize("wrong", [{"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}])

@@ -84,6 +84,6 @@ def test_what_does_not_fit_the_network_is_told_before_the_base_is_trained(
 )
 def test_overrides_on_the_command_line_are_plain_values_of_their_types(name: str, value: Any, config: Path) -> None:
     given = f"--expert.overrides.letters.{name}={value if isinstance(value, str) else json.dumps(value)}"
-    found = read_experiment(["-c", str(config), given])[0].given["expert"]["overrides"]["letters"][name]
+    found = read_experiment(["-c", str(config), given])[0].config["expert"]["overrides"]["letters"][name]
     assert found == value
     assert type(found) is type(value)

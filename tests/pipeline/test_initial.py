@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 
-from coin.data import Digits, Glyphs
-from coin.merging import Average
-from coin.networks import NetworkConfig, load_network
+from coin.commands.run import read_experiment
+from coin.networks import load_network
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan
 from coin.pipeline.run import execute
@@ -17,14 +16,12 @@ def make_initial(experiment: Experiment) -> list[Path]:
     """Make the shared initialisation, and return its files, that with the most classes first."""
     steps = [each.step for each in plan(experiment) if each.step.name == "base" or "initial" in each.step.name]
     for step in steps:
-        execute(step)
+        execute(step, step.name)
     return [step.output for step in steps if isinstance(step, WriteInitial)]
 
 
-def test_experts_of_different_class_counts_start_from_one_body(tmp_path: Path) -> None:
-    network = NetworkConfig("small_resnet", 16, None, {"width": 4})
-    tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
-    experiment = Experiment("x", tasks, [Average()], network, output=str(tmp_path))
+def test_experts_of_different_class_counts_start_from_one_body(config: Path, tmp_path: Path) -> None:
+    experiment, _ = read_experiment(["-c", str(config), f"--output={tmp_path}", "--base=null"])
     ten, six = (load_network(path).network.state_dict() for path in make_initial(experiment))
     differing = [name for name in ten if ten[name].shape != six[name].shape or not torch.equal(ten[name], six[name])]
     assert 0 < len(differing) <= 2

@@ -1,125 +1,122 @@
-"""Every option of every step, each changed alone: what decides a step's results is in its key, all else is not."""
+"""Every option of an experiment, each changed alone: what decides results is in a key, all else is not."""
 
-from collections.abc import Iterator, Mapping
-from copy import copy
-from dataclasses import fields, is_dataclass, replace
-from enum import Enum
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from coin.coding import Code
 from coin.commands.run import read_experiment
-from coin.data import TaskData
-from coin.merging import Method
-from coin.pipeline.options import _option_names
 from coin.pipeline.plan import plan
-from coin.pipeline.step import Step
-from coin.tracking.runs import RunLog
 
-OF_ALL = {"store", "doing", "log"}
-OF_TASKS = {"augmentation", "batch_size"}
-OF_TESTS = {"eval_batch_size", "max_test", "test_per_class"}
-OF_PROMISES = {"promise_samples", "promise_alpha", "promise_confidence"}
-OF_FISHERS = {"fisher_data", "fisher_kind", "fisher_mc_samples", "memory_mib"}  # the statistics' own fields have them
-
-
-def below(field: str, *parts: str) -> set[str]:
-    return {f"{field}.{part}" for part in parts}
-
-
-UNKEYED = {
-    "WriteInitial": set(),
-    "TrainNetwork": below("task", *OF_TASKS, *OF_TESTS)
-    | below("config", "task", "checkpoint", "seed", "overrides", "checkpoints"),
-    "ImportExpert": {"task", "place"},  # of a file, which is known by its contents
-    "EstimateStatistic": {"trainer", "fisher.memory_mib"}
-    | below("tasks", *OF_TASKS, *OF_TESTS)
-    | below("calibration", *OF_FISHERS, *OF_PROMISES),
-    "Merge": {"hardware"} | below("tasks", *OF_TASKS, *OF_TESTS) | below("calibration", *OF_FISHERS, *OF_PROMISES),
-    "CompressExperts": {"experts order"},
-    "Evaluate": {"configuration", "yaml"} | below("tasks", *OF_TASKS) | below("calibration", *OF_FISHERS),
+VALUES: dict[str, Any] = {
+    "name": "small_vit",
+    "augmentation": "crop",
+    "weights": "best",
+    "lr_scheduler": "torch.optim.lr_scheduler.LinearLR",
+    "classes": "A-E",
+    "fisher_data": "pooled",
+    "fisher_kind": None,
+    "checkpoints": None,
+    "batchnorm": "recalibrate",
+    "class_path": None,
+    "start": "average",
+    "label": None,
+    "bits": 4,
+    "base_bits": 8,
+    "code": [[0.3, 0.7]],
+    "seeds": [1],
+    "decoders": ["ridge"],
+    "overrides": {"digits": {"lr": 0.5}},
+    "options": {"width": 8},
+    "damping": 0.5,
 }
-"""What changes no result of a step, by its class: fields, and parts of fields."""
+"""Other values, by an option's name, where one more or the opposite is none; None leaves it as it is."""
 
-VALID: dict[str, Any] = {"name": "resnet18", "classes": tuple("XYZ"), "trainer": {"precision": "16-true"}}
-"""Values of what takes no others."""
-
-ATTRIBUTES = {"classes": "names"}
-"""Where an option is kept that is read by a property."""
-
-
-def variants(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what is changed in a value of this name, and the value with that change."""
-    if isinstance(value, Step):
-        yield name, replace(value, name=f"another {value.name}")
-    elif isinstance(value, Code):
-        yield name, Code([[0.5, 0.5]])
-    elif isinstance(value, Mapping) and name in ("experts", "tasks"):
-        yield f"{name} order", dict(reversed(value.items()))
-        yield f"{name} names", {f"{key}-2": entry for key, entry in value.items()}
-        for key, entry in value.items():
-            for what, other in variants(name, entry):
-                yield what, {**value, key: other}
-    elif isinstance(value, RunLog):
-        yield name, None
-    elif parts := parts_of(value):
-        for part in parts:
-            attribute = ATTRIBUTES.get(part) or (part if hasattr(value, part) else f"_{part}")
-            changed = copy(value)
-            for _, other in variants(part, getattr(value, attribute)):
-                object.__setattr__(changed, attribute, other)
-                break
-            yield f"{name}.{part}", changed
-    else:
-        yield name, VALID.get(name, simple(value))
+WITHOUT_EFFECT = {
+    "output",
+    "wandb.tags",
+    "calibration.memory_mib",
+    *(f"base.task.init_args.{name}" for name in ("eval_batch_size", "test_per_class")),
+    *(
+        f"{task}.init_args.{name}"
+        for task in ("base.task", "tasks.digits", "tasks.letters")
+        for name in ("augmentation", "batch_size")
+    ),
+    *(f"tasks.{task}.init_args.image_size" for task in ("digits", "letters")),
+}
+"""What changes no result; the size of images is the network's."""
 
 
-def parts_of(value: Any) -> list[str]:
-    if isinstance(value, TaskData | Method):
-        return _option_names(type(value))
-    return [field.name for field in fields(value)] if is_dataclass(value) else []
-
-
-def simple(value: Any) -> Any:
-    """Return another value of the same kind."""
-    if isinstance(value, Enum):
-        return next(member for member in type(value) if member is not value)
-    if isinstance(value, Path):
-        return Path(__file__)
+def other(name: str, value: Any) -> Any:
+    """Return another value of an option, or None for one that is left alone."""
+    if name in VALUES:
+        return VALUES[name]
     if isinstance(value, bool):
         return not value
-    if isinstance(value, int | float):
+    if isinstance(value, int):
         return value + 1
-    if isinstance(value, Mapping):
-        return {**value, "another": 1}
-    return "another" if isinstance(value, str | None) else [*value, "another"]
+    if isinstance(value, float):
+        return value / 2
+    return f"{value}-other" if isinstance(value, str) else ["other"]
+
+
+def leaves(config: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every option."""
+    if isinstance(config, dict) and config and path[-1:] != ("options",):
+        for name, value in config.items():
+            yield from leaves(value, *path, name)
+    elif isinstance(config, list) and config and isinstance(config[0], dict):
+        for place, value in enumerate(config):
+            yield from leaves(value, *path, place)
+    else:
+        yield path
 
 
 @pytest.fixture(scope="module")
-def steps(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """One or more steps of every class, with every option."""
-    brought = tmp_path_factory.mktemp("brought") / "weights.safetensors"
-    brought.write_bytes(b"weights")
-    options = ["--replicas=[{bits: 3}]", "--calibration.promise_samples=60", "--calibration.fisher_data=pooled"]
-    arguments = ["-c", str(config), *options]
-    found = [planned.step for planned in plan(read_experiment(arguments)[0])]
-    imports = read_experiment([*arguments, f"--expert.checkpoints={{digits: {brought}}}"])[0]
-    return found + [planned.step for planned in plan(imports) if type(planned.step).__name__ == "ImportExpert"]
+def resolved(config: Path) -> dict[str, Any]:
+    """The small experiment with promises and copies, all its options written out."""
+    options = ["--replicas=[{bits: 3}]", "--calibration.promise_samples=8", "--calibration.fisher_mc_samples=2"]
+    options += ["--calibration.fisher_kind=monte_carlo", "--trainer={precision: bf16-mixed}"]
+    options += ["--methods=[{class_path: Average}, {class_path: Coin}, {class_path: Distillation}]"]
+    experiment, _ = read_experiment(["-c", str(config), *options])
+    return experiment.of_seeds(experiment.seeds)
 
 
-def test_every_option_changes_its_step_s_key_or_is_known_to_change_nothing(steps: list[Step]) -> None:
-    changing: dict[str, set[str]] = {name: set() for name in UNKEYED}
-    not_changing: dict[str, set[str]] = {name: set() for name in UNKEYED}
-    for step in steps:
-        kind = type(step).__name__
-        for field in fields(step):
-            for what, other in variants(field.name, getattr(step, field.name)):
-                name = field.name if field.name in UNKEYED[kind] else what
-                is_same = replace(step, **{field.name: other}).key == step.key
-                (not_changing if is_same else changing)[kind].add(name)
-    for kind, unkeyed in UNKEYED.items():
-        assert not_changing[kind] - OF_ALL == unkeyed, kind
-        assert not changing[kind] & (OF_ALL | unkeyed), kind
-        assert len(changing[kind]) > 3, kind
+def keys(config: dict[str, Any], file: Path) -> list[str]:
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return [planned.step.key for planned in plan(read_experiment(["-c", str(file)])[0])]
+
+
+def test_every_option_changes_a_key_or_is_known_to_change_nothing(resolved: dict[str, Any], tmp_path: Path) -> None:
+    before = keys(resolved, tmp_path / "x.yaml")
+    same = set()
+    changed = set()
+    for path in leaves(resolved):
+        config = deepcopy(resolved)
+        section = config
+        for part in path[:-1]:
+            section = section[part]
+        value = other(str(path[-1]), section[path[-1]])
+        if value is None:
+            continue
+        section[path[-1]] = value
+        after = keys(config, tmp_path / "x.yaml")
+        (same if after == before else changed).add(".".join(map(str, path)))
+    assert same == WITHOUT_EFFECT
+    assert len(changed) > 40
+
+
+def test_the_order_of_tasks_is_in_the_keys_of_what_depends_on_it(resolved: dict[str, Any], tmp_path: Path) -> None:
+    def by_name(config: dict[str, Any]) -> dict[str, str]:
+        keys(config, tmp_path / "x.yaml")
+        steps = plan(read_experiment(["-c", str(tmp_path / "x.yaml")])[0])
+        return {planned.step.name: planned.step.key for planned in steps}
+
+    before = by_name(resolved)
+    after = by_name({**resolved, "tasks": dict(reversed(resolved["tasks"].items()))})
+    kept = {name for name, key in before.items() if after[name] == key}
+    own = {f"{kind}-{task}" for kind in ("expert", "fisher") for task in ("digits", "letters")}
+    assert kept == {"base", "initial-10", "initial-6"} | own

@@ -10,15 +10,16 @@ from coin.commands.run import read_experiment
 from coin.data import TaskData
 from coin.errors import FileError
 from coin.files.downloads import folder_contents
-from coin.pipeline.plan import Planned, plan
-from coin.pipeline.run import prepared
+from coin.pipeline.plan import Planned, plan, remove_old_links
+from coin.pipeline.run import checked_plan
 from coin.pipeline.step import Step
-from coin.pipeline.steps.train import place_key
+from coin.pipeline.steps.imported import place_config
 
 EXPERTS = {"expert-digits", "expert-letters"}
 FISHERS = {"fisher-digits", "fisher-letters"}
 MERGES = {"coded-average", "coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "coded-distillation"}
-AFTER_EXPERTS = FISHERS | MERGES | {"replicas-3bit-delta", "evaluate"}
+RESULTS = {"evaluate", "report"}
+AFTER_EXPERTS = FISHERS | MERGES | RESULTS | {"replicas-3bit-delta"}
 BASE = {"base", "initial-10", "initial-6"}
 
 
@@ -57,26 +58,26 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
         ("--trainer={precision: 32, devices: auto, accelerator: cpu}", set()),
         ("--trainer={plugins: [{class_path: a.B}]}", BASE | EXPERTS | AFTER_EXPERTS),
         ("--tasks.letters.init_args.batch_size=16", set()),
-        ("--tasks.letters.init_args.eval_batch_size=16", {"evaluate"}),
-        ("--tasks.letters.init_args.test_per_class=5", {"evaluate"}),
-        ("--tasks.digits.init_args.max_test=50", {"evaluate"}),
+        ("--tasks.letters.init_args.eval_batch_size=16", RESULTS),
+        ("--tasks.letters.init_args.test_per_class=5", RESULTS),
+        ("--tasks.digits.init_args.max_test=50", RESULTS),
         ("--base.lr=0.3", BASE | EXPERTS | AFTER_EXPERTS),
         ("--expert.lr=0.3", EXPERTS | AFTER_EXPERTS),
         (
             "--expert.overrides={digits: {lr: 0.3}}",
-            {"expert-digits", "fisher-digits", "evaluate", "replicas-3bit-delta"} | MERGES,
+            {"expert-digits", "fisher-digits", "replicas-3bit-delta"} | MERGES | RESULTS,
         ),
         ("--trainer={precision: bf16-mixed}", BASE | EXPERTS | AFTER_EXPERTS),
-        ("--calibration.samples_per_task=9", FISHERS | MERGES | {"evaluate"}),
+        ("--calibration.samples_per_task=9", FISHERS | MERGES | RESULTS),
         (
             "--calibration.fisher_kind=categorical",
-            FISHERS | {"coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "evaluate"},
+            FISHERS | RESULTS | {"coded-coin", "coded-coin-recalibrate", "coded-coin-keep"},
         ),
-        ("--calibration.promise_samples=60", {"evaluate"}),
-        ("--code=[[0.5,0.5]]", MERGES | {"evaluate"}),
-        ("--decoders=[linear]", {"evaluate"}),
-        ("--name=other", {"evaluate"}),
-        ("--replicas=[{bits: 2}]", {"replicas-2bit-delta", "evaluate"}),
+        ("--calibration.promise_samples=60", RESULTS),
+        ("--code=[[0.5,0.5]]", MERGES | RESULTS),
+        ("--decoders=[linear]", RESULTS),
+        ("--name=other", RESULTS),
+        ("--replicas=[{bits: 2}]", {"replicas-2bit-delta", *RESULTS}),
     ],
 )
 def test_an_option_changes_the_keys_of_what_it_changes(
@@ -89,22 +90,22 @@ def test_an_option_changes_the_keys_of_what_it_changes(
 def test_an_edited_folder_of_hugging_face_s_changes_its_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"id2label": {"0": "a", "1": "b"}}')
     (tmp_path / "model.safetensors").write_text("weights")
-    before, weighed = place_key(f"hf/{tmp_path}"), folder_contents(str(tmp_path), weights=True)
+    before, weighed = place_config(f"hf/{tmp_path}"), folder_contents(str(tmp_path), weights=True)
     (tmp_path / "config.json").write_text('{"id2label": {"0": "b", "1": "a"}}')
-    assert place_key(f"hf/{tmp_path}") != before
+    assert place_config(f"hf/{tmp_path}") != before
     assert folder_contents(str(tmp_path), weights=True).keys() == {"config.json", "model.safetensors"}
     assert folder_contents(str(tmp_path), weights=True) != weighed
-    assert place_key("hf/some/id") == "hf/some/id"
-    assert place_key("weights.pth") is None
+    assert place_config("hf/some/id") == "hf/some/id"
+    assert place_config("weights.pth") is None
 
 
 def test_seeds_and_experiments_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:
     both = planned("--seeds=[0,1]")
-    assert len(both) == len(BASE) + 2 * len(EXPERTS | AFTER_EXPERTS)
+    assert len(both) == len(BASE) + 2 * len(EXPERTS | AFTER_EXPERTS) + 1  # and the report of both
     first, other = (keys(planned(*options)) for options in (["--name=p1"], ["--name=p2", "--seeds=[1]"]))
     assert {name for name in first if first[name] == other[name]} == BASE
     other = keys(planned("--name=p2", "--calibration.promise_samples=60"))
-    assert {name for name in first if first[name] != other[name]} == {"evaluate"}
+    assert {name for name in first if first[name] != other[name]} == RESULTS
 
 
 OWN = """
@@ -144,15 +145,13 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
     for file in ("own_classes.py", "parts/sizes.py", "parts/__init__.py"):
         assert changed_by(network, file) == BASE | EXPERTS | AFTER_EXPERTS
         assert {"expert-digits", "evaluate"} < changed_by(task, file) < EXPERTS | AFTER_EXPERTS
-        assert changed_by(method, file) == {"coded-average", "evaluate"}
+        assert changed_by(method, file) == {"coded-average", *RESULTS}
     for option in (network, task, method):
         assert changed_by(option, "aside.py") == set()
         assert changed_by(option, "own_classes.py", "# a comment") == set()
 
 
-def test_experts_that_are_brought_are_known_by_their_contents(
-    planned: Callable[..., list[Planned]], tmp_path: Path
-) -> None:
+def test_imported_experts_are_known_by_their_contents(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         path.write_bytes(b"weights")
@@ -161,7 +160,7 @@ def test_experts_that_are_brought_are_known_by_their_contents(
     paths[1].write_bytes(b"others")
     third = keys(planned(f"--expert.checkpoints={json.dumps({'digits': str(paths[1])})}"))
     assert {name for name, key in third.items() if found[0][name] != key} == {
-        "expert-digits", "fisher-digits", "replicas-3bit-delta", "evaluate", *MERGES
+        "expert-digits", "fisher-digits", "replicas-3bit-delta", *MERGES, *RESULTS
     }  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def test_links_lead_to_the_latest_and_leave_what_was_made_before(
         each = next(each for each in steps if each.step.name == "expert-digits")
         each.step.folder.mkdir(parents=True)
         (each.step.folder / "expert.safetensors").write_text(each.step.key)
-        assert not each.publish()  # no results
+        each.publish()
         return each.step
 
     place = tmp_path / "tiny/seed-0/experts/digits/expert.safetensors"
@@ -192,28 +191,25 @@ def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[
         expert.publish()
 
 
-def test_only_what_an_evaluation_wrote_is_replaced_and_a_report_of_the_former_goes(
+def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(
     planned: Callable[..., list[Planned]], tmp_path: Path
 ) -> None:
-    def published(option: str, **files: str) -> bool:
-        each = planned(option)[-1]
+    def publish(option: str, **files: str) -> None:
+        steps = planned(option)
+        (evaluation,) = (each for each in steps if each.step.name == "evaluate")
         for name, text in files.items():
-            path = each.step.folder / f"{name}.csv"
+            path = evaluation.step.folder / f"{name}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return each.publish()
+        evaluation.publish()
+        remove_old_links(evaluation.experiment, steps)
 
     seed = tmp_path / "tiny/seed-0"
-    assert published("--decoders=[linear]", results="1", promise="2")
-    for name in ("mine.csv", "mine.json", "mine.yaml", "report.html"):
-        (seed / name).write_text("mine")
-    assert not published("--decoders=[linear]", results="1")
-    assert (seed / "report.html").is_file()
-    assert published("--decoders=[ridge]", results="3")  # killed after that, a run finds no report and draws it
-    assert {path.name for path in seed.iterdir()} == {
-        "evaluation", "results.csv", "mine.csv", "mine.json", "mine.yaml"
-    }  # fmt: skip
-    assert (seed / "results.csv").read_text() == "3"
+    publish("--decoders=[linear]", results="1", promise="2")
+    assert (seed / "promise.csv").read_text() == "2"
+    (seed / "mine.csv").write_text("mine")
+    publish("--decoders=[ridge]", results="3")
+    assert {path.name: path.read_text() for path in seed.iterdir()} == {"results.csv": "3", "mine.csv": "mine"}
 
 
 def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
@@ -223,8 +219,8 @@ def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
     read: list[str] = []
     monkeypatch.setattr(TaskData, "prepare_data", lambda task: read.append(type(task).__name__))
     monkeypatch.setattr(TaskData, "calibration", lambda task, *_, **__: read.append(type(task).__name__))
-    steps = prepared(experiment, only="digits")
+    steps = checked_plan(experiment, only="digits")
     assert [each.step.name for each in steps] == ["base", "initial-10", "expert-digits"]
     assert read == ["Digits", "Digits"]
-    prepared(experiment, only="coded-average")
+    checked_plan(experiment, only="coded-average")
     assert set(read) == {"Digits", "Glyphs"}

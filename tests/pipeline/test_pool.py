@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ import coin.files.safetensors
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.pipeline.plan import Planned
-from coin.pipeline.pool import Cluster, Command, CommandFailedError, Launch, open_pool, worker_environments
+from coin.pipeline.pool import Cluster, Job, JobsFailedError, Launch, check_launch, run_as_jobs, stages
 from coin.pipeline.run import run_steps
-from coin.pipeline.step import Step, unkeyed
-from tests.pipeline.finishing import Finish
+from coin.pipeline.step import Step
+from tests.pipeline.jobs import finish
 
 LOCAL = Launch(Cluster.local, 2)
 
@@ -32,8 +33,7 @@ class Touch(Step):
     """A step that another process finishes."""
 
     parts: tuple["Touch", ...] = ()
-    here: bool = unkeyed(default=False)
-    doing: str = unkeyed(default="touching")
+    here: bool = False
 
     @property
     def remote(self) -> bool:  # type: ignore[override]
@@ -51,61 +51,89 @@ def planned(tmp_path: Path) -> list[Planned]:
     first = make(name="first", here=True)
     a, wrong, c = (make(name=name, parts=(first,)) for name in ("a", "wrong", "c"))
     steps = [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
-    experiment: Any = SimpleNamespace(name="x", as_yaml=lambda: "{}")
-    return [Planned(step, step.name, experiment) for step in steps]
+    experiment: Any = SimpleNamespace(name="x", seeds=[0], of_seeds=lambda _: {})
+    return [Planned(step, step.name, experiment, tmp_path / step.name) for step in steps]
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have jobs finish their step's folder alone."""
-    monkeypatch.setattr("coin.pipeline.run.Command", Finish)
+    """What jobs of this machine need to find their function."""
     monkeypatch.setenv("JOB_SECONDS", "0.2")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
+def names(every: list[list[Planned]]) -> list[list[str]]:
+    return [[planned.step.name for planned in stage] for stage in every]
+
+
+def test_a_stage_needs_earlier_ones_alone(planned: list[Planned]) -> None:
+    assert names(stages(planned)) == [["a", "wrong", "c"], ["all"]]
+    last = Touch(name="last", store=planned[0].step.store, parts=(planned[5].step,))  # by way of one that is not remote
+    more = [*planned, Planned(last, "last", planned[0].experiment, Path())]
+    assert names(stages(more)) == [["a", "wrong", "c"], ["all", "last"]]
+    step = planned[2].step
+    step.folder.mkdir(parents=True)
+    step.finish(1.0)
+    assert names(stages(planned)) == [["a", "c"], ["all"]]
+
+
 @pytest.mark.usefixtures("jobs")
-def test_a_failed_step_stops_only_those_that_need_it(
-    planned: list[Planned], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_jobs_that_have_failed_are_told_of_and_stop_the_next_stage(
+    planned: list[Planned], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
-    done: list[str] = []
-    with pytest.raises(CommandFailedError, match=r"1 of 6 steps failed, the first of them wrong: .*the last word of"):
-        run_steps(planned, LOCAL, lambda each, _: done.append(each.step.name))
-    assert done[0] == "first"
-    assert set(done) == {"first", "a", "c", "two"}
-    told = capsys.readouterr().err.splitlines()
-    assert "[2/6] a: touching, elsewhere" in told
-    assert "[2/6] a: done" in told
-    assert sum("failed" in line for line in told) == 1
+    told = r"2 of 4 steps are not done, the first of them wrong: job \d+: ValueError: the last word of wrong-.* \(see "
+    with pytest.raises(JobsFailedError, match=told):
+        run_as_jobs(planned, LOCAL, finish)
+    assert [each.step.name for each in planned if each.step.is_done] == ["a", "c"]
     (made,) = planned[1].step.store.glob("a-*/threads")
     assert made.read_text() == "3"  # the share of one worker of two
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["a", "c", "wrong"]
 
 
-def test_an_error_in_this_process_ends_the_run(planned: list[Planned]) -> None:
+def test_an_error_in_this_process_ends_the_run(planned: list[Planned], monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
+    monkeypatch.setattr(Planned, "publish", lambda each: done.append(each.step.name))
     with pytest.raises(CoinError, match=r"^it is wrong; fix it$"):
-        run_steps(planned, on_done=lambda each, _: done.append(each.step.name))
+        run_steps(planned)
     assert done == ["first", "a"]
 
 
+class Inline:
+    """An executor that runs jobs at once, and notes what each has."""
+
+    def __init__(self) -> None:
+        self.had: list[list[int]] = []
+
+    def update_parameters(self, *, gpus_per_node: int, visible_gpus: list[int]) -> None:
+        assert gpus_per_node == len(visible_gpus)
+        self.had.append(visible_gpus)
+
+    def submit(self, job: Callable[[], None]) -> SimpleNamespace:
+        job()
+        return SimpleNamespace(job_id=1, wait=lambda: None, done=lambda: True)
+
+
 @pytest.mark.usefixtures("jobs")
-def test_what_another_command_is_at_work_on_takes_no_worker(planned: list[Planned], tmp_path: Path) -> None:
-    """A job for it would hold its allocation, and wait."""
-    (busy,) = (each.step for each in planned if each.step.name == "a")
-    started: list[str] = []
-
-    def note(each: Planned, _: bool) -> None:
-        started.append(each.step.name)
-        if each.step.name == "c":
-            busy.folder.mkdir(parents=True)
-            busy.finish(1.0)  # by the other
-
-    wanted = [each for each in planned if each.step.name in ("first", "a", "c", "two")]
-    with busy.locked():
-        run_steps(wanted, LOCAL, note)
-    assert started == ["first", "c", "a", "two"]
-    assert not (busy.folder / "launch.log").exists()
+@pytest.mark.parametrize(
+    ("visible", "workers", "shares"),
+    [(None, 3, [[0], [1], [0]]), ("5,7", 2, [[5], [7]]), ("5,7", 1, [[5, 7]]), ("", 2, [[], []])],
+)
+def test_workers_share_the_gpus(
+    visible: str | None, workers: int, shares: list[list[int]], planned: list[Planned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_SECONDS", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if visible == "" else 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    executor = Inline()
+    monkeypatch.setattr("coin.pipeline.pool._executor", lambda *_: executor)
+    right = [each for each in planned if each.step.name in ("first", "a", "c")]
+    third = Touch(name="d", store=right[0].step.store)
+    run_as_jobs([*right, Planned(third, "d", right[0].experiment, Path())], Launch(Cluster.local, workers), finish)
+    assert executor.had == shares
 
 
 @pytest.mark.slow
@@ -122,11 +150,11 @@ def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
         one, other = (coin.files.safetensors.load_state(place)[0] for place in places)
         assert all(one[name].equal(other[name]) for name in one)
     assert (tmp_path / "tiny/seed-0/results.csv").is_file()
-    logs = list((tmp_path / ".steps").glob("*/launch.log"))
-    assert {log.parent.name.rpartition("-")[0] for log in logs} >= {"expert-digits", "fisher-letters", "evaluate"}
+    submitted = {file.parent.name.rpartition("-")[0] for file in (tmp_path / ".steps").glob("*/job")}
+    assert submitted >= {"base", "expert-digits", "fisher-letters", "evaluate"}
     capsys.readouterr()
     assert main(command) == 0
-    assert "elsewhere" not in capsys.readouterr().err
+    assert "job" not in capsys.readouterr().err
 
 
 def is_alive(process: int) -> bool:
@@ -137,59 +165,39 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_jobs_of_this_machine_are_as_many_as_workers_and_end_with_the_command(
+def test_jobs_of_this_machine_end_with_the_command(
     planned: list[Planned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_SECONDS", "600")
-    waited = []
 
-    def wait(_: float) -> None:
-        waited.append(list(tmp_path.glob(".steps/*/process")))
-        if len(waited[-1]) == 2:
-            raise KeyboardInterrupt
-        threading.Event().wait(0.2)
+    def processes() -> list[int]:
+        return [int(path.read_text() or 0) for path in tmp_path.glob(".steps/*/process")]
 
-    monkeypatch.setattr("coin.pipeline.run.time.sleep", wait)
+    def interrupted(_: object) -> None:
+        while len(processes()) < 2 or not all(processes()):
+            threading.Event().wait(0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("submitit.core.core.Job.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_steps(planned, LOCAL)
-    processes = [int(path.read_text()) for path in tmp_path.glob(".steps/*/process")]
-    assert len(processes) == 2
+        run_as_jobs(planned, LOCAL, finish)
     deadline = time.monotonic() + 30
-    while any(map(is_alive, processes)):
+    while any(map(is_alive, processes())):
         assert time.monotonic() < deadline
         threading.Event().wait(0.2)
 
 
-def test_a_command_that_did_not_come_to_its_end_has_no_last_word(tmp_path: Path) -> None:
-    command = Command([], tmp_path / "a.log")
-    assert command.failure() == "it ended without a result, cancelled or killed"
-    command.log.write_text("answers queries\n")
-    command.job.write_text("17")
-    assert command.failure() == f"job 17 ended without a result, cancelled or killed (see {command.log})"
-    with pytest.raises(CommandFailedError, match="exit status 2: coin: error: found command 'nonsense'"):
-        Command(["nonsense"], command.log)()
-
-
-def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert [place["OMP_NUM_THREADS"] for place in worker_environments(3)] == ["2", "2", "2"]
-    assert "CUDA_VISIBLE_DEVICES" not in worker_environments(3)[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(2)] == ["5", "7"]
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(1)] == ["5,7"]
+def test_what_submitit_requeues_is_the_same_job(tmp_path: Path) -> None:
+    job = Job(finish, tmp_path, ["a"])
+    assert job.checkpoint().function == job
 
 
 def test_what_does_not_fit_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(launch: Launch, match: str) -> None:
-        with pytest.raises(ConfigurationError, match=match), open_pool(launch, tmp_path):
-            pass
+        with pytest.raises(ConfigurationError, match=match):
+            check_launch(launch, tmp_path)
 
     with pytest.raises(ConfigurationError, match="workers=0"):
         Launch(workers=0)
@@ -200,11 +208,11 @@ def test_what_does_not_fit_is_one_line(
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(Launch(Cluster.slurm), r"found no srun .*cluster=local runs jobs here")
     (tmp_path / "srun").touch(mode=0o755)
-    refused(Launch(Cluster.slurm, 2, {"speed": 9}), r"cannot use jobs with .*speed")
+    refused(Launch(Cluster.slurm, 2, {"speed": 9}), r"cannot submit jobs with .*speed")
     for more in ([], ["--dry-run"]):
         options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
         assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
-        assert "cannot use jobs with" in capsys.readouterr().err
+        assert "cannot submit jobs with" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/expert*"))
     monkeypatch.setitem(sys.modules, "submitit", None)
     refused(LOCAL, r"pip install '\.\[slurm\]'")
@@ -218,4 +226,4 @@ def test_experts_that_are_imported_need_no_process(finished: Path, config: Path,
     base = f"--base={{task: null, checkpoint: {finished}/base/base.safetensors}}"
     launch = ["--launch.cluster=local", "--launch.workers=2"]
     assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given, *launch]) == 0
-    assert not list((tmp_path / ".steps").rglob("launch.log"))
+    assert not list((tmp_path / ".steps").glob("*/job"))

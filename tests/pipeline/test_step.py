@@ -12,41 +12,36 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from coin.core.versions import versions
-from coin.data import MNIST, Digits, ImageFolder
-from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.merging import Average
-from coin.pipeline.options import config_dict, task_key
+from coin.data import MNIST, ImageFolder
+from coin.errors import CoinWarning, FileError
+from coin.pipeline.options import task_config
 from coin.pipeline.plan import Planned
 from coin.pipeline.run import execute, warn_of_versions
-from coin.pipeline.step import DONE, Step, keyed_by, unkeyed
+from coin.pipeline.step import DONE, Step
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Write(Step):
     """Writes its option, behind what its needs have written."""
 
-    option: Any = None
     parts: tuple["Write", ...] = ()
-    weights: Path | None = None
-    shown: bool = unkeyed(default=True)
-    length: str = keyed_by(len, default="")
-    work: Callable[[], None] = unkeyed(default=lambda: None)
+    work: Callable[[], None] = lambda: None
 
     def run(self) -> None:
         self.work()
-        self.output.write_text("".join([*(part.output.read_text() for part in self.parts), str(self.option)]))
+        parts = [part.output.read_text() for part in self.parts]
+        self.output.write_text("".join([*parts, self.config.get("option", "")]))
 
 
-def write(folder: Path, name: str = "a", **options: Any) -> Write:
-    return Write(name=name, store=folder / ".steps", **options)
+def write(folder: Path, name: str = "a", parts: tuple[Write, ...] = (), **config: Any) -> Write:
+    return Write(name=name, store=folder / ".steps", parts=parts, config=config)
 
 
-def key(option: Any) -> str:
-    return write(Path("x"), option=option).key
+def working(folder: Path, work: Callable[[], None]) -> Write:
+    return Write(name="a", store=folder / ".steps", work=work)
 
 
 def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and_version(
@@ -57,16 +52,14 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
     part = write(tmp_path, "part", option=1)
     made = write(tmp_path, option=1, parts=(part,), weights=weights)
     same = {"option": 1, "parts": (write(tmp_path / "elsewhere", "part", option=1),), "weights": weights}
-    assert write(tmp_path / "other place", **same, shown=False).key == made.key
+    assert write(tmp_path / "other place", **same).key == made.key
     others: list[dict[str, Any]] = [
         {"option": 2},
         {"parts": (write(tmp_path, "part", option=2),)},
         {"parts": ()},
-        {"length": "one"},
     ]
     keys = {write(tmp_path, **{**same, **other}).key for other in others} | {write(tmp_path, "b", **same).key}
     assert len(keys | {made.key}) == len(others) + 2
-    assert write(tmp_path, **same, length="one").key == write(tmp_path, **same, length="two").key
     weights.write_text("two")
     assert write(tmp_path, **same).key != made.key
     weights.write_text("one")
@@ -77,21 +70,22 @@ def test_a_key_is_known_before_anything_runs_and_follows_options_needs_files_and
     assert write(tmp_path, **same).key != made.key
 
 
-def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: Path) -> None:
+def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = write(tmp_path, "first", option="x"), write(tmp_path, "second", option="y")
     both = write(tmp_path, "both", option="z", parts=(first, second))
     assert [step.name for step in both.closure.values()] == ["first", "second", "both"]
     assert not first.is_done
     for step in both.closure.values():
-        execute(step)
+        execute(step, step.name)
     assert both.output.read_text() == "xyz"
     made = json.loads((both.folder / DONE).read_text())
     assert made["key"] == both.key
-    assert made["options"]["option"] == "z"
-    said: list[str] = []
+    assert made["options"]["config"] == {"option": "z"}
     before = both.output.stat().st_mtime_ns
-    execute(write(tmp_path, "both", option="z", parts=(first, second)), said.append)
-    assert said == ["up to date"]
+    execute(write(tmp_path, "both", option="z", parts=(first, second)), "both")
+    assert capsys.readouterr().err.splitlines()[-1] == "both: up to date"
     assert both.output.stat().st_mtime_ns == before
     other = write(tmp_path, "both", option="Z", parts=(first, second))
     assert other.folder != both.folder
@@ -100,13 +94,13 @@ def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path: P
 def test_a_step_of_another_version_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write(tmp_path)
     assert made.other_versions == ""
-    execute(made)
+    execute(made, "made")
     assert made.other_versions == ""
     current = versions()
     monkeypatch.setattr("coin.pipeline.step.versions", lambda: {**current, "torch": "9.0", "numpy": "9.0"})
     assert made.other_versions == f"torch {current['torch']}"
     with pytest.warns(CoinWarning, match=rf"1 finished steps .*, the first of them a by torch {current['torch'][:3]}"):
-        warn_of_versions([Planned(made, "it", None)])  # type: ignore[arg-type]
+        warn_of_versions([Planned(made, "it", None, tmp_path)])  # type: ignore[arg-type]
 
 
 def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) -> None:
@@ -114,21 +108,21 @@ def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) ->
         (made.folder / "half").touch()
         raise OSError("no space")
 
-    made = write(tmp_path, work=fail)
+    made = working(tmp_path, fail)
     with pytest.raises(OSError, match="no space"):
-        execute(made)
+        execute(made, "made")
     assert not made.is_done
     again = write(tmp_path)
     assert (again.folder / "half").is_file()
-    execute(again)
+    execute(again, "again")
     assert again.is_done
 
 
 @pytest.mark.filterwarnings("ignore:waiting for a:coin.errors.CoinWarning")
 def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
     runs: list[int] = []
-    steps = [write(tmp_path, work=lambda: (runs.append(1), time.sleep(0.5))[0]) for _ in range(2)]
-    threads = [threading.Thread(target=execute, args=(step,)) for step in steps]
+    steps = [working(tmp_path, lambda: (runs.append(1), time.sleep(0.5))[0]) for _ in range(2)]
+    threads = [threading.Thread(target=execute, args=(step, "it")) for step in steps]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,15 +144,6 @@ def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_reading_the_data_changes_no_key() -> None:
-    task = Digits(max_train=50)
-    before = key(task)
-    assert before != key(Digits(max_train=51))
-    task.setup()
-    task.calibration(5)
-    assert key(task) == before
-
-
 def test_a_changed_image_changes_the_keys_of_what_reads_it_wherever_the_folder_lies(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for split in ("train", "test"):
@@ -167,7 +152,7 @@ def test_a_changed_image_changes_the_keys_of_what_reads_it_wherever_the_folder_l
             Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / split / name / "0.png")
 
     def keys(root: Path = folder) -> list[Any]:
-        return [task_key(ImageFolder(str(root)), with_tests=with_tests) for with_tests in (False, True)]
+        return [task_config({}, ImageFolder(str(root)), with_tests=with_tests) for with_tests in (False, True)]
 
     before = keys()
     shutil.copytree(folder, tmp_path / "copy")
@@ -181,33 +166,8 @@ def test_a_changed_image_changes_the_keys_of_what_reads_it_wherever_the_folder_l
 
 
 def test_where_a_downloaded_set_lies_changes_no_key() -> None:
-    here, there = MNIST(), MNIST(root="elsewhere", download=False)
-    assert task_key(here, with_tests=True) == task_key(there, with_tests=True)
-    assert task_key(here, with_tests=True) != task_key(MNIST(max_train=5), with_tests=True)
+    def found(**options: Any) -> dict[str, Any]:
+        return task_config({"init_args": options}, MNIST(**options), with_tests=True)
 
-
-@dataclass
-class Section:
-    depth: int = 1
-
-
-class Odd(Average):
-    """A user's method with an option of a user's kind."""
-
-    def __init__(self, part: object) -> None:
-        super().__init__()
-        self.part = part
-
-
-def test_options_of_every_kind_change_the_key() -> None:
-    for one, other in ((Section(1), Section(2)), (torch.ones(1), torch.zeros(1)), (Odd(1), Odd(2))):
-        assert key(Odd(one)) != key(Odd(other))
-        assert key(Odd(one)) == key(Odd(one))
-    assert key(np.int64(3)) == key(3)
-    assert config_dict(Odd(1))["class"].endswith("test_step.Odd")
-
-
-@pytest.mark.parametrize("part", [object(), lambda: None, torch.nn.Linear(1, 1)])
-def test_an_option_of_another_kind_is_refused(part: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"found an option of type .*, expected plain values"):
-        key(Odd(part))
+    assert found() == found(root="elsewhere", download=False)
+    assert found() != found(max_train=5)

@@ -38,14 +38,13 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
     def train(folder: str) -> dict[str, Any]:
         taken.clear()
         task: TaskData = synthetic()
-        config = ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights)
         step = TrainNetwork(
             name="expert",
             store=tmp_path / folder,
+            config={"seed": 3},
             network=small_config,
-            config=config,
+            recipe=ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights),
             task=task,
-            seed=3,
             trainer={"accelerator": "cpu", "num_sanity_val_steps": 0},
             log=RunLog(tmp_path / folder, "group", "expert", "name", (), {}),
         )

@@ -1,23 +1,24 @@
 """The step that measures every method with every decoder, on one seed."""
 
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
-from coin.coding import Code, DecoderKind
+import yaml  # type: ignore[import-untyped]
+
 from coin.core.processes import is_rank_zero, rank_zero_info
 from coin.data import TaskData
+from coin.data.tasks import Tasks
 from coin.files.atomic import write_text
 from coin.merging import Experts
 from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
 from coin.networks import head_name
-from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import result_options, tasks_key
-from coin.pipeline.step import DONE, Step, in_order, keyed_by, unkeyed
-from coin.pipeline.steps.merge import CompressExperts, Merge, code_key, datamodule, samples_key
-from coin.pipeline.steps.train import ExpertStep
+from coin.pipeline.step import Step
+from coin.pipeline.steps.merge import (
+    CompressExperts,
+    ExpertStep,
+    Merge,
+)
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
 
@@ -33,68 +34,50 @@ def tell_how_far_apart(files: ExpertFiles) -> None:
     )
 
 
-def _key(calibration: CalibrationConfig) -> dict[str, Any]:
-    """Return what an evaluation depends on."""
-    key = samples_key(calibration)
-    if calibration.promise_samples:
-        key |= {
-            name: value for name, value in vars(calibration).items() if name.startswith("promise_")
-        }
-    return key
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Step):
     """Measures how well lost experts are decoded, and writes the results, and every coded system with its decoders."""
 
-    version = 2  # heads without their padding
     collective: ClassVar[bool] = True
+    doing: ClassVar[str] = "every method with every decoder"
 
-    experiment: str
-    experts: dict[str, ExpertStep] = keyed_by(in_order)
+    experts: dict[str, ExpertStep]
     merges: list[Merge]
     replicas: list[CompressExperts]
-    code: Code = keyed_by(code_key)
-    decoders: list[DecoderKind] | None
-    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=True))
-    calibration: CalibrationConfig = keyed_by(_key)
-    trainer: dict[str, Any] = keyed_by(partial(result_options, training=False))
-    configuration: dict[str, Any] = unkeyed()  # what ``results.json`` says of the experiment
-    yaml: str = unkeyed()  # what ``coin run`` repeats the seed with
-    log: RunLog = unkeyed()
-    doing: str = unkeyed(default="every method with every decoder")
+    tasks: dict[str, TaskData]
+    trainer: dict[str, Any]
+    experiment: dict[str, Any]  # the configuration that repeats the seed
+    log: RunLog
 
     def run(self) -> None:
         """Measure, and write; every process takes part."""
+        config = self.config
         paths = {task: step.output for task, step in self.experts.items()}
         if is_rank_zero():
             tell_how_far_apart(ExpertFiles(paths))
         model = DecodingEvaluator(
             experts={task: str(path) for task, path in paths.items()},
             coded=[str(path) for merge in self.merges for path in merge.outputs],
-            decoders=None if self.decoders is None else list(self.decoders),
-            code=self.code.matrix.tolist(),
+            decoders=config["decoders"],
+            code=config["code"],
             replicas=[str(path) for step in self.replicas for path in step.outputs.values()],
-            alpha=self.calibration.promise_alpha,
-            confidence=self.calibration.promise_confidence,
+            alpha=config["promise_alpha"],
+            confidence=config["promise_confidence"],
         )
-        configuration = {
-            **self.configuration,
-            "experts": {task: step.key for task, step in self.experts.items()},
-        }
         if is_rank_zero():
-            write_text(self.folder / "config.yaml", self.yaml)
+            text = yaml.safe_dump(self.experiment, sort_keys=False, allow_unicode=True)
+            write_text(self.folder / "config.yaml", text)
+        keys = {task: step.key for task, step in self.experts.items()}
+        data = Tasks(
+            self.tasks,
+            config["samples_per_task"],
+            config["batch_size"],
+            promise_samples=config["promise_samples"],
+        )
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
-            data = datamodule(self.tasks, self.calibration)
-            trainer.evaluate(model, data, self.experiment, configuration)
+            trainer.evaluate(
+                model, data, config["experiment"], {**self.experiment, "experts": keys}
+            )
         for task in self.tasks.values():
             task.release()
-
-
-def shown_names(folder: Path) -> list[Path]:
-    """Return which files of an evaluation's folder a person sees in the seed's, relative to either."""
-    names = []
-    for pattern in ("*.csv", "*.json", "*.npz", "*.yaml", "systems/*"):
-        names += [path.relative_to(folder) for path in sorted(folder.glob(pattern))]
-    return [name for name in names if name.name != DONE]

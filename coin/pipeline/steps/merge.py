@@ -1,12 +1,13 @@
 """The steps from experts to what stands in for them: statistics, coded models, compressed copies."""
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
@@ -20,52 +21,24 @@ from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.files.atomic import hashes
+from coin.files.atomic import hashes, link
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
 from coin.merging.expert_sources import ExpertFiles
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
 from coin.networks.files import kept_base, save_compressed
-from coin.pipeline.config import CalibrationConfig
-from coin.pipeline.options import config_dict, result_options, tasks_key
-from coin.pipeline.step import Step, in_order, keyed_by, unkeyed
-from coin.pipeline.steps.train import ExpertStep, WriteInitial
+from coin.pipeline.step import Step
+from coin.pipeline.steps.imported import ImportExpert
+from coin.pipeline.steps.train import TrainNetwork, WriteInitial
+from coin.reporting.results import as_json
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import estimate_over_tasks, make_trainer
 
-
-def datamodule(tasks: Mapping[str, TaskData], calibration: CalibrationConfig) -> Tasks:
-    """Return tasks as a datamodule with the experiment's calibration options."""
-    return Tasks(
-        tasks,
-        calibration.samples_per_task,
-        calibration.batch_size,
-        promise_samples=calibration.promise_samples,
-    )
-
-
-def samples_key(calibration: CalibrationConfig) -> dict[str, Any]:
-    """Return what decides which calibration samples are drawn."""
-    return {"samples_per_task": calibration.samples_per_task, "batch_size": calibration.batch_size}
-
-
-def fisher_key(options: FisherOptions | None) -> dict[str, Any] | None:
-    """Return what decides a Fisher beyond its last bits."""
-    if options is None:
-        return None
-    return {name: value for name, value in vars(options).items() if name != "memory_mib"}
-
-
-def code_key(code: Code) -> list[list[float]]:
-    """Return the coding weights."""
-    return code.matrix.tolist()
-
-
-def _training_key(trainer: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if trainer is None else result_options(trainer, training=True)
+T = TypeVar("T")
+ExpertStep = TrainNetwork | ImportExpert
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,27 +46,24 @@ class EstimateStatistic(Step):
     """Computes a statistic of a task's expert over calibration samples of its own task, or of all `tasks`."""
 
     file: ClassVar[str] = "statistic.safetensors"
+    doing: ClassVar[str] = "computing"
     collective: ClassVar[bool] = True
 
-    which: Statistic
-    fisher: FisherOptions | None = keyed_by(fisher_key)
-    task_name: str
     expert: ExpertStep
-    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
-    calibration: CalibrationConfig = keyed_by(samples_key)
-    trainer: dict[str, Any] = unkeyed()
-    doing: str = unkeyed(default="computing")
+    fisher: FisherOptions | None  # none for Gram matrices
+    tasks: dict[str, TaskData]
+    trainer: dict[str, Any]
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""
         estimate_over_tasks(
             make_trainer(self.folder, self.trainer),
             load_network(self.expert.output).network,
-            datamodule(self.tasks, self.calibration),
+            Tasks(self.tasks, self.config["samples_per_task"], self.config["batch_size"]),
             self.fisher,
             self.output,
-            task=self.task_name,
-            data=str(self.which.data),
+            task=self.config["task_name"],
+            data=self.config["data"],
         )
 
 
@@ -101,21 +71,15 @@ class EstimateStatistic(Step):
 class Merge(Step):
     """Makes a method's coded models, one a row of the code, and their compressed variants."""
 
-    version = 3  # distillation chooses among its learning rates alone
+    doing: ClassVar[str] = "merging"
 
     method: Method
-    code: Code = keyed_by(code_key)
-    experts: dict[str, ExpertStep] = keyed_by(in_order)
+    experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
-    initial: WriteInitial | None  # given, as the trainer, to methods that read it only
-    tasks: dict[str, TaskData] = keyed_by(partial(tasks_key, with_tests=False))
-    seed: int
-    calibration: CalibrationConfig = keyed_by(samples_key)
-    trainer: dict[str, Any] | None = keyed_by(_training_key)
-    # The ``trainer`` section, which says on which device it runs.
-    hardware: dict[str, Any] = unkeyed()
-    log: RunLog = unkeyed()
-    doing: str = unkeyed(default="merging")
+    initial: WriteInitial | None  # for methods that read it
+    tasks: dict[str, TaskData]
+    trainer: dict[str, Any]
+    log: RunLog
 
     @property
     def collective(self) -> bool:  # type: ignore[override]
@@ -123,36 +87,32 @@ class Merge(Step):
         return self.method.is_trained
 
     @property
-    def alone(self) -> bool:  # type: ignore[override]
-        """Whether any one process runs it."""
-        return not self.method.is_trained
-
-    @property
     def outputs(self) -> list[Path]:
         """The files of the coded models, followed by those of the compressed variants."""
-        return coded_paths(self.method, self.code.num_coded, self.folder)
+        return coded_paths(self.method, len(self.config["code"]), self.folder)
 
     def run(self) -> None:
         """Make the coded models."""
         paths = {task: step.output for task, step in self.experts.items()}
         initial = None if self.initial is None else self.initial.output
-        files = ExpertFiles(paths, initial, merging_device(self.folder, self.hardware))
+        files = ExpertFiles(paths, initial, merging_device(self.folder, self.trainer))
         statistics = {
             which: {task: step.output for task, step in steps.items()}
             for which, steps in self.statistics.items()
         }
-        data = datamodule(self.tasks, self.calibration)
+        samples = self.config["samples_per_task"]
+        data = Tasks(self.tasks, samples, self.config["batch_size"])
         data.setup()
         calibration = list(data.calibrations().values())
         with ExitStack() as stack:
             train = None
-            if self.trainer is not None:
+            if self.method.is_trained:
                 loggers = stack.enter_context(self.log.open(self.folder))
-                train = Training(data, self.folder, self.seed, self.trainer, loggers)
+                seed = self.config["seed"]
+                train = Training(data, self.folder, seed, self.trainer, loggers)
             experts = Experts(files, statistics=statistics, calibration=calibration, train=train)
-            make_coded_models(
-                self.method, self.code, experts, self.folder, self.calibration.samples_per_task
-            )
+            code = Code(self.config["code"])
+            make_coded_models(self.method, code, experts, self.folder, samples)
 
 
 def merging_device(folder: Path, trainer: Mapping[str, Any]) -> torch.device:
@@ -211,46 +171,45 @@ def make_coded_models(
         read += statistic.values()
     if method.reads_initial and files.initial is not None:
         read.append(files.initial)
-    paths = coded_paths(method, code.num_coded, folder)
-    for index, row in enumerate(code.matrix.tolist()):
-        started = time.perf_counter()
-        passes_before = experts.passes
-        seconds_before = experts.seconds
-        made = method.coded_model(experts, row)
-        passes = experts.passes - passes_before
-        seconds = time.perf_counter() - started + experts.seconds - seconds_before
+    every_path = coded_paths(method, code.num_coded, folder)
+    for row, weights in enumerate(code.matrix.tolist()):
+        made, cost = _measured(experts, partial(method.coded_model, experts, weights))
         if not is_rank_zero():
             continue
         provenance = {
             "made_by": "coin merge",
             "label": method.label,
-            "method": {"name": method.name, "options": config_dict(method)},
+            "method": {"name": method.name, "options": json.loads(as_json(vars(method)))},
             "batchnorm": str(method.batchnorm) if batchnorms(files.skeleton) else "",
             "code": code.matrix.tolist(),
-            "row": index,
+            "row": row,
             "tasks": list(files.paths),
             "class_counts": [file.num_classes for file in files.opened.values()],
             "experts": list(files.fingerprints.values()),
             "samples_per_task": method.samples_per_task or samples_per_task,
             "sha256": hashes(read),
-            "seconds": seconds,
-            "passes": passes,
             "chosen": made.chosen,
+            **cost,
         }
-        path, *variants = paths[index :: code.num_coded]
+        path, *variants = every_path[row :: code.num_coded]
         save_network(path, made.network, files.config, files.width, provenance, made.adapters)
-        for variant, compression in zip(variants, method.compress, strict=True):
-            started = time.perf_counter()
-            passes_before = experts.passes
-            packed = method.pack(experts, row, made, compression.bits)
-            metadata = {
-                **provenance,
-                "label": f"{method.label}-{compression.name}",
-                "passes": passes + experts.passes - passes_before,
-                "seconds": seconds + time.perf_counter() - started,
-            }
-            save_compressed(variant, packed, files.config, files.width, None, compression, metadata)
-    return paths
+        for variant, how in zip(variants, method.compress, strict=True):
+            pack = partial(method.pack, experts, weights, made, how.bits)
+            packed, more = _measured(experts, pack)
+            total = {name: cost[name] + more[name] for name in cost}
+            metadata = {**provenance, "label": f"{method.label}-{how.name}", **total}
+            save_compressed(variant, packed, files.config, files.width, None, how, metadata)
+    return every_path
+
+
+def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """Return what is made of experts, and what it cost: seconds and passes, with those of the statistics it read."""
+    started = time.perf_counter()
+    passes = experts.passes
+    seconds = experts.seconds
+    made = make()
+    seconds = time.perf_counter() - started + experts.seconds - seconds
+    return made, {"seconds": seconds, "passes": experts.passes - passes}
 
 
 def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
@@ -283,12 +242,11 @@ def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
 class CompressExperts(Step):
     """Writes a compressed copy of every expert."""
 
-    alone: ClassVar[bool] = True
+    doing: ClassVar[str] = "compressing"
 
     compression: Compression
     experts: dict[str, ExpertStep]
     initial: WriteInitial
-    doing: str = unkeyed(default="compressing")
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -300,8 +258,12 @@ class CompressExperts(Step):
 
     def run(self) -> None:
         """Write the copies, and the 8-bit base of some beside them."""
+        base = self.initial.output
+        if self.compression.base_bits == 32:  # the base as it is
+            base = self.folder / base.name  # which copies of the folder have too
+            link(base, self.initial.output)
         for task, output in self.outputs.items():
-            compress_file(self.experts[task].output, output, self.initial.output, self.compression)
+            compress_file(self.experts[task].output, output, base, self.compression)
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:

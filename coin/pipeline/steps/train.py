@@ -1,4 +1,4 @@
-"""The steps to the experts: the training of a network on one task, the shared initialisation, imported experts."""
+"""The steps to the experts: the shared initialisation, and the training of a network on one task."""
 
 import errno
 import sys
@@ -18,17 +18,12 @@ from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import FileError, first_line
 from coin.files.atomic import hashes, sha256_of
-from coin.files.downloads import folder_contents
-from coin.files.user_code import source_of_path
 from coin.modules import Expert
 from coin.modules.recipe import Recipe
-from coin.networks import NetworkConfig, load_network, save_network
-from coin.networks.files import import_checkpoint, import_pretrained, initial_network
-from coin.networks.hub import PREFIX, HuggingFace, local_place
-from coin.networks.sources import ImportPath
+from coin.networks import NetworkConfig, save_network
+from coin.networks.files import initial_network
 from coin.networks.weights import TO_GO_ON, read_checkpoint
-from coin.pipeline.options import result_options, task_key
-from coin.pipeline.step import Step, keyed_by, unkeyed
+from coin.pipeline.step import Step
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
 
@@ -58,33 +53,6 @@ class TrainingConfig(Recipe):
         check_integer("batch_size", self.batch_size, 2)
 
 
-def network_key(network: NetworkConfig) -> dict[str, Any]:
-    """Return a network's options, with the source of a class of the user's."""
-    options = {option.name: getattr(network, option.name) for option in fields(network)}
-    if isinstance(network.source, ImportPath):
-        options["source"] = source_of_path(network.name)
-    if isinstance(network.source, HuggingFace):
-        options["contents"] = folder_contents(
-            network.source.place, weights=network.weights is not None
-        )
-    return options
-
-
-def recipe_key(config: TrainingConfig) -> dict[str, Any]:
-    """Return how one network is trained, without where others come from."""
-    elsewhere = ("task", "checkpoint", "seed", "overrides", "checkpoints")
-    return {name: value for name, value in vars(config).items() if name not in elsewhere}
-
-
-def place_key(place: str) -> Any:
-    """Return a place of Hugging Face's, a folder with the contents of its configuration; None for a file."""
-    if not place.startswith(PREFIX):
-        return None
-    # Which are among the step's files.
-    contents = folder_contents(local_place(place), weights=False)
-    return {"place": place, "contents": contents} if contents else place
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WriteInitial(Step):
     """Writes the shared initialisation for a number of classes.
@@ -94,23 +62,22 @@ class WriteInitial(Step):
     """
 
     file: ClassVar[str] = "initial.safetensors"
+    doing: ClassVar[str] = "writing"
     remote: ClassVar[bool] = False  # it may have to download
 
-    network: NetworkConfig = keyed_by(network_key)
-    classes: int
+    network: NetworkConfig
     base: "TrainNetwork | None" = None
-    checkpoint: Path | None = None
     wider: "WriteInitial | None" = None
-    doing: str = unkeyed(default="writing")
 
     def run(self) -> None:
         """Write the file."""
-        checkpoint = self.checkpoint if self.base is None else self.base.output
+        classes = self.config["classes"]
+        checkpoint = self.config["checkpoint"] if self.base is None else self.base.output
         wider = None if self.wider is None else self.wider.output
-        initial = initial_network(self.network, self.classes, checkpoint, wider=wider)
+        initial = initial_network(self.network, classes, checkpoint, wider=wider)
         read = [path for path in (checkpoint, wider) if path is not None]
         made = {"made_by": "coin run", "base": str(checkpoint), "sha256": hashes(read)}
-        save_network(self.output, initial, self.network, self.classes, made)
+        save_network(self.output, initial, self.network, classes, made)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,29 +88,29 @@ class TrainNetwork(Step):
     """
 
     file: ClassVar[str] = "expert.safetensors"  # checkpoints and logs are in the same folder
+    doing: ClassVar[str] = "training"
     collective: ClassVar[bool] = True
 
-    network: NetworkConfig = keyed_by(network_key)
-    config: TrainingConfig = keyed_by(recipe_key)
-    task: TaskData = keyed_by(partial(task_key, with_tests=False))
-    seed: int
-    trainer: dict[str, Any] = keyed_by(partial(result_options, training=True))
-    task_name: str | None = None
+    network: NetworkConfig
+    recipe: TrainingConfig
+    task: TaskData
+    trainer: dict[str, Any]
     initial: WriteInitial | None = None
-    log: RunLog = unkeyed()
+    log: RunLog
 
     def run(self) -> None:
         """Train, and write the network; every process takes part."""
-        config = self.config
+        recipe = self.recipe
+        seed = self.config["seed"]
         checkpoints = self.folder / "checkpoints"
         on_rank_zero(self.task.prepare_data)
-        weights = getattr(config, "weights", Weights.last)
+        weights = getattr(recipe, "weights", Weights.last)
         last = on_rank_zero(partial(_last_checkpoint, checkpoints))
         data = task_with(
             self.task,
-            seed=self.seed,
-            batch_size=config.batch_size,
-            augmentation=config.augmentation,
+            seed=seed,
+            batch_size=recipe.batch_size,
+            augmentation=recipe.augmentation,
         )
         module = Expert(
             network=self.network.name,
@@ -154,22 +121,22 @@ class TrainNetwork(Step):
             std=self.network.std,
             num_classes=data.num_classes,
             initial=None if self.initial is None else str(self.initial.output),
-            seed=self.seed,
-            **{option.name: getattr(config, option.name) for option in fields(Recipe)},
+            seed=seed,
+            **{option.name: getattr(recipe, option.name) for option in fields(Recipe)},
         )
-        export = ExpertExport(str(self.output), weights, self.task_name)
+        export = ExpertExport(str(self.output), weights, self.config.get("task_name"))
         callbacks: list[Callback] = [export]
         if weights == Weights.best:
             callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
         # Lightning's save_last would write only where another checkpoint is written: where none is the best, nowhere.
         callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
-        fixed = {"max_epochs": config.epochs, "callbacks": callbacks, "enable_checkpointing": True}
+        fixed = {"max_epochs": recipe.epochs, "callbacks": callbacks, "enable_checkpointing": True}
         with self.log.open(self.folder) as loggers:
             options = {"enable_progress_bar": sys.stdout.isatty(), **self.trainer}
             trainer = make_trainer(
                 checkpoints, options, logger=loggers, log_every_n_steps=10, **fixed
             )
-            seed_everything(self.seed, workers=True, verbose=False)
+            seed_everything(seed, workers=True, verbose=False)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
             except OSError as error:
@@ -190,41 +157,6 @@ class TrainNetwork(Step):
         super().finish(seconds)
         for path in (self.folder / "checkpoints").glob("*.ckpt"):
             path.unlink()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ImportExpert(Step):
-    """Writes an expert from a user's `files` of weights, or from a folder or ID of Hugging Face's (``hf/…``)."""
-
-    file: ClassVar[str] = "expert.safetensors"
-    remote: ClassVar[bool] = False
-
-    network: NetworkConfig = keyed_by(network_key)
-    task_name: str
-    classes: list[str]
-    place: str = keyed_by(place_key)
-    files: list[Path]
-    initial: WriteInitial
-    task: TaskData = unkeyed()
-
-    def run(self) -> None:
-        """Write the file."""
-        if self.place.startswith(PREFIX):
-            network = load_network(self.initial.output).network
-            import_pretrained(self.network, self.place, network)
-        else:
-            network = import_checkpoint(self.network, self.task.num_classes, Path(self.place))
-        made: dict[str, Any] = {
-            "made_by": "coin run",
-            "source": self.place,
-            "task": self.task_name,
-            "classes": self.classes,
-            "sha256": hashes([*self.files, self.initial.output]),
-        }
-        save_network(self.output, network, self.network, self.task.num_classes, made)
-
-
-ExpertStep = TrainNetwork | ImportExpert
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import coin.pipeline.run
+import coin.pipeline.steps.report
 from coin.cli import main
 from coin.modules import Expert
 
@@ -70,5 +70,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    coin.pipeline.run.write_report = lambda *_: None
+    coin.pipeline.steps.report.write_report = lambda *_: None
     sys.exit(start(sys.argv[sys.argv.index("coin") + 1 :]))

@@ -1,6 +1,5 @@
 """``coin`` on a real SLURM."""
 
-import platform
 import signal
 import subprocess
 import sys
@@ -58,9 +57,12 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
         assert before.items() <= finished().items()
     done = subprocess.run(run, env=login, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(finished()) == 3 + 3 * 4
-    for job in Path("runs").glob(".steps/*/launch.log"):  # no step was begun twice
-        assert job.read_text().count(f"--only {job.parent.name}") == 1, job
+    assert len(finished()) == 3 + 3 * 5 + 1
+    jobs = Path("runs/.steps/.jobs")
+    assert len(list(jobs.glob("*_submitted.pkl"))) == 1 + 3 * 4  # no step was submitted twice
+    told = "".join(path.read_text() for path in jobs.glob("*.err"))
+    for task in ("digits", "letters"):
+        assert told.count(f"expert {task}: training") == 3  # nor begun
     here = [each for each in command("run", *options, "--output=here") if not each.startswith("--launch")]
     subprocess.run(here, env=login, check=True, timeout=600, **quiet)
     columns = ["merge_seconds", "decoder_seconds"]
@@ -70,38 +72,21 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
     assert not squeue(login)
 
 
-def test_a_job_that_the_cluster_ends_is_told_of(config: Path, login: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--signal=KILL", "--full"]], ids=["cancelled", "killed"])
+def test_a_job_that_has_ended_early_is_told_of(
+    how: list[str], config: Path, login: dict[str, str], tmp_path: Path
+) -> None:
+    """Those that depend on it do not wait for ever."""
     run = command("run", "-c", str(config))
     process = subprocess.Popen(run, env=login, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while not (jobs := squeue(login)):
+    while len(squeue(login)) < 2:  # an array that waits is one line
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(2)
-    subprocess.run(["scancel", *jobs], env=login, check=True)
+    first = min(squeue(login), key=lambda job: int(job.partition("_")[0]))
+    subprocess.run(["scancel", *how, first], env=login, check=True)
     _, told = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "steps failed, the first of them base: " in told.strip().splitlines()[-1]
-
-
-def test_a_drained_node_is_told_of_while_it_is_waited_for(config: Path, login: dict[str, str], tmp_path: Path) -> None:
-    def node(state: str) -> None:
-        update = ["scontrol", "update", f"nodename={platform.node()}", f"state={state}", "reason=broken"]
-        subprocess.run(update, env=login, check=True)
-
-    node("drain")
-    log = (tmp_path / "driver.log").open("w+")
-    process = subprocess.Popen(command("run", "-c", str(config)), env=login, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while "waits for a node: " not in (told := Path(log.name).read_text()):
-            assert process.poll() is None, told
-            assert time.monotonic() < deadline, told
-            time.sleep(0.2)
-    finally:
-        process.terminate()
-        process.wait(60)
-        subprocess.run(["scancel", "--me"], env=login, check=True)
-        node("resume")
-    assert process.returncode == 143
-    assert Path(log.name).read_text().count("waits for a node: ") == 1
+    assert "steps are not done, the first of them base: job " in told.strip().splitlines()[-1]
+    assert not squeue(login)

@@ -1,0 +1,17 @@
+"""What jobs run in `test_pool.py` in place of ``coin run --only``."""
+
+import os
+import time
+from pathlib import Path
+
+
+def finish(file: Path, name: str) -> None:
+    """Finish a step's folder, unless it is wrong, after ``JOB_SECONDS``."""
+    folder = file.parent.parent / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath("process").write_text(str(os.getpid()))
+    time.sleep(float(os.environ["JOB_SECONDS"]))
+    if "wrong" in name:
+        raise ValueError(f"the last word of {name}")
+    folder.joinpath("threads").write_text(os.environ["OMP_NUM_THREADS"])
+    folder.joinpath("done.json").write_text("{}")
