@@ -64,7 +64,7 @@ class Adapter:
     >>> layer = torch.nn.Linear(4, 3)
     >>> adapter = coin.Adapter({"weight": {"scale": torch.full((3, 1), 2.0)}})
     >>> torch.equal(adapter.applied_to(layer).weight, 2 * layer.weight), adapter.nbytes
-    (True, 7)
+    (True, 11)
     """
 
     def __init__(self, changes: Mapping[str, Change | Mapping[str, Tensor]] | None = None) -> None:
