@@ -227,7 +227,9 @@ class Compressed:
             raise FileError(
                 f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
             )
-        mark_folded(base, told["folded"])
+        if told["folded"]:
+            base = clone(base, shared=True)  # the caller's stays unmarked
+            mark_folded(base, told["folded"])
         names, adapters = split_adapters(file, told["adapters"])
         others = {name.removeprefix(_PACKED): file[name].clone() for name in names}
         rounded = {}

@@ -145,7 +145,9 @@ class Kept(nn.Module):
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
         self._own_parts: list[tuple[str, ...]] = []  # of each expert
         self.is_read_by_rows = False  # set by `keep`
-        self._positions = 0.0  # up to which updates are less work on activations than on the weight
+        self._positions = (
+            -1.0
+        )  # up to which updates are less work on activations than on the weight
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
@@ -168,7 +170,8 @@ class Kept(nn.Module):
                 if part in parts:
                     place[: len(parts[part])] = parts[part]
             self.register_buffer(part, stacked)
-        if "left" in self._parts and self.original.dtype == torch.float32:  # others are too coarse
+        is_plain = "left" in self._parts and "shift" not in self._parts and self.shape[0] > 1
+        if is_plain and self.original.dtype == torch.float32:  # others are too coarse
             rows = self.shape[0]
             columns = self.shape[1:].numel()
             self._positions = rows * columns / (rows + columns)
@@ -259,11 +262,20 @@ def take_out_norms(network: nn.Module) -> None:
     for name, weight in folded_norms(network).items():
         norm = network.get_submodule(name)
         layer = network.get_submodule(weight.rpartition(".")[0])
-        if _forward_of(norm) in _WITHOUT_NORM and _forward_of(layer) in _MAPS:
+        is_folded = _is_identity(norm)
+        if is_folded and _forward_of(norm) in _WITHOUT_NORM and _forward_of(layer) in _MAPS:
             vars(layer)[_NORM] = (norm,)  # in a tuple, which hides it from the module's children
             vars(norm)[_IS_OUT] = True
             _set_class(layer)
             _set_class(norm)
+
+
+def _is_identity(norm: Any) -> bool:
+    """Say whether a folded BatchNorm is still the identity but for its bias: others may have trained it since."""
+    if norm._parameters["weight"] is None or bool(norm.running_mean.any()):
+        return False
+    deviation = (norm.running_var + norm.eps).sqrt()
+    return torch.allclose(norm.weight, deviation, rtol=1e-6, atol=0)
 
 
 def _kept_in(layer: nn.Module) -> dict[str, Kept]:
