@@ -14,7 +14,7 @@ from coin.core.devices import device_of
 from coin.errors import FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
-from coin.files.tensors import State
+from coin.files.tensors import State, infinite_names
 from coin.networks import Adapted, Adapter
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
@@ -48,6 +48,10 @@ class Body:
     def network(self, like: nn.Module, state: State) -> Adapted:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
         body = clone(like).eval()
+        found = {
+            name: state[f"body.{name}"] for name in body.state_dict() if f"body.{name}" in state
+        }
+        body.load_state_dict(found, strict=False)  # what is kept in parameters' places comes later
         mark_folded(body, self.folded)
         tied = tied_names(body)
         changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
@@ -130,9 +134,7 @@ class SystemFile:
             "coded_files": coded_files,
             "expert_files": [os.path.relpath(file, path.parent) for file in self.expert_files],
         }
-        floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-        infinite = [name for name, tensor in floating.items() if tensor.isinf().any()]
-        save_state(path, state, provenance, infinite)
+        save_state(path, state, provenance, infinite_names(state))
 
     @classmethod
     def load(cls, path: Path) -> "SystemFile":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coin.core.devices import device_of
 from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite, check_layout, fingerprint
+from coin.files.tensors import check_finite, check_layout, fingerprint, infinite_names
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
@@ -202,8 +202,8 @@ class Compressed:
             "adapters": len(self.adapters),
             "folded": folded_norms(self.base),
         }
-        infinite = [name for name, tensor in state.items() if _is_infinite(tensor)]  # masks
-        save_state(Path(path), state, {**(provenance or {}), "compressed": own}, infinite)
+        described = {**(provenance or {}), "compressed": own}
+        save_state(Path(path), state, described, infinite_names(state))
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
@@ -241,10 +241,6 @@ class Compressed:
             rounded[name] = Rounded.unpacked(codes, scale, bits, columns)
         nbytes = told["base_nbytes"]
         return cls(base, base_bits, nbytes, rounded, others, told["outputs"], adapters)
-
-
-def _is_infinite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isinf().any())
 
 
 def is_wide(tensor: Tensor) -> bool:

@@ -44,7 +44,7 @@ class Rounded(NamedTuple):
     def nbytes(self) -> int:
         """Its bytes in a file, in so many bits a value and a scale a row."""
         rows, columns = self.levels.shape
-        return rows * (_row_bytes(self.bits, columns) + 2)
+        return packed_nbytes(rows, columns, self.bits)
 
     def packed(self) -> Tensor:
         """Return the places of its levels among all that there are, as bytes ``[rows, ⌈b K / 8⌉]``."""
@@ -273,6 +273,11 @@ def _ends(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     length = 2 * dtype.itemsize
     ends = rows[..., -length:].clone(memory_format=torch.contiguous_format).view(dtype)
     return ends[..., :1], ends[..., 1:]
+
+
+def packed_nbytes(rows: int, columns: int, bits: int) -> int:
+    """Return the bytes of a rounded matrix in a file, with a scale a row."""
+    return rows * (_row_bytes(bits, columns) + 2)
 
 
 def _row_bytes(bits: int, columns: int) -> int:

@@ -8,13 +8,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite, fingerprint
+from coin.files.tensors import State, check_finite, fingerprint, infinite_names
 from coin.networks.adapted import Adapted, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
@@ -96,8 +95,7 @@ def save_network(
     adapters: Sequence[Adapter] = (),
 ) -> None:
     """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
-    # Causal masks are −∞.
-    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
+    infinite = infinite_names(dict(network.named_buffers()))
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
     if adapters:
         described["adapters"] = len(adapters)

@@ -18,10 +18,10 @@ from coin.networks.delta import (
     balanced,
     byte_row,
     matrix_shape,
+    packed_nbytes,
     read_factor,
     read_rows,
     round_factor,
-    rounded_in,
     rows_of,
 )
 
@@ -145,9 +145,8 @@ class Kept(nn.Module):
         self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
         self._own_parts: list[tuple[str, ...]] = []  # of each expert
         self.is_read_by_rows = False  # set by `keep`
-        self._positions = (
-            -1.0
-        )  # up to which updates are less work on activations than on the weight
+        # Up to so many positions an update is less work on activations than on the weight.
+        self._positions = -1.0
 
     def set_experts(self, changes: Sequence[Change]) -> None:
         """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
@@ -173,8 +172,7 @@ class Kept(nn.Module):
         is_plain = "left" in self._parts and "shift" not in self._parts and self.shape[0] > 1
         if is_plain and self.original.dtype == torch.float32:  # others are too coarse
             rows = self.shape[0]
-            columns = self.shape[1:].numel()
-            self._positions = rows * columns / (rows + columns)
+            self._positions = rows * self.columns / (rows + self.columns)
 
     def change(self, expert: int) -> Change:
         """Return the change by an expert, with all parts that any of them has."""
@@ -190,7 +188,7 @@ class Kept(nn.Module):
         """The bytes that a rounded one takes in a file beyond those in memory, below 0."""
         if self.rows is None:
             return 0
-        return rounded_in(self.rows, self.bits).nbytes - self.rows.nbytes
+        return packed_nbytes(len(self.rows), self.columns, self.bits) - self.rows.nbytes
 
     @property
     def working_nbytes(self) -> int:
@@ -262,8 +260,11 @@ def take_out_norms(network: nn.Module) -> None:
     for name, weight in folded_norms(network).items():
         norm = network.get_submodule(name)
         layer = network.get_submodule(weight.rpartition(".")[0])
-        is_folded = _is_identity(norm)
-        if is_folded and _forward_of(norm) in _WITHOUT_NORM and _forward_of(layer) in _MAPS:
+        is_known = (
+            _forward_of(_plain_class(norm)) in _WITHOUT_NORM
+            and _forward_of(_plain_class(layer)) in _MAPS
+        )
+        if is_known and _is_identity(norm):
             vars(layer)[_NORM] = (norm,)  # in a tuple, which hides it from the module's children
             vars(norm)[_IS_OUT] = True
             _set_class(layer)
@@ -349,9 +350,9 @@ def _set_class(layer: nn.Module) -> None:
     )
 
 
-def _forward_of(layer: nn.Module) -> str:
-    """Return the full name of the function that a layer of this kind runs."""
-    forward = _plain_class(layer).forward
+def _forward_of(kind: Any) -> str:
+    """Return the full name of the function that a kind of layer runs."""
+    forward = kind.forward
     return f"{forward.__module__}.{forward.__qualname__}"
 
 
@@ -373,8 +374,7 @@ def _class_of(
     if has_norm:
         attributes["bias"] = property(_bias_of_norm)
     if is_out:
-        forward = kind.forward
-        attributes["forward"] = _WITHOUT_NORM[f"{forward.__module__}.{forward.__qualname__}"]
+        attributes["forward"] = _WITHOUT_NORM[_forward_of(kind)]
     elif "weight" in parameters and kind.forward in _FORWARDS:
         attributes["forward"] = _FORWARDS[kind.forward]
     return type(kind.__name__, (kind,), attributes)

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coin.coding.metrics import Residual
 from coin.data.tasks import Tasks
 from coin.distillation import Distillation
 from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Experts, Refit, average
+from coin.merging.closed_form import MergeMethod
 from coin.merging.expert_sources import ExpertFiles
 from coin.networks import NetworkConfig, build_network, load_network, pad_head, save_network
 
@@ -106,8 +106,13 @@ def start_passes(samples, held_out, *, head_fit):
 @pytest.mark.slow
 def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibrated, monkeypatch):
     """The start takes the policy with the smaller residual, and one more pass of all samples to recalibrate."""
-    residuals = iter([1.0, 0.5] * 3 if recalibrated else [0.5, 1.0] * 3)
-    monkeypatch.setattr(Residual, "compute", lambda metric: torch.tensor(next(residuals)))
+    measured = MergeMethod._held_out_residuals
+
+    def given(method, experts, row, parameters, policies):
+        measured(method, experts, row, parameters, policies)
+        return {policy: float((policy == "recalibrate") != recalibrated) for policy in policies}
+
+    monkeypatch.setattr(MergeMethod, "_held_out_residuals", given)
     module = module_of(experts, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=False) + 40 * recalibrated + 40 * 2 + 3 * (3 * 40)

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks.batchnorm import batchnorms, folded, recalibrate
+from coin.networks.adapted import Adapted
+from coin.networks.batchnorm import batchnorms, folded, mark_folded, recalibrate
 
 
 def network():
@@ -155,3 +156,15 @@ def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
     state = net.state_dict()
     net.load_state_dict(state | folded(state, "0.weight", "0.bias" if bias else None, "1", norm.eps))
     torch.testing.assert_close(net(batches[0]), wanted, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_folded_batchnorm_that_was_trained_since_runs_again(batches):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3)).eval()
+    net.load_state_dict(net.state_dict() | folded(net.state_dict(), "0.weight", None, "1", net[1].eps))
+    mark_folded(net, {"1": "0.weight"})
+    inputs = batches[0].float()
+    torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
+    recalibrate(net, [3 * inputs + 1])
+    torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
