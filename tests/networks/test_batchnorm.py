@@ -161,10 +161,11 @@ def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
 @torch.no_grad()
 def test_a_folded_batchnorm_that_was_trained_since_runs_again(batches):
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3)).eval()
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    inputs = batches[0].float()
+    net(inputs)
     net.load_state_dict(net.state_dict() | folded(net.state_dict(), "0.weight", None, "1", net[1].eps))
     mark_folded(net, {"1": "0.weight"})
-    inputs = batches[0].float()
     torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
     recalibrate(net, [3 * inputs + 1])
     torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
