@@ -153,20 +153,19 @@ def _centred(
     The mean is [G, K] in float64, what was subtracted [G, T, K], a mean for each task.
     """
     root = weights.sqrt()[:, None]
+    mean = weights @ rows  # not finite where a row is not
     if not intercept:
-        is_finite = torch.isfinite(rows).all(1)
-        zero = torch.zeros_like(is_finite, dtype=torch.float64)
-        refused = zero.masked_fill(~is_finite, torch.nan)  # by the caller
-        return rows * root, refused, zero[:, None]
-    mean = weights @ rows
+        nothing = 0 * mean
+        return rows * root, nothing.double(), nothing[:, None]
     if tasks is None:
-        centred = rows - mean[:, None]
-        return centred.mul_(root), mean.double(), mean[:, None]
-    own = by_task(weights, tasks)
-    tiny = torch.finfo(rows.dtype).tiny
-    shares = own.sum(1, keepdim=True).clamp(min=tiny)
-    means = own @ rows / shares
-    centred = rows - means[:, tasks]
+        means = mean[:, None]
+        centred = rows - means
+    else:
+        own = by_task(weights, tasks)
+        tiny = torch.finfo(rows.dtype).tiny
+        shares = own.sum(1, keepdim=True).clamp(min=tiny)
+        means = own @ rows / shares
+        centred = rows - means[:, tasks]
     return centred.mul_(root), mean.double(), means
 
 
