@@ -19,12 +19,13 @@ class Call(ABC):
     adds what it can at once and the rest in `finish`. N is B·k, with the k rows of a sample lying together.
 
     Attributes:
-        inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
+        inputs: The input [N, …], as the function saw it, with its history until a `Tape` takes that.
         weight: The trainable parameter, or a tensor that is none.
         bias: The same, where the call has one.
         reads_input: Whether the backward pass needs the input's values.
-        decided: Whether activations had placed rows before it, which they may do differently in another network.
-        names: Role → the trainable parameter's name; set by a `Tape`, as is what follows.
+        names: Role → the trainable parameter's name; set by an `Interceptor`.
+        decided: Whether activations had placed rows before it, which they may do differently in another network; set
+            by a `Tape`, as is what follows.
         made: The output's shape.
         source: The id of the node in autograd's graph whose output the input is.
         node: The id of this call's own node there.

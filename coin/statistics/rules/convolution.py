@@ -13,7 +13,6 @@ from typing_extensions import override
 from coin.statistics.rules.linear import LinearCall, add_gram, at_once, position_pairs
 
 _FEW = 32  # positions of a sample below which a depthwise convolution is quicker tap by tap, as measured on a CPU
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -26,53 +25,48 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
 
-    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the spatial size of the output for an input of this size."""
-        found = []
-        for dim, n in enumerate(size):
-            steps = self.kernel[dim] - 1
-            reach = self.dilation[dim] * steps + 1
-            room = n + 2 * self.padding[dim] - reach
-            found.append(room // self.stride[dim] + 1)
-        return tuple(found)
-
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        samples, channels, *size = x.shape
         sides = []
         for padding in reversed(self.padding):
             sides += [padding, padding]
         padded = F.pad(x, sides)
-        rows = padded.movedim(1, -1).contiguous()  # [B, *size, C]
-        of_sample, *inner, of_channel = rows.stride()
-        of_place = [inner[dim] * stride for dim, stride in enumerate(self.stride)]
-        of_tap = [inner[dim] * dilation for dim, dilation in enumerate(self.dilation)]
-        output = self.output_size(tuple(size))
-        shape = (samples, *output, *self.kernel, channels)
-        return rows.as_strided(shape, (of_sample, *of_place, *of_tap, of_channel))
+        patches = padded.movedim(1, -1).contiguous()  # [B, *size, C]
+        for dim, stride in enumerate(self.stride):
+            dilation = self.dilation[dim]
+            reach = dilation * (self.kernel[dim] - 1) + 1
+            patches = patches.unfold(1 + dim, reach, stride)[..., ::dilation]
+        return patches.movedim(1 + len(self.kernel), -1)
+
+
+Tap = tuple[Tensor, Tensor]
+"""One place of a kernel: the output's places, counted row by row, at which it meets an image, and the image's there."""
 
 
 @lru_cache(maxsize=256)
 def taps_of(
     geometry: Geometry, size: tuple[int, ...], device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Return by tap the output's places, row by row, at which it meets an image, and the image's that it meets."""
+) -> tuple[int, list[Tap]]:
+    """Return the number of the output's places for images of a size, and the taps of the kernel."""
     numbers = torch.arange(1, prod(size) + 1, device=device).view(1, 1, *size)
     patches = geometry.patches(numbers)[0]  # [*output, *kernel, 1], 0 where a tap meets the padding
     by_tap = patches.flatten(0, len(size) - 1).flatten(1).T  # [taps, places]
-    found = []
+    taps = []
     for met in by_tap:
         places = met.nonzero().flatten()
-        found.append((places, met[places] - 1))
-    return found
+        taps.append((places, met[places] - 1))
+    return by_tap.shape[1], taps
 
 
 @dataclass(eq=False)
 class ConvolutionCall(LinearCall):
-    """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
+    """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel]: a linear map of the patch of x at every output position.
 
-    The Gram rule takes one product per kernel tap, over the positions where that tap meets the image. The weight's
-    accumulator is a view [G, O/G, taps · C/G] of memory with the channels last.
+    By the direct rule patches are unfolded, a sample at a time. By the Gram rule a patch's entries are taken tap by tap
+    (a tap is one place of the kernel): for one tap the a_t are the rows [C] of the image itself that the tap meets, and
+    positions at which it meets the padding have no part. So there is one product for each tap, and nothing is unfolded.
+
+    The weight's accumulator is a view [G, O/G, taps · C/G] of memory with the channels last.
     """
 
     geometry: Geometry = field(kw_only=True)
@@ -84,79 +78,65 @@ class ConvolutionCall(LinearCall):
         return tuple(self.inputs.shape[2:])
 
     @property
-    def places(self) -> int:
-        """The number of places in the output."""
-        return prod(self.geometry.output_size(self.size))
-
-    @property
-    def taps(self) -> list[tuple[Tensor, Tensor]]:
-        """Those of `taps_of`."""
+    def taps(self) -> tuple[int, list[Tap]]:
+        """What `taps_of` returns for the input."""
         return taps_of(self.geometry, self.size, self.inputs.device)
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        geometry = self.geometry
         folded = g.flatten(0, 1)  # [V·N, O, *output]
         x = self.inputs
         order = torch.contiguous_format
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             order = torch.channels_last
         shape = (len(folded), *x.shape[1:])
-        gradient = torch.empty(
-            shape,
-            dtype=g.dtype,
-            device=g.device,
-            memory_format=order,
-        )
+        gradient = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
         # One product for each: several times faster than the library's kernel.
-        if self._taps_are_apart():
+        if self._taps_are_apart(folded):
             rows = folded.flatten(2).mT  # [V·N, positions, O]
             by_place = gradient.zero_().flatten(2).mT  # [V·N, places, C], a view
             by_tap = weight.flatten(2)  # [O, C, taps]
-            for tap, (places, met) in enumerate(self.taps):
+            _, taps = self.taps
+            for tap, (places, met) in enumerate(taps):
                 reached = rows[:, places]
                 by_place[:, met] = reached @ by_tap[..., tap]
         else:
-            ordered = folded.contiguous(memory_format=order)
-            gradient = self._library_gradient(ordered, gradient, weight)
+            gradient, _, _ = torch.ops.aten.convolution_backward(
+                folded.contiguous(memory_format=order),
+                gradient,  # of which the shape and the order count
+                weight,
+                None,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                False,  # not transposed
+                [0] * len(self.size),
+                geometry.groups,
+                [True, False, False],
+            )
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
-    def _taps_are_apart(self) -> bool:
-        """Say whether no two taps of one group meet the same place, and the library is slow."""
+    def _taps_are_apart(self, g: Tensor) -> bool:
+        """Say whether no two taps of one group meet the same place, and the library is slow, for g [N, O, *output]."""
         geometry = self.geometry
         if geometry.groups > 1:
             return False
         is_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
-        return self.places == 1 or (is_pointwise and max(geometry.stride) > 1)
-
-    def _library_gradient(self, g: Tensor, like: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of the input, shaped `like` it, from torch's own kernel."""
-        geometry = self.geometry
-        gradient, _, _ = torch.ops.aten.convolution_backward(
-            g,
-            like,
-            weight,
-            None,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            False,  # not transposed
-            [0] * len(self.size),
-            geometry.groups,
-            [True, False, False],
-        )
-        return gradient  # type: ignore[no-any-return]
+        return g[0, 0].numel() == 1 or (is_pointwise and max(geometry.stride) > 1)
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         geometry = self.geometry
-        convolve = _CONVOLUTIONS[len(geometry.kernel)]
-        return convolve(
+        return torch.convolution(
             inputs,
             weight,
             self.bias,
             geometry.stride,
             geometry.padding,
             geometry.dilation,
+            False,  # not transposed
+            [0] * len(self.size),
             geometry.groups,
         )
 
@@ -191,12 +171,12 @@ class ConvolutionCall(LinearCall):
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         rows = self.inputs.flatten(2).mT.to(total.dtype)  # [B, places of the image, C]
         groups, outputs, _ = total.shape
-        taps = self.taps
+        count, taps = self.taps
         by_tap = total.view(groups, outputs, len(taps), -1)
         for tap, (places, met) in enumerate(taps):
             met_pairs = pairs
-            if len(places) < self.places:
-                numbers = _numbers_of_pairs(places, self.places)
+            if len(places) < count:
+                numbers = _numbers_of_pairs(places, count)
                 met_pairs = pairs.index_select(1, numbers)
             own_total = by_tap[:, :, tap]
             add_gram(own_total, met_pairs, rows[:, met])
@@ -216,38 +196,37 @@ class DepthwiseCall(ConvolutionCall):
     """A convolution of each channel by itself, W [C, 1, *kernel]: one product a channel and sample, or a tap."""
 
     @override
-    def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
-        _, samples, positions, _ = rows.shape
+    def add_weight(self, g: Tensor, weight: Tensor) -> None:
+        _, samples, positions, _ = g.shape
         k = len(self.inputs) // samples
         total = self.matrices(weight)[:, 0]  # [C, taps]
         if k == 1 and positions < _FEW:
-            self._add_by_tap(rows.contiguous(), total)
+            self._add_by_tap(g.contiguous(), total)
         else:
-            self._add_by_sample(rows, total, k)
+            self._add_by_sample(g, total, k)
 
-    def _add_by_tap(self, rows: Tensor, total: Tensor) -> None:
+    def _add_by_tap(self, g: Tensor, total: Tensor) -> None:
         """Add the squares for cotangents [V, B, T, C] to a total [C, taps]."""
         by_place = self.inputs.flatten(2).mT  # [B, places, C]
-        inputs = by_place.to(rows.dtype).contiguous()
-        for tap, (places, met) in enumerate(self.taps):
-            products = rows.index_select(2, places) * inputs.index_select(1, met)
+        inputs = by_place.to(g.dtype).contiguous()
+        _, taps = self.taps
+        for tap, (places, met) in enumerate(taps):
+            products = g.index_select(2, places) * inputs.index_select(1, met)
             gradients = products.sum(2)  # [V, B, C]
-            squares = gradients.square_()
-            total[:, tap] += squares.sum((0, 1))
+            total[:, tap] += gradients.square_().sum((0, 1))
 
-    def _add_by_sample(self, rows: Tensor, total: Tensor, k: int) -> None:
+    def _add_by_sample(self, g: Tensor, total: Tensor, k: int) -> None:
         """Add the squares for cotangents [V, B, T, C] of k rows a sample to a total [C, taps]."""
         channels, taps = total.shape
         dims = len(self.size)
         output_dims = range(1, 1 + dims)
         other_dims = range(1 + dims, 2 + 2 * dims)
-        step = at_once(rows.device, rows[0, 0].numel())
-        by_sample = torch.split(self.inputs.to(rows.dtype), k)
-        for n, maps in enumerate(by_sample):
+        step = at_once(g.device, g[0, 0].numel())
+        for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), k)):
             patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
             output_last = patches.permute(0, *other_dims, *output_dims)
             shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
-            for block in torch.split(rows[:, n], step):
+            for block in torch.split(g[:, n], step):
                 by_channel = block.reshape(-1, channels).t().contiguous()
                 cotangents = by_channel.view(channels, len(block), -1)
                 gradients = torch.bmm(cotangents, shifted.mT)  # [C, v, taps]

@@ -21,8 +21,10 @@ from coin.statistics.sums import sum_type
 class ElementwiseCall(Call):
     """y = x̂ · weight + bias, or x + weight, with the parameters broadcast over x [N, …].
 
-    weight += Σ_nv (Σ_t g x̂)² and bias += Σ_nv (Σ_t g)², where t runs over all that the parameter was broadcast over
-    within a sample. x̂ is x, in a BatchNorm less its mean and times a factor.
+    One entry of the weight is multiplied with x̂_t at all t that it is broadcast over within a sample, so its gradient
+    by Uᵥ · f is Σ_t g_vt x̂_t, that of an added parameter Σ_t g_vt: weight += Σ_nv (Σ_t g x̂)², bias += Σ_nv (Σ_t g)².
+    x̂ is x, in a BatchNorm less its mean and times a factor. It is computed from the input, not as (y − bias) / weight:
+    a weight may be zero.
     """
 
     shape: tuple[int, ...]  # in which both are broadcast over x[n]
@@ -57,9 +59,6 @@ class ElementwiseCall(Call):
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         inner = g.shape[2:]
         missing = [1] * (len(inner) - len(self.shape))
-        shape = *missing, *self.shape
-        broadcast = [3 + place for place, size in enumerate(shape) if size == 1]
-        over = [2, *broadcast]  # the dimensions of [v, B, k, …] that t runs over
         factor = None
         if "weight" in totals and not self.added:
             factor = self.normalised()
@@ -70,8 +69,8 @@ class ElementwiseCall(Call):
                 if role == "weight" and factor is not None:
                     local = block * factor
                 by_sample = local.reshape(len(block), samples, -1, *inner)
-                gradients = by_sample.sum(over)  # [v, B, …]
-                squares = gradients.square_().sum((0, 1))
+                gradients = by_sample.sum_to_size(len(block), samples, 1, *missing, *self.shape)
+                squares = gradients.square().sum((0, 1))
                 total.add_(squares.view(total.shape))
 
     @override
@@ -86,22 +85,17 @@ class ElementwiseCall(Call):
 
 def multiply(input: Any, other: Any, added: bool = False) -> Call | None:
     """Read `torch.mul`, or `torch.add`, of a tensor and a parameter that is broadcast over samples, in either order."""
-    weight, x = other, input
-    if isinstance(input, nn.Parameter):
-        weight, x = input, other
-    if not isinstance(weight, nn.Parameter):
+    weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
+    if not isinstance(weight, nn.Parameter) or isinstance(x, nn.Parameter):
         return None
-    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+    if not isinstance(x, Tensor) or weight.dtype != x.dtype or x.ndim < 2:
         return None
-    if weight.dtype != x.dtype or x.ndim < 2 or weight.ndim > x.ndim:
+    if torch.broadcast_shapes(weight.shape, x.shape) != x.shape:  # type: ignore[no-untyped-call]
         return None
     missing = [1] * (x.ndim - weight.ndim)
     of_samples, *shape = *missing, *weight.shape
     if of_samples != 1:
         return None
-    for size, full in zip(shape, x.shape[1:], strict=True):
-        if size != 1 and size != full:
-            return None
     return ElementwiseCall(x, weight, None, tuple(shape), added)
 
 

@@ -23,9 +23,19 @@ CACHED = 1 << 18
 class LinearCall(Call):
     """y_t = W a_t + b at T positions a sample: weight += Σ_nv (Σ_t g_vt a_tᵀ)², bias += Σ_nv (Σ_t g_vt)².
 
-    The Gram rule for few positions, Σ_v (Σ_t g_vt a_t)² = Σ_{t≤t'} w_tt' a_t a_t' (Σ_v g_vt g_vt') with w = 1 on the
-    diagonal and 2 off it, contracts the cotangents first and multiplies by the inputs at the end. With one position
-    and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
+    Let g_vt [O] be the cotangents of one sample's outputs. The gradient of Uᵥ · f by W is Σ_t g_vt a_tᵀ [O, K], since W
+    is used at every position. Wanted is its square, entry by entry, added up over v and over the samples.
+
+    The **direct rule** forms the gradients and squares them: V·T·O·K multiplications, and V·O·K numbers in memory.
+
+    The **Gram rule** writes the square of the sum over positions as a double sum, with v in the bracket alone:
+
+        Σ_v (Σ_t g_vto a_tk)² = Σ_tt' (Σ_v g_vto g_vt'o) a_tk a_t'k.
+
+    The terms of t, t' and of t', t are equal, so the pairs t ≤ t' do, those of t < t' counted twice. With P = T(T+1)/2
+    pairs that is the product of two matrices, [O, B·P] of contracted cotangents and [B·P, K] of products of inputs. The
+    first is added up while blocks of cotangents come in, the product is taken once, in `finish`: its cost does not
+    depend on V. With one position it is Sᵀ a², S = Σ_v g². With many positions P is large: then the direct rule.
     """
 
     many_rows: ClassVar[bool] = True  # whether the Gram rule can take several rows a sample
@@ -40,24 +50,22 @@ class LinearCall(Call):
             squares = torch.square(gradients)
             totals["bias"].add_(squares.sum((0, 1)))
         if "weight" in totals:
-            self.add_weight(g, rows, totals["weight"])
+            self.add_weight(rows, totals["weight"])
 
-    def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
-        """Add the weight's squares, or defer them, for cotangents g [V, B·k, …], which are rows [V, B, T, O]."""
-        cotangents, samples, positions, _ = rows.shape
-        k = g.shape[1] // samples
+    def add_weight(self, g: Tensor, weight: Tensor) -> None:
+        """Add the weight's squares, or defer them, for cotangents g [V, B, T, O]."""
+        cotangents, samples, positions, _ = g.shape
+        k = len(self.inputs) // samples
         total = self.matrices(weight)
-        columns = total.shape[-1]
         takes_gram = k == 1 or self.many_rows
-        if takes_gram and prefers_gram(positions, cotangents, columns):
-            pairs = contract_pairs(rows)
+        if takes_gram and prefers_gram(positions, cotangents, total.shape[-1]):
+            pairs = contract_pairs(g)
             if self._pairs is not None:
                 pairs.add_(self._pairs)
             self._pairs = pairs
         else:
             by_sample = torch.split(self.inputs, k)
-            inputs = (self.patches(sample.to(g.dtype)) for sample in by_sample)
-            add_direct(total, rows, inputs)
+            add_direct(total, g, (self.patches(rows.to(g.dtype)) for rows in by_sample))
 
     @override
     def finish(self, totals: Totals) -> None:
@@ -103,20 +111,20 @@ class EmbeddingCall(Call):
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        number = len(g)
-        width = g.shape[-1]
-        cotangents = g.reshape(number, samples, -1, width)  # [V, B, places, O]
-        by_sample = self.inputs.reshape(samples, -1)
-        for n, tokens in enumerate(by_sample):
-            found, places = torch.unique(tokens, return_inverse=True)
-            gradients = g.new_zeros(number, len(found), width)
-            gradients.index_add_(1, places, cotangents[:, n])
-            squares = torch.square(gradients).sum(0)
-            if self.padding is not None:
-                squares[found == self.padding % len(self.weight)] = (
-                    0  # the padding token gets no gradient
-                )
-            totals["weight"].index_add_(0, found, squares)
+        count = len(self.weight)
+        tokens = self.inputs.reshape(samples, -1)
+        starts = count * torch.arange(samples, device=tokens.device)
+        keys = tokens + starts[:, None]  # of a sample's token
+        found, places = torch.unique(keys, return_inverse=True)
+        cotangents = g.reshape(len(g), places.numel(), -1)  # [V, B·places, O]
+        gradients = g.new_zeros(len(g), len(found), cotangents.shape[2])
+        gradients.index_add_(1, places.flatten(), cotangents)
+        squares = gradients.square_().sum(0)
+        rows = found % count
+        if self.padding is not None:
+            is_padding = rows == self.padding % count  # which gets no gradient
+            squares.masked_fill_(is_padding[:, None], 0)
+        totals["weight"].index_add_(0, rows, squares)
 
 
 def prefers_gram(positions: int, cotangents: int, columns: int) -> bool:
@@ -171,53 +179,42 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total.clamp_min_(0)
 
 
-def at_once(device: torch.device, floats: int) -> int:
-    """Return how many pieces of so many floats a rule makes at a time on a device; one at least."""
-    block = BLOCK if device.type == "cpu" else _LARGE_BLOCK
+def at_once(device: torch.device, floats: int, *, cached: bool = False) -> int:
+    """Return how many pieces of so many floats a rule makes at a time on a device, one at least.
+
+    If `cached`, they stay in a core's cache until they are squared: that costs a third as much.
+    """
+    block = CACHED if cached else BLOCK
+    if device.type != "cpu":
+        block = _LARGE_BLOCK
     return max(1, block // floats)
 
 
 def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
-    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs a [G, T, K].
-
-    Gradients are formed in pieces that stay in a core's cache until they are squared: that costs a third as much.
-    """
+    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs a [G, T, K]."""
     groups, outputs, columns = total.shape
-    floats = total.numel()
-    if 2 * floats <= CACHED or total.device.type != "cpu":
-        step = at_once(total.device, floats)  # cotangents at a time
-        height = outputs  # of a group, at a time
-    else:
-        step = 1
-        height = max(1, CACHED // (groups * columns))
+    row = groups * columns
+    height = min(outputs, at_once(total.device, row, cached=True))  # outputs of a group at a time
+    step = at_once(total.device, height * row, cached=True)  # cotangents at a time
     by_group = g.view(*g.shape[:3], groups, outputs)
-    most_cotangents = min(step, len(g))
-    most_rows = groups * min(height, outputs)
-    buffer = total.new_empty(most_cotangents * most_rows * columns)
     for n, a in enumerate(inputs):
+        by_output = by_group[:, n].permute(2, 3, 0, 1)  # [G, O/G, V, T]
         for start in range(0, outputs, height):
             piece = slice(start, start + height)
-            chosen = by_group[:, n, :, :, piece]  # [V, T, G, o]
-            for block in torch.split(chosen, step):
-                _add_squares(total[:, piece], block, a, buffer)
+            for block in torch.split(by_output[:, piece], step, 2):
+                _add_squares(total[:, piece], block, a)
 
 
-def _add_squares(total: Tensor, g: Tensor, a: Tensor, buffer: Tensor) -> None:
-    """Add Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, o, K], for g [v, T, G, o] and a [G, T, K]; the buffer is overwritten."""
-    groups, _, columns = total.shape
-    cotangents = len(g)
-    left = g.permute(2, 0, 3, 1)  # [G, v, o, T]
-    floats = cotangents * total.numel()
-    flat = buffer[:floats]
-    gradients = flat.view(groups, -1, columns)  # [G, v·o, K]
-    if groups == 1:  # a product a cotangent, so that nothing is copied
-        right = a.expand(cotangents, -1, -1)
-        by_cotangent = flat.view(cotangents, -1, columns)
-        torch.bmm(left[0], right, out=by_cotangent)
+def _add_squares(total: Tensor, g: Tensor, a: Tensor) -> None:
+    """Add Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, o, K], for g [G, o, v, T] and a [G, T, K]."""
+    rows = g.transpose(1, 2)  # [G, v, o, T]
+    if len(g) == 1:  # a product a cotangent, so that nothing is copied
+        products = rows[0] @ a
     else:
-        torch.bmm(left.flatten(1, 2), a, out=gradients)
-    if cotangents == 1:
-        total.addcmul_(gradients, gradients)
+        by_group = rows.flatten(1, 2)
+        products = by_group @ a
+    gradients = products.view(*rows.shape[:3], -1)  # [G, v, o, K]
+    if g.shape[2] == 1:
+        total.addcmul_(gradients[:, 0], gradients[:, 0])
     else:
-        squares = gradients.square_().view(groups, cotangents, -1, columns)
-        total.add_(squares.sum(1))
+        total.add_(gradients.square_().sum(1))
