@@ -1,5 +1,6 @@
 """The Fisher of a trained network, written when training ends."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,38 +18,6 @@ from coin.statistics.files import save_statistic
 from coin.statistics.statistic import StatisticKind, statistic_sums
 
 
-def estimate_statistic(
-    trainer: Trainer,
-    network: nn.Module,
-    calibration: Calibration,
-    options: FisherOptions | None,
-    path: Path,
-    *,
-    seed: int,
-    **provenance: Any,
-) -> dict[str, float]:
-    """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
-
-    Returns its cost in ``seconds`` and ``passes``. The seed is of random cotangents; `provenance` goes into the file.
-    """
-    rank = trainer.global_rank
-    started = time.perf_counter()
-    share = calibration.subset(shard(calibration.num_samples, rank, trainer.world_size)).on(
-        device_of(network)
-    )
-    name = StatisticKind.gram
-    if options is not None:
-        name = StatisticKind.fisher
-        provenance |= {"kind": options.kind, "cotangents": options.mc_samples}
-    with progress_bar(str(name), share.num_samples) as bar:
-        own = statistic_sums(network, share, options, seed=seed, rank=rank, progress=bar.update)
-    sums = reduce_sums(own)
-    seconds = time.perf_counter() - started
-    if trainer.is_global_zero:
-        save_statistic(path, sums, network, seconds=seconds, seed=seed, **provenance)
-    return {"seconds": seconds, "passes": sums.passes}
-
-
 class FisherEstimator(FileOfTrained):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
@@ -58,7 +27,7 @@ class FisherEstimator(FileOfTrained):
         samples_per_task: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
-        memory_mib: Bound on the pass's working memory in MiB.
+        memory_mib: The pass's working memory in MiB, to which samples and cotangents are cut.
         path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
     """
@@ -84,7 +53,7 @@ class FisherEstimator(FileOfTrained):
         self._calibration(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate on every process's share of the samples, add up, and write on rank zero."""
+        """Estimate the Fisher of the trained network, and write it."""
         estimate_statistic(
             trainer,
             self.trained_network(trainer, pl_module),
@@ -104,3 +73,37 @@ class FisherEstimator(FileOfTrained):
                 "found no datamodule to draw samples from, expected a task; give fit a datamodule"
             )
         return data.calibration(self.options.samples_per_task)  # type: ignore[no-any-return]
+
+
+def estimate_statistic(
+    trainer: Trainer,
+    network: nn.Module,
+    calibration: Calibration,
+    options: FisherOptions | None,
+    path: Path,
+    *,
+    seed: int,
+    **provenance: Any,
+) -> dict[str, float]:
+    """Compute a network's Fisher, or without options its Gram matrices, and write it on the first process.
+
+    Every process takes its share of the samples, and the shares' sums are added. `provenance` goes into the file; the
+    seed too, which is of random cotangents. Returns the cost in ``seconds`` and ``passes``.
+    """
+    started = time.perf_counter()
+    rank = trainer.global_rank
+    share = shard(calibration.num_samples, rank, trainer.world_size)
+    samples = calibration.subset(share).on(device_of(network))
+    statistic = StatisticKind.gram
+    if options is not None:
+        statistic = StatisticKind.fisher
+        provenance |= {"kind": options.kind, "cotangents": options.mc_samples}
+    batches = math.ceil(samples.num_samples / samples.batch_size)
+    watched = progress_bar(str(statistic), batches, samples)
+    sums = reduce_sums(statistic_sums(network, watched, options, seed=seed, rank=rank))
+    seconds = time.perf_counter() - started
+    if trainer.is_global_zero:
+        save_statistic(
+            path, sums, network, statistic=statistic, seconds=seconds, seed=seed, **provenance
+        )
+    return {"seconds": seconds, "passes": sums.passes}

@@ -302,11 +302,7 @@ class Experts:
             networks = source.networks if which.kind is None else source.unpadded
             states = self.computed(which.kind, networks, self.samples(which.data))
         for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
-            found = check_statistic(state, network, f"the {which.name} of expert {index}")
-            if found is StatisticKind.gram and which.name is StatisticKind.fisher:
-                raise StateError(
-                    f"found Gram matrices of expert {index} as its Fisher; give them as grams"
-                )
+            check_statistic(which.name, state, network, f"the {which.name} of expert {index}")
         return states
 
     def computed(

@@ -66,28 +66,35 @@ def save_statistic(
     values: State | Sums,
     network: nn.Module,
     *,
+    statistic: StatisticKind | str = StatisticKind.fisher,
     kind: FisherKind | str = FisherKind.exact,
     **provenance: Any,
 ) -> None:
     """Write a network's Fisher diagonal or Gram matrices, with the fingerprint of the weights that they are of.
 
-    `values` are what `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name, or sums; of
-    a Fisher of this kind. `provenance` is further JSON values of the file's metadata.
+    Args:
+        path: The file.
+        values: What `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name, or sums.
+        network: The network.
+        statistic: Which of the two it is, ``fisher`` or ``gram``.
+        kind: Of a Fisher.
+        **provenance: Further JSON values of the file's metadata.
 
     Raises StateError where a tensor fits no parameter of the network, a number is not finite, or a Fisher negative;
     FileError where the file cannot be written.
 
     >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
     """
+    statistic = parse_enum(StatisticKind, "statistic", statistic)
     made = dict(provenance)
     if isinstance(values, Sums):
         made["samples"] = values.count
         made["passes"] = values.passes
         values = values.mean()
-    name = check_statistic(values, network)
-    made["statistic"] = str(name)
+    check_statistic(statistic, values, network)
+    made["statistic"] = str(statistic)
     made["weights"] = fingerprint(network.state_dict())
-    if name is StatisticKind.fisher:
+    if statistic is StatisticKind.fisher:
         made["kind"] = str(parse_enum(FisherKind, "kind", kind))
     save_state(Path(path), values, made)
 
@@ -105,34 +112,30 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     return dict(open_statistic(Path(path), weights=weights))
 
 
-def check_statistic(state: State, network: nn.Module, what: str = "the statistic") -> StatisticKind:
-    """Return which statistic it is; a StateError where it does not fit the network's parameters.
+def check_statistic(
+    statistic: StatisticKind, state: State, network: nn.Module, what: str = "the statistic"
+) -> None:
+    """Raise StateError where a Fisher, or Gram matrices, do not fit the network's parameters.
 
     It is raised too where a number is not finite, or one of a Fisher, which are squares, is negative.
     """
     check_finite(state, what)
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    kind = StatisticKind.fisher
     for name, tensor in state.items():
         parameter = parameters.get(name)
         if parameter is None:
             raise StateError(
                 f"{what} has a tensor '{name}', which {type(network).__name__} has not; give its own"
             )
-        if tensor.shape == parameter.shape:
-            continue
-        if tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]:
-            found = [*tensor.shape]
-            expected = [*parameter.shape]
+        found = [*tensor.shape]
+        expected = [*parameter.shape]
+        if statistic is StatisticKind.gram:
+            expected = [*tensor.shape[:1], *tensor.shape[-1:] * 2]  # [G, K, K]
+        if found != expected:
             raise StateError(
-                f"{what} has '{name}' of {found}, expected {expected} of a Fisher, or [G, K, K] of Gram matrices; "
-                "give the network's own"
+                f"{what} has '{name}' of {found}, expected {expected} of a {statistic}; give the network's own"
             )
-        kind = StatisticKind.gram
-    if kind is StatisticKind.fisher:
-        for name, tensor in state.items():
-            if bool((tensor < 0).any()):
-                raise StateError(
-                    f"{what} is negative in '{name}', expected mean squares; compute it again"
-                )
-    return kind
+        if statistic is StatisticKind.fisher and bool((tensor < 0).any()):
+            raise StateError(
+                f"{what} is negative in '{name}', expected mean squares; compute it again"
+            )

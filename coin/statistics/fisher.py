@@ -24,7 +24,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
 from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import check_apart, differentiable, evaluating, trainable
-from coin.statistics.cotangents import FisherKind, blocks_by_class, make_cotangents
+from coin.statistics.cotangents import FisherKind, class_cotangents, random_cotangents
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -38,25 +38,14 @@ _ENOUGH_BYTES = 48 << 20
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The layout of a pass over samples of one shape: applicable rules and memory per sample."""
-
-    # As of `Tape`, for the parameters with a rule; None: one sample at a time.
-    rows: Mapping[str, int] | None
-    activations: int  # floats per sample in the inputs of all ruled calls together
-    widest: int  # floats per sample in the largest of those inputs
-    outputs: int
-    channels_last: bool  # in memory, if the network takes such images: then convolutions are faster
-
-
-@dataclass(frozen=True)
 class FisherOptions:
     """Which Fisher diagonal it is, and how it is computed; raises ConfigurationError for options out of their range.
 
     Args:
         kind: Which diagonal.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind; none takes 1.
-        memory_mib: Bound on the working memory in MiB, beside the network and the sums; it changes last bits alone.
+        memory_mib: The working memory in MiB, beside the network and the sums, to which samples and cotangents are cut;
+            one of each is taken whatever it needs. It changes last bits alone.
         samples_per_task: P, the number of unlabelled samples of each task, where they are drawn.
     """
 
@@ -84,27 +73,25 @@ def fisher_sums(
     options: FisherOptions | None = None,
     *,
     generator: torch.Generator | None = None,
-    progress: Callable[[int], object] | None = None,
     **choices: Any,
 ) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for what requires gradients, or for all.
 
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
-        batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
+        batches: Input batches [B, …], of any sizes: a tensor, tensors by name, or a tuple or list of one of these and
+            labels, which are not looked at.
         options: How it is computed; `FisherOptions`' defaults if None.
         generator: Of Monte Carlo's cotangents; torch's global one by default.
-        progress: Called with the number of samples after every cut of a batch.
         **choices: Options by name, such as ``kind="monte_carlo"``.
 
     Raises ConfigurationError for options that do not belong together or nothing to differentiate by; DataError where
     there are no samples, the output is not [B, C] or a batch holds no tensors; StateError where the outputs depend on a
     sample's neighbours in the batch.
     """
-    chosen = replace(options or FisherOptions(), **choices)
-    fisher = _Pass(network, chosen, generator)
+    fisher = _Pass(network, replace(options or FisherOptions(), **choices), generator)
     for batch in batches:
-        fisher.add(batch, progress or (lambda done: None))
+        fisher.add(batch)
     if fisher.count == 0:
         raise DataError(
             "found no calibration samples, expected at least one batch; raise the number of samples"
@@ -124,6 +111,18 @@ def fisher_diagonal(
     sums = fisher_sums(network, batches, **options)
     check_finite(sums.values, "the Fisher")
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How samples of one shape are laid out in a network: which rules hold, and how much memory a sample takes."""
+
+    # As of `Tape`, for the parameters with a rule; None: one sample at a time.
+    rows: Mapping[str, int] | None
+    activations: int  # floats per sample in the inputs of all ruled calls together
+    widest: int  # floats per sample in the largest of those inputs
+    outputs: int
+    ordered: Callable[[Batch], Batch]  # puts a batch in the order of memory that it was found in
 
 
 class _Pass:
@@ -147,23 +146,18 @@ class _Pass:
         self.count = 0
         self.passes = 0.0
 
-    def add(self, batch: Any, progress: Callable[[int], object]) -> None:
+    def add(self, batch: Any) -> None:
         """Add a batch [B, …], cut to fit the memory."""
         with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
             size = size_of(inputs)
             key = (*shapes_in(inputs), size > 1)
-            is_new = key not in self._layouts
-            if is_new:
-                first = take(inputs, slice(0, 1))
-                self._layouts[key] = _find_layout(self.network, self._parameters, first)
+            if key not in self._layouts:
+                self._layouts[key] = _find_layout(self.network, self._parameters, inputs)
             layout = self._layouts[key]
             samples, cotangents = self._choose_cut(layout)
             for start in range(0, size, samples):
-                piece = take(inputs, slice(start, start + samples))
-                is_unchecked = is_new and start == 0
-                self._add_piece(piece, layout, cotangents, is_unchecked)
-                progress(size_of(piece))
+                self._add_piece(take(inputs, slice(start, start + samples)), layout, cotangents)
 
     def _choose_cut(self, layout: _Layout) -> tuple[int, int]:
         """Choose how many samples b and cotangents v go through a pass together; one each at least.
@@ -189,55 +183,44 @@ class _Pass:
             samples = min(samples, max(1, enough))
         return samples, cotangents
 
-    def _add_piece(self, piece: Batch, layout: _Layout, chunk: int, is_unchecked: bool) -> None:
-        """Add some samples, `chunk` of the cotangents at a time; unchecked ones are checked to be independent."""
+    def _add_piece(self, piece: Batch, layout: _Layout, chunk: int) -> None:
+        """Add some samples, `chunk` of the cotangents at a time: by the rules, then one by one what these left out."""
         samples = size_of(piece)
         tape = Tape(self._parameters, layout.rows)
-        inputs = channels_last(piece) if layout.channels_last else piece
-        output = tape.run(self.network, inputs)
-        self.passes += samples
-        if is_unchecked and samples > 1:
-            check_apart(self.network, piece, output)
-        logits = output.detach()
-        kind = self.options.kind
-        if kind is FisherKind.monte_carlo:
-            rows = make_cotangents(
-                kind,
-                logits,
-                mc_samples=self.options.mc_samples,
-                generator=self.generator,
-            )
-            blocks: Callable[[], Iterable[Tensor]] = partial(rows.split, chunk)
-        else:
-            blocks = partial(blocks_by_class, kind, logits, chunk)
+        output = tape.run(self.network, layout.ordered(piece))
+        blocks = self._blocks(output.detach(), chunk)
         general = tape.shared(output)
-        tape.collect(self.totals, general)
-        for block in blocks():
-            if tape.backward(output, block):
-                self.passes += 2 * len(block) * samples
-        tape.finish()
+        cotangents = tape.add_squares(output, blocks(), self.totals, general)
+        self.passes += samples * (1 + 2 * cotangents)
+        self.count += samples
         del tape, output  # whose memory the general way can use
         if general:
             self._add_one_by_one(piece, blocks, general)
-        self.count += samples
+
+    def _blocks(self, logits: Tensor, size: int) -> Callable[[], Iterable[Tensor]]:
+        """Return what yields the cotangents U [V, B, C] of the kind, the same at every call, `size` at a time."""
+        kind = self.options.kind
+        if kind is FisherKind.monte_carlo:
+            drawn = random_cotangents(logits, self.options.mc_samples or 1, self.generator)
+            return partial(drawn.split, size)
+        return partial(class_cotangents, kind, logits, size)
 
     def _add_one_by_one(
         self, samples: Batch, blocks: Callable[[], Iterable[Tensor]], names: Collection[str]
     ) -> None:
         """Add every sample's squares for some parameters, by a backward pass for each of its cotangents [v, b, C]."""
-        chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
+        chosen = [self._parameters[name] for name in names]
         for n, sample in enumerate(samples_of(samples)):
             logits = logits_of(self.network, sample)
             self.passes += 1
             if not logits.requires_grad:
                 continue
-            cotangents = (row[n : n + 1] for block in blocks() for row in block)
-            for cotangent in cotangents:
+            for cotangent in (row[n : n + 1] for block in blocks() for row in block):
                 gradients = torch.autograd.grad(
-                    logits, list(chosen.values()), cotangent, retain_graph=True, allow_unused=True
+                    logits, chosen, cotangent, retain_graph=True, allow_unused=True
                 )
                 self.passes += 2
-                for name, gradient in zip(chosen, gradients, strict=True):
+                for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
                         total = self.totals[name]
                         whole = gradient.to_dense().to(total.dtype)
@@ -253,44 +236,38 @@ def _accumulator(parameter: Tensor) -> Tensor:
     return channels_at_end.movedim(-1, 1)
 
 
-def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], sample: Batch) -> _Layout:
-    """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape."""
-    two = joined([sample, sample])
-    if any(tensor.ndim == 4 for tensor in tensors_in(two)):
+def _find_layout(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Batch) -> _Layout:
+    """Find the layout of samples shaped like these, with images' channels last in memory where the network takes them.
+
+    Convolutions are faster so, but a view, or a backward pass of several cotangents, may hold in the usual order alone:
+    only a trial shows that.
+    """
+    if any(tensor.ndim == 4 for tensor in tensors_in(inputs)):
         try:
-            return _layout_of(network, parameters, channels_last(two), is_last=True)
-        # A view, or a backward pass, may hold in the usual order alone.
+            return _layout_of(network, parameters, inputs, channels_last)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-    return _layout_of(network, parameters, two, is_last=False)
+    return _layout_of(network, parameters, inputs, lambda batch: batch)
 
 
 def _layout_of(
-    network: nn.Module, parameters: Mapping[str, Tensor], two: Batch, *, is_last: bool
+    network: nn.Module,
+    parameters: Mapping[str, Tensor],
+    inputs: Batch,
+    ordered: Callable[[Batch], Batch],
 ) -> _Layout:
-    """Return the layout found on two copies of a sample, in the order of memory that they are in."""
+    """Return the layout that the first two samples show, or two copies of a single one; StateError if they depend."""
+    two = take(inputs, slice(0, 2)) if size_of(inputs) > 1 else joined([inputs, inputs])
     tape = Tape(parameters)
-    output = tape.run(network, two)
-    rows: dict[str, int] | None = {}
-    try:
-        untrusted = tape.misplaced(output) | tape.shared(output)
-        rows = None if tape.sorts else _rows_of(tape, untrusted)
-    except RuntimeError as error:  # a backward pass that cannot be batched
-        if is_last or is_out_of_memory(error):
-            raise
-    inputs = [call.inputs for call in tape.calls] or tensors_in(two)
-    sizes = [tensor.numel() // 2 for tensor in inputs]
-    outputs = output.shape[1]
-    return _Layout(rows, sum(sizes), max(sizes), outputs, is_last)
-
-
-def _rows_of(tape: Tape, untrusted: Collection[str]) -> dict[str, int]:
-    """Return how many rows a sample has at the calls on two, by parameter, but for calls of those untrusted."""
-    rows = {}
+    output = tape.run(network, ordered(two))
+    if size_of(inputs) > 1:
+        check_apart(network, two, output)
+    untrusted = tape.misplaced(output) | tape.shared(output)
+    rows: dict[str, int] | None = None if tape.sorts else {}
     for call in tape.calls:
-        k = len(call.inputs) // 2
-        names = call.names.values()
-        if not any(name in untrusted for name in names):
-            rows.update(dict.fromkeys(names, k))
-    return rows
+        if rows is not None and untrusted.isdisjoint(call.names.values()):
+            rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
+    read = [call.inputs for call in tape.calls] or tensors_in(two)
+    sizes = [tensor.numel() // 2 for tensor in read]
+    return _Layout(rows, sum(sizes), max(sizes), output.shape[1], ordered)

@@ -13,19 +13,13 @@ from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
-from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.sums import Sums, sum_type
 
 _BLOCK = 1 << 24  # floats of unfolded patches formed at a time
 
 
-def gram_sums(
-    network: nn.Module,
-    batches: Iterable[Any],
-    *,
-    progress: Callable[[int], object] | None = None,
-) -> Sums:
+def gram_sums(network: nn.Module, batches: Iterable[Any]) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
     Trainable is what requires gradients, or everything if nothing does. a is the input that the map multiplies at a
@@ -45,53 +39,37 @@ def gram_sums(
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall):
             return
-        if call.inputs.numel() == 0:
-            return
         own_bias = parameters.get(name.removesuffix("weight") + "bias")
         has_bias = call.bias is not None and call.bias is own_bias
         for a in _rows(call):
             if has_bias:
                 ones = torch.ones_like(a[..., :1])
                 a = torch.cat([a, ones], -1)
-            _add(values, name, a)
+            columns = a.shape[2]
+            if name not in values:
+                values[name] = a.new_zeros(len(a), columns, columns)
+            if len(values[name][0]) != columns:
+                raise StateError(
+                    f"'{name}' is used with its bias and without it, expected one way; give the uses own weights"
+                )
+            values[name].baddbmm_(a.mT, a)
 
     count = 0
     for batch in batches:
         inputs = as_input(batch, network)
         with evaluating(network, gradients=False), Interceptor(parameters, visit):
             logits_of(network, inputs)
-        samples = size_of(inputs)
-        count += samples
-        if progress is not None:
-            progress(samples)
+        count += size_of(inputs)
     return Sums(values, count, float(count))
 
 
 def _rows(call: LinearCall) -> Iterator[Tensor]:
-    """Yield what a map multiplies, [rows, G, K]; the patches of a convolution a few samples at a time."""
-    x = call.inputs.to(sum_type(call.inputs))
-    if not isinstance(call, ConvolutionCall):
-        yield x.reshape(-1, 1, x.shape[-1])
-        return
-    geometry = call.geometry
-    dims = len(geometry.kernel)
-    positions = call.places
-    floats = positions * prod(geometry.kernel) * x.shape[1]  # of one sample's patches
-    samples = max(1, _BLOCK // floats)
-    for piece in torch.split(x, samples):
-        patches = geometry.patches(piece)  # [b, *output, *kernel, C]
-        rows = patches.movedim(-1, 1 + dims)  # [b, *output, C, *kernel]
-        yield rows.reshape(len(piece) * positions, geometry.groups, -1)
-
-
-def _add(values: dict[str, Tensor], name: str, a: Tensor) -> None:
-    """Add Σ_rows a aᵀ for a [rows, G, K]."""
-    columns = a.permute(1, 0, 2)  # [G, rows, K]
-    if name not in values:
-        values[name] = torch.bmm(columns.mT, columns)
-    elif len(values[name][0]) == a.shape[-1]:
-        values[name].baddbmm_(columns.mT, columns)
-    else:
-        raise StateError(
-            f"'{name}' is used with its bias and without it, expected one way; give the uses own weights"
-        )
+    """Yield the rows that a map multiplies, [G, rows, K], those of a few samples at a time."""
+    taps = prod(call.weight.shape[2:])  # of a convolution's kernel, else 1
+    inputs = call.inputs.to(sum_type(call.inputs))
+    samples = max(1, _BLOCK // max(1, taps * inputs[:1].numel()))
+    for piece in torch.split(inputs, samples):
+        if piece.numel() > 0:
+            columns = call.patches(piece)  # [G, rows, taps · C/G]
+            by_tap = columns.view(*columns.shape[:2], taps, -1)
+            yield by_tap.mT.flatten(2)

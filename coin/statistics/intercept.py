@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coin.statistics.attention import self_attention
-from coin.statistics.flow import Called, Flow
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, expand, group_norm, layer_norm, multiply
@@ -23,34 +22,25 @@ Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 class Interceptor(TorchFunctionMode):
     """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
 
-    Functions are watched, not modules: Swin uses weights without those. With a `flow`, this is told of every call.
+    Functions are watched, not modules: Swin uses weights without those.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], visit: Visit, flow: Flow | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._visit = visit
-        self._flow = flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = partial(func, *args, **(kwargs or {}))
-        if self._flow is None:
-            return self._result(function)
-        return self._flow.through(function, self._result)
-
-    def _result(self, function: Called) -> Any:
-        """Return what a function returns; a ruled call is handed to the visitor."""
         output: Any
-        if function.func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
-                output = self_attention(*function.args, **function.keywords)
+                output = self_attention(*args, **function.keywords)
         else:
             output = self._visited(function)
         return function() if output is None else output
 
-    def _visited(self, function: Called) -> Tensor | None:
+    def _visited(self, function: partial[Any]) -> Tensor | None:
         """Return what the visitor makes of a ruled call; None of other calls, or of those in a form without a rule."""
         reader = _READERS.get(function.func)
         if reader is None:
@@ -61,17 +51,12 @@ class Interceptor(TorchFunctionMode):
             return None
         if call is None or call.weight.numel() == 0:
             return None
-        names = {}
         for role, tensor in (("weight", call.weight), ("bias", call.bias)):
             if id(tensor) in self._names:
-                names[role] = self._names[id(tensor)]
+                call.names[role] = self._names[id(tensor)]
             elif tensor is not None and tensor.requires_grad:
                 return None  # it was made of something trainable, and must stay in autograd's hands
-        if not names:
-            return None
-        if self._flow is not None:
-            call.decided = self._flow.placed_by_learned
-        return self._visit(call, names, function)
+        return self._visit(call, call.names, function) if call.names else None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
@@ -96,11 +81,12 @@ def _convolution(
     dilations = _sizes(dilation, dims)
     if padding == "same":
         totals = [dilations[dim] * (size - 1) for dim, size in enumerate(kernel)]
-        sides = tuple(total // 2 for total in totals)
+        padding = [total // 2 for total in totals]
         if any(total % 2 for total in totals):  # one more on the far side
             return None
-    else:
-        sides = _sizes(0 if padding == "valid" else padding, dims)
+    if padding == "valid":
+        padding = 0
+    sides = _sizes(padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
     is_depthwise = groups == len(weight) == input.shape[1] > 1
     rule = DepthwiseCall if is_depthwise else ConvolutionCall

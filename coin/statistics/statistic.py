@@ -1,6 +1,6 @@
 """Which statistics of experts a merge needs, and the pass that computes one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -52,14 +52,13 @@ def statistic_sums(
     *,
     seed: int = 0,
     rank: int = 0,
-    progress: Callable[[int], object] | None = None,
 ) -> Sums:
     """Return the sums of a network's Fisher, or without options of its Gram matrices, over this process's samples.
 
     Monte Carlo's random cotangents depend on the seed and on this process's rank; the rest is as of `fisher_sums`.
     """
     if options is None:
-        return gram_sums(network, batches, progress=progress)
+        return gram_sums(network, batches)
     # Of the CPU, so that every device has its numbers.
     generator = torch.Generator().manual_seed(seed * 100_003 + rank)
-    return fisher_sums(network, batches, options, generator=generator, progress=progress)
+    return fisher_sums(network, batches, options, generator=generator)

@@ -1,5 +1,6 @@
 """Sums over samples: what a pass over data leaves, added over batches and over processes before any division."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,14 +51,9 @@ def reduce_sums(sums: Sums) -> Sums:
     empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     layouts: list[dict[str, Tensor]] = [{}] * process_count()
     distributed.all_gather_object(layouts, empty)
-    every: dict[str, Tensor] = {}
-    for layout in layouts:
-        every |= layout
     values = {}
-    for name, like in every.items():
-        own = sums.values.get(name)
-        if own is None:
-            own = torch.zeros_like(like, device=device)
+    for name, like in ChainMap(*layouts).items():
+        own = sums.values.get(name, torch.zeros_like(like, device=device))
         total = own.detach().to(device, torch.float64, copy=True).contiguous()
         distributed.all_reduce(total)
         values[name] = total.to(own)

@@ -1,7 +1,9 @@
-"""Record the ruled calls of one forward pass and drive their rules during the backward passes."""
+"""Record the layers of one forward pass, and have their rules see the cotangents of backward passes."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,20 +25,37 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
 
+Receive = Callable[[Call, Tensor], None]
+"""(call, the cotangents g [V, B·k, …] of its output): what is done with these."""
+
 
 class Tape:
-    """The ruled calls of a forward pass over B samples, in their order: a description of what the network computes.
+    """One forward pass over B samples, with the layers that have a rule; then backward passes that drive the rules.
 
-    A rule squares per sample, so it must know which rows of its input [B·k, …] belong to one. The shape does not tell:
-    [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
+    While the network runs, an `Interceptor` finds every call of a function that has a layer rule and a trainable
+    parameter, such as `torch.nn.functional.linear`. In autograd's graph such a *ruled call* becomes a node of its own,
+    `_RuledCall`. In a backward pass this node does not form the gradients of the parameters; it hands the cotangents of
+    its output to the tape, and those of its input on to autograd. Everything between ruled calls is plain autograd, so
+    that any network will do. V cotangents go through one backward pass together (`torch.vmap`).
+
+    For the Fisher one asks in turn::
+
+        output = tape.run(network, inputs)                # forward
+        general = tape.shared(output)                     # parameters that no rule may count
+        tape.add_squares(output, blocks, totals, general) # backward, once for each block of cotangents
+
+    A rule squares per sample, so it must know which rows of a call's input [N, …] are whose. It takes them to lie
+    sample by sample, N = B·k with k rows each. Their number alone does not show that, since [T, B, C] with T = B looks
+    like [B, T, C]; `misplaced` shows it, by backward passes on a few samples. A tape for many samples is then given the
+    k found, as `rows`.
 
     Args:
         parameters: The trainable ones, by name.
-        rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
-            None rules every call of B·k rows, and follows the values: see `sorts`.
+        rows: Parameter name → k at the parameter's one call: only these calls are ruled. None rules all calls of B·k
+            rows, and a `Flow` follows the values.
 
     Attributes:
-        calls: The ruled calls.
+        calls: The ruled calls, in their order.
         weights: The names of the weights of all calls, ruled or not.
         sorts: Whether values may decide where a row goes, so that other samples' rows may lie otherwise.
     """
@@ -54,18 +73,23 @@ class Tape:
         self.calls: list[Call] = []
         self.weights: list[str] = []
         self.sorts = False
-        self._totals: dict[Call, Totals] = {}
-        self._arrived: dict[Call, list[Tensor]] | None = (
-            None  # the cotangents, while rows are being told apart
-        )
-        self._cotangents = 1  # that run through the backward pass at once
+        # Of the backward pass that is running.
+        self._receive: Receive
+        self._cotangents = 1  # V
+        self._fills_zeros = False  # whether zero weights are replaced by ones
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Record the ruled calls for samples [B, …]; return the output [B, C], a DataError for another."""
         self._samples = size_of(inputs)
         flow = Flow(inputs) if self._rows is None else None
-        with Interceptor(self._parameters, self._visit, flow):
+        visit = partial(self._visit, flow)
+        with Interceptor(self._parameters, visit), flow or nullcontext():
             output = logits_of(network, inputs)
+        if flow is not None:
+            self.sorts = flow.placed
+            reads = {id(node): times for node, times in flow.reads.items()}
+            for call in self.calls:
+                call.readers = reads.get(call.node, 0)
         is_tensor = isinstance(output, Tensor)
         if not is_tensor or output.ndim != 2 or len(output) != self._samples:
             found = [*output.shape] if is_tensor else type(output).__name__
@@ -73,104 +97,107 @@ class Tape:
                 f"the network's output is {found}, expected logits [{self._samples}, C]; "
                 "wrap it in a module that returns them"
             )
-        if flow is not None:
-            self.sorts = flow.placed
-            reads = {id(node): times for node, times in flow.reads.items()}
-            for call in self.calls:
-                call.readers = reads.get(call.node, 0)
         return output
 
     def _visit(
-        self, call: Call, names: dict[str, str], function: Callable[[], Tensor]
+        self,
+        flow: Flow | None,
+        call: Call,
+        names: dict[str, str],
+        function: Callable[[], Tensor],
     ) -> Tensor | None:
         if "weight" in names:
             self.weights.append(names["weight"])
         k, rest = divmod(len(call.inputs), self._samples)
         if rest != 0 or k == 0:
             return None
-        if self._rows is not None:
-            expected = {self._rows.get(name) for name in names.values()}
-            if expected != {k}:
-                return None
+        if self._rows is not None and any(self._rows.get(name) != k for name in names.values()):
+            return None
         source = call.inputs
         call.inputs = source.detach()  # a call that kept its history would keep itself alive
         output: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
-        call.names = names
         call.made = output.shape
         call.source = id(source.grad_fn)
         call.node = id(output.grad_fn)
+        call.decided = flow is not None and flow.placed_by_learned
         self.calls.append(call)
         return output
 
     def shared(self, output: Tensor) -> set[str]:
         """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
-        times: Counter[str] = Counter()
-        for call in self.calls:
-            times.update(call.names.values())
+        times = Counter(name for call in self.calls for name in call.names.values())
         elsewhere = _leaves(output)
-        found = set()
-        for name, parameter in self._parameters.items():
-            if times[name] > 1 or id(parameter) in elsewhere:
-                found.add(name)
-        return found
+        return {
+            name
+            for name, parameter in self._parameters.items()
+            if times[name] > 1 or id(parameter) in elsewhere
+        }
 
     def misplaced(self, output: Tensor, *, batched: bool = True) -> set[str]:
-        """Find the parameters at whose calls the rows do not lie sample by sample, k rows each; the graph is kept.
+        """Return the parameters at whose calls rows do not lie sample by sample, k of each; the graph is kept.
 
-        A backward pass is repeated with the samples' cotangents scaled by powers of two, which no rounding touches: at
-        every row exactly the scale of its sample must arrive. A call that no gradient reaches counts as misplaced.
-        Powers of two tell a few samples apart, not many.
+        Two backward passes show it. In the second the cotangent of sample n = 1 … B is n times what it is in the first.
+        So at a row of sample n, and of no other, n times the gradient of the first pass arrives. A call that no
+        gradient reaches counts as misplaced.
         """
         samples, classes = output.shape
-        powers = torch.arange(samples, device=output.device)
-        scales = 2 ** powers.to(output.dtype)
+        numbers = torch.arange(1, samples + 1).to(output)
         # Any cotangent does that no symmetry of the outputs cancels.
-        numbers = torch.arange(1, classes + 1, device=output.device)
-        once = numbers.to(output.dtype).cos().expand_as(output)
-        scaled = scales[:, None] * once
-        arrived: dict[Call, list[Tensor]] = {}
-        self._arrived = arrived
-        self.backward(output, torch.stack([once, scaled]), batched=batched)
-        self._arrived = None
+        once = torch.arange(1, classes + 1).to(output).cos().expand_as(output)
+        times_n = numbers[:, None] * once
+        arrived: dict[Call, list[Tensor]] = {call: [] for call in self.calls}
+        self._fills_zeros = True  # zeros would hide the calls in front of them
+        self._backward(
+            output, torch.stack([once, times_n]), lambda call, g: arrived[call].append(g), batched
+        )
+        self._fills_zeros = False
         found: set[str] = set()
-        for call in self.calls:
-            is_placed = call in arrived and self._is_placed(torch.cat(arrived[call]), scales)
-            if not is_placed:
+        for call, gradients in arrived.items():
+            if not gradients or not _is_placed(torch.cat(gradients), numbers):
                 found.update(call.names.values())
         return found
 
-    def _is_placed(self, g: Tensor, scales: Tensor) -> bool:
-        """Say whether the cotangents [2, N, …] are those of the first repetition in the right scales [B]."""
-        _, rows, *_ = g.shape
-        k = rows // self._samples
-        once, scaled = g.reshape(2, self._samples, k, -1)
-        expected = scales[:, None, None] * once
-        error = (scaled - expected).abs().amax(-1)  # [B, k]
-        row_size = once.abs().amax(-1)
-        size = row_size.amax()
-        precision = torch.finfo(g.dtype).eps
-        allowed = precision**0.5 * row_size + 64 * precision * size
-        is_placed = (error <= scales[:, None] * allowed).all()
-        return bool(is_placed & (size > 0))
+    def add_squares(
+        self,
+        output: Tensor,
+        blocks: Iterable[Tensor],
+        totals: Mapping[str, Tensor],
+        general: Collection[str],
+    ) -> int:
+        """Have the rules add Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² to the totals, by parameter; return how many v there were.
 
-    def collect(self, totals: Totals, general: Collection[str]) -> None:
-        """Have the rules add to the totals, by parameter, in the passes that follow, but for those `general`."""
+        Args:
+            output: What `run` returned.
+            blocks: The cotangents U [v, B, C], each block for one backward pass.
+            totals: Parameter name → accumulator.
+            general: The parameters to leave out.
+        """
+        own: dict[Call, Totals] = {}
         for call in self.calls:
-            own = {}
-            for role, name in call.names.items():
-                if name not in general:
-                    own[role] = totals[name]
-            self._totals[call] = own
+            own[call] = {
+                role: totals[name] for role, name in call.names.items() if name not in general
+            }
+        if not output.requires_grad or not any(own.values()):
+            return 0
 
-    def finish(self) -> None:
-        """Add to the totals what the rules deferred until all cotangents had been seen."""
-        for call, totals in self._totals.items():
-            call.finish(totals)
+        def accumulate(call: Call, g: Tensor) -> None:
+            if own[call]:
+                call.accumulate(g.to(sum_type(g)), self._samples, own[call])
 
-    def backward(self, output: Tensor, cotangents: Tensor, *, batched: bool = True) -> bool:
-        """Run the backward passes of cotangents [V, B, C], by default at once; say if there were any."""
+        count = 0
+        for block in blocks:
+            self._backward(output, block, accumulate)
+            count += len(block)
+        for call, its_totals in own.items():
+            call.finish(its_totals)
+        return count
+
+    def _backward(
+        self, output: Tensor, cotangents: Tensor, receive: Receive, batched: bool = True
+    ) -> None:
+        """Run the backward passes of cotangents [V, B, C], by default together."""
         if not self.calls or not output.requires_grad:
-            return False
+            return
 
         def pull_back(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(
@@ -178,28 +205,41 @@ class Tape:
             )
             return cotangent
 
+        self._receive = receive
+        self._cotangents = len(cotangents) if batched else 1
         if batched:
-            self._cotangents = len(cotangents)
             torch.vmap(pull_back)(cotangents)
         else:
-            self._cotangents = 1
             for cotangent in cotangents:
                 pull_back(cotangent)
-        return True
+        del self._receive  # which may hold the tape
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
-        """Let a call's rule see the cotangents [V, N, …] of its output; return its input's, if asked, else anything."""
-        if len(g) < self._cotangents:  # not batched: the same for every v
-            g = g.expand(self._cotangents, *g.shape[1:])
+        """Receive the cotangents [V, N, …] of a call's output; return its input's, if asked, else anything."""
+        # Where none depends on v, autograd hands on one for all.
+        self._receive(call, g.expand(self._cotangents, *g.shape[1:]))
+        if not needs_input:
+            return g
         weight = call.weight
-        if self._arrived is not None:
-            self._arrived.setdefault(call, []).append(g)
-            # Zeros would hide what lies in front of them.
+        if self._fills_zeros:
             weight = torch.where(weight == 0, 1, weight)
-        elif self._totals.get(call):
-            cotangents = g.to(sum_type(g))
-            call.accumulate(cotangents, self._samples, self._totals[call])
-        return call.input_gradient(g, weight) if needs_input else g
+        return call.input_gradient(g, weight)
+
+
+def _is_placed(g: Tensor, numbers: Tensor) -> bool:
+    """Say whether cotangents [2, B·k, …] are at every row, in the second pass, its sample's number [B] times as large.
+
+    Entries as small as the rounding of the largest show nothing.
+    """
+    once, times_n = g.reshape(2, len(numbers), -1)
+    largest = float(g.abs().max())
+    precision = torch.finfo(g.dtype).eps
+    return largest > 0 and torch.allclose(
+        times_n,
+        numbers[:, None] * once,
+        rtol=precision**0.5,
+        atol=64 * precision * largest,
+    )
 
 
 def _leaves(output: Tensor) -> set[int]:
@@ -218,7 +258,7 @@ def _leaves(output: Tensor) -> set[int]:
 
 
 class _RuledCall(Function):
-    """The function itself, with its rule in place of autograd's gradient of the weight."""
+    """A node of autograd's graph: the function itself forwards, `Tape.contract` backwards."""
 
     @staticmethod
     def forward(

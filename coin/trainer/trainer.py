@@ -98,7 +98,7 @@ class Trainer(pl.Trainer):
             kind: Which Fisher diagonal; Gram matrices have no kinds.
             mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
-            memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
+            memory_mib: The pass's working memory in MiB, to which samples and cotangents are cut.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.

@@ -21,6 +21,7 @@ from coin.reporting import read_results
 from coin.reporting.results import COLUMNS, RESULTS_CSV, RESULTS_JSON, check_current, read_document
 from coin.statistics import Sums
 from coin.statistics.files import check_statistic, open_statistic, save_statistic
+from coin.statistics.statistic import StatisticKind
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 Damage = Callable[[Path], None]
@@ -148,7 +149,7 @@ def test_a_statistic_that_is_not_of_its_expert(case: str, tmp_path: Path) -> Non
     damage, message = STATISTICS[case]
     damage(path)
     with pytest.raises(CoinError, match=message):
-        check_statistic(open_statistic(path, statistic="fisher", weights=weights), network)
+        check_statistic(StatisticKind.fisher, open_statistic(path, statistic="fisher", weights=weights), network)
 
 
 CODED: dict[str, tuple[Damage, str]] = {

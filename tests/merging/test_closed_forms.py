@@ -234,7 +234,7 @@ def test_damaged_and_mismatched_statistics_are_named():
         ("fishers", Coin(), {**fisher, "0.bias": -torch.ones(3)}, "fisher of expert 1 is negative in '0.bias'"),
         ("fishers", Coin(), {**fisher, "tail": torch.ones(2)}, "fisher of expert 1 has a tensor 'tail', which Seq"),
         ("fishers", Coin(), {**fisher, "0.bias": torch.ones(2)}, r"expert 1 has '0\.bias' of \[2\], expected \[3\] of"),
-        ("fishers", Coin(), gram, "found Gram matrices of expert 1 as its Fisher; give them as grams"),
+        ("fishers", Coin(), gram, r"the fisher of expert 1 has '0\.weight' of .* of a fisher; give the network's own"),
         ("grams", RegMean(), {"0.weight": torch.eye(4)[None]}, r"Gram matrices of '0\.weight' are not of one shape"),
     ):
         given = {kind: [fisher if kind == "fishers" else gram, state]}

@@ -261,7 +261,7 @@ def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
     counts = []
     for _ in range(3):
         with Waits() as waits:
-            fisher.add(torch.randn(3, 4, 9, 9), lambda done: None)
+            fisher.add(torch.randn(3, 4, 9, 9))
         counts.append(waits.count)
     assert counts[0] > counts[1] == counts[2] == 0
 

@@ -23,8 +23,9 @@ BATCHES = [torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(1))]
 
 def test_what_is_saved_for_a_network_is_loaded_for_it_alone(network: nn.Module, tmp_path: Path) -> None:
     sums = coin.gram_sums(network, BATCHES)
-    for values in (coin.fisher_diagonal(network, BATCHES), sums.mean(), sums):
-        coin.save_statistic(tmp_path / "statistic", values, network)
+    fisher = coin.fisher_diagonal(network, BATCHES)
+    for values, statistic in ((fisher, "fisher"), (sums.mean(), "gram"), (sums, "gram")):
+        coin.save_statistic(tmp_path / "statistic", values, network, statistic=statistic)
         found = coin.load_statistic(str(tmp_path / "statistic"), network)
         expected = sums.mean() if values is sums else values
         assert found.keys() == expected.keys()
@@ -52,12 +53,14 @@ def test_what_is_no_statistic_of_the_network_is_refused(network: nn.Module, tmp_
     path, fisher = tmp_path / "statistic", coin.fisher_diagonal(network, BATCHES)
     for values, message in (
         ({**fisher, "tail": torch.ones(2)}, "has a tensor 'tail', which Sequential has not"),
-        ({**fisher, "2.bias": torch.ones(2)}, r"has '2\.bias' of \[2\], expected \[3\] of a Fisher, or \[G, K, K\]"),
+        ({**fisher, "2.bias": torch.ones(2)}, r"has '2\.bias' of \[2\], expected \[3\] of a fisher"),
         ({**fisher, "2.bias": -torch.ones(3)}, r"the statistic is negative in '2\.bias'"),
         ({**fisher, "2.bias": torch.full((3,), torch.nan)}, r"not finite: tensor '2\.bias'"),
     ):
         with pytest.raises(StateError, match=message):
             coin.save_statistic(path, values, network)
+    with pytest.raises(StateError, match=r"has '0\.bias' of \[4\], expected \[4, 4, 4\] of a gram"):
+        coin.save_statistic(path, {"0.bias": fisher["0.bias"]}, network, statistic="gram")
     save_state(path, network.state_dict(), {"made_by": "a test"})
     with pytest.raises(FileError, match="holds no statistic, expected fisher or gram"):
         coin.load_statistic(path, network)
