@@ -1,4 +1,4 @@
-"""Record the layers of one forward pass, and have their rules see the cotangents of backward passes."""
+"""Record the layers of one forward pass, and hand their rules the gradients that arrive in backward passes."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -26,33 +26,37 @@ from coin.statistics.rules import Call, Totals
 from coin.statistics.sums import sum_type
 
 Receive = Callable[[Call, Tensor], None]
-"""(call, the cotangents g [V, B·k, …] of its output): what is done with these."""
+"""(call, the gradients g [V, B·k, …] that arrive at its output): what is done with these."""
 
 
 class Tape:
-    """One forward pass over B samples, with the layers that have a rule; then backward passes that drive the rules.
+    """One forward pass over B samples, and backward passes that hand its layers' rules what they need.
 
-    While the network runs, an `Interceptor` finds every call of a function that has a layer rule and a trainable
-    parameter, such as `torch.nn.functional.linear`. In autograd's graph such a *ruled call* becomes a node of its own,
-    `_RuledCall`. In a backward pass this node does not form the gradients of the parameters; it hands the cotangents of
-    its output to the tape, and those of its input on to autograd. Everything between ruled calls is plain autograd, so
-    that any network will do. V cotangents go through one backward pass together (`torch.vmap`).
+    A layer rule computes what autograd does not: sums over samples of squared gradients by a layer's parameters. It
+    needs the layer's input x, and the gradients g that arrive at the layer's output in a backward pass.
 
-    For the Fisher one asks in turn::
+    **Forward**, in `run`: while the network runs, an `Interceptor` catches every call of a function that has a rule,
+    such as `torch.nn.functional.linear`, if its weight or bias is a trainable parameter. Such a *ruled call* is kept
+    with its input in `calls`, and becomes a node of its own in autograd's graph, `_RuledCall`. All else is plain
+    autograd, so that any network will do.
 
-        output = tape.run(network, inputs)                # forward
-        general = tape.shared(output)                     # parameters that no rule may count
-        tape.add_squares(output, blocks, totals, general) # backward, once for each block of cotangents
+    **Backward**: a pass starts at the logits with a cotangent U [B, C] in place of a loss's gradient; V of them run
+    together by `torch.vmap`. Autograd brings g [V, N, …] to the node of a ruled call. There the tape gives it to
+    whoever wants it (`add_squares`: to the rule), and returns the gradients by x, with which autograd goes on.
+    Gradients by parameters are not formed.
 
-    A rule squares per sample, so it must know which rows of a call's input [N, …] are whose. It takes them to lie
-    sample by sample, N = B·k with k rows each. Their number alone does not show that, since [T, B, C] with T = B looks
-    like [B, T, C]; `misplaced` shows it, by backward passes on a few samples. A tape for many samples is then given the
-    k found, as `rows`.
+    **Rows**: a rule squares a sample's gradient, so it must know which of the N rows of a call belong to a sample. It
+    assumes that N = B·k, and that the first k rows are the first sample's, the next k the second's, and so on. The
+    shape does not tell: [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out where it is wrong. That takes
+    backward passes, so it is done for two samples, and the tape of many is given the k found there as `rows`.
+
+    **What no rule may count**, since a parameter's gradient is a sum over all its uses that is squared afterwards: a
+    parameter of two calls, or one that is used outside ruled calls too. `shared` returns these.
 
     Args:
         parameters: The trainable ones, by name.
-        rows: Parameter name → k at the parameter's one call: only these calls are ruled. None rules all calls of B·k
-            rows, and a `Flow` follows the values.
+        rows: Parameter name → k at the parameter's one call: no other calls are ruled. None, for a few samples: all
+            calls of B·k rows are ruled, and a `Flow` follows the values.
 
     Attributes:
         calls: The ruled calls, in their order.
@@ -215,7 +219,7 @@ class Tape:
         del self._receive  # which may hold the tape
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
-        """Receive the cotangents [V, N, …] of a call's output; return its input's, if asked, else anything."""
+        """Hand on the gradients [V, N, …] of a call's output; return its input's, if asked, else anything."""
         # Where none depends on v, autograd hands on one for all.
         self._receive(call, g.expand(self._cotangents, *g.shape[1:]))
         if not needs_input:
