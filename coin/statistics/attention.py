@@ -32,7 +32,8 @@ def self_attention(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return what `torch.nn.functional.multi_head_attention_forward` returns for one and the same query, key and value.
 
-    The projections are called with the samples first, [B, T, E]. None stands for every other form of the call.
+    The projections are called with the samples first, [B, T, E]. None stands for every other form of the call. A row
+    that is wholly masked gives zeros, as torch has it without `need_weights`; with them torch has NaN.
     """
     is_self = query is key and query is value
     is_plain = query.ndim == 3 and in_weight is not None

@@ -19,6 +19,7 @@ from coin.core.batches import (
     tensors_in,
 )
 from coin.core.choices import check_integer, parse_enum
+from coin.core.devices import device_of
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import check_finite
@@ -119,8 +120,8 @@ class _Layout:
 
     # As of `Tape`, for the parameters with a rule; None: one sample at a time.
     rows: Mapping[str, int] | None
-    activations: int  # floats per sample in the inputs of all ruled calls together
-    widest: int  # floats per sample in the largest of those inputs
+    kept: int  # bytes that a sample keeps for the backward pass
+    widest: int  # bytes of the widest layer's cotangent, or of the outputs', for a sample
     outputs: int
     ordered: Callable[[Batch], Batch]  # puts a batch in the order of memory that it was found in
 
@@ -165,21 +166,19 @@ class _Pass:
         The estimate is b·(activations kept) + b·v·(widest layer, or the outputs)·(tensors alive). All V cotangents
         stay together as long as one sample fits, since the Gram rule gains from them.
         """
-        like = next(iter(self._parameters.values()))
         cotangents = layout.outputs
         if self.options.kind is FisherKind.monte_carlo:
             cotangents = self.options.mc_samples or 1
-        kept = layout.activations * _KEPT * like.element_size()
-        widest = max(layout.widest, layout.outputs) * sum_type(like).itemsize
         available = self.options.memory_mib << 20
-        samples = available // (kept + cotangents * widest * _GRADIENTS)
+        alive = layout.widest * _GRADIENTS
+        samples = available // (layout.kept + cotangents * alive)
         if samples < 1:
-            fitting = (available - kept) // (widest * _GRADIENTS)
+            fitting = (available - layout.kept) // alive
             return 1, max(1, min(cotangents, fitting))
         if layout.rows is None:
             return 1, cotangents
-        if like.device.type == "cpu":
-            enough = _ENOUGH_BYTES // (cotangents * widest)
+        if device_of(self.network).type == "cpu":
+            enough = _ENOUGH_BYTES // (cotangents * layout.widest)
             samples = min(samples, max(1, enough))
         return samples, cotangents
 
@@ -269,5 +268,8 @@ def _layout_of(
         if rows is not None and untrusted.isdisjoint(call.names.values()):
             rows.update(dict.fromkeys(call.names.values(), len(call.inputs) // 2))
     read = [call.inputs for call in tape.calls] or tensors_in(two)
-    sizes = [tensor.numel() // 2 for tensor in read]
-    return _Layout(rows, sum(sizes), max(sizes), output.shape[1], ordered)
+    sizes = [tensor.numel() // 2 for tensor in read]  # of a sample
+    outputs = output.shape[1]
+    kept = _KEPT * sum(sizes) * output.element_size()
+    widest = max(*sizes, outputs) * sum_type(output).itemsize
+    return _Layout(rows, kept, widest, outputs, ordered)

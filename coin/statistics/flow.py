@@ -1,13 +1,13 @@
 """Whether a network decides by values where rows go, and how many functions read a tensor: seen while it runs."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from coin.core.batches import tensors_in
+from coin.statistics.intercept import Interceptor, Visit
 
 # Functions that reorder by values, or hand these to Python, where they may decide anything.
 _DECIDING = {"sort", "msort", "topk", "unique", "unique_consecutive", "tolist", "item", "numpy"}
@@ -40,13 +40,15 @@ class Mark(NamedTuple):
     is_choice: bool
 
 
-class Flow(TorchFunctionMode):
-    """Watches the functions that a network calls on tensors computed from its inputs and parameters.
+class Flow(Interceptor):
+    """An interceptor that also follows which functions a network calls on what it computes of inputs and parameters.
 
     Rows are placed by values where a function sorts, hands values to Python, or combines a choice with another tensor
     other than entry by entry: as an index, or in a product of matrices with a one-hot one.
 
     Args:
+        parameters: As of `Interceptor`.
+        visit: The same.
         inputs: The network's, which are marked.
 
     Attributes:
@@ -55,8 +57,8 @@ class Flow(TorchFunctionMode):
         reads: How many functions have read the output of a node in autograd's graph, detached or not.
     """
 
-    def __init__(self, inputs: Any) -> None:
-        super().__init__()
+    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, inputs: Any) -> None:
+        super().__init__(parameters, visit)
         self.placed = False
         self.placed_by_learned = False
         self.reads: Counter[Any] = Counter()
@@ -72,7 +74,7 @@ class Flow(TorchFunctionMode):
         values = _values(name, args) or arguments
         marks = [getattr(tensor, _MARK) for tensor in values if hasattr(tensor, _MARK)]
         self._note_placing(name, marks)
-        result = func(*args, **options)
+        result = super().__torch_function__(func, types, args, options)
         made = tensors_in(args[0] if name == "__setitem__" else result)
         if made:
             self.reads.update(tensor.grad_fn for tensor in arguments)

@@ -2,8 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -74,26 +72,28 @@ class Tape:
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         like = next(iter(parameters.values()))
         self._anchor = like.new_zeros(()).requires_grad_()
+        self._flow: Flow | None = None  # while the network runs
         self.calls: list[Call] = []
         self.weights: list[str] = []
         self.sorts = False
         # Of the backward pass that is running.
         self._receive: Receive
         self._cotangents = 1  # V
-        self._fills_zeros = False  # whether zero weights are replaced by ones
+        self._fills_zeros = False  # whether zero weights are replaced
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Record the ruled calls for samples [B, …]; return the output [B, C], a DataError for another."""
         self._samples = size_of(inputs)
-        flow = Flow(inputs) if self._rows is None else None
-        visit = partial(self._visit, flow)
-        with Interceptor(self._parameters, visit), flow or nullcontext():
+        if self._rows is None:
+            self._flow = Flow(self._parameters, self._visit, inputs)
+        with self._flow or Interceptor(self._parameters, self._visit):
             output = logits_of(network, inputs)
-        if flow is not None:
-            self.sorts = flow.placed
-            reads = {id(node): times for node, times in flow.reads.items()}
+        if self._flow is not None:
+            self.sorts = self._flow.placed
+            reads = {id(node): times for node, times in self._flow.reads.items()}
             for call in self.calls:
                 call.readers = reads.get(call.node, 0)
+            self._flow = None  # its nodes hold the tape
         is_tensor = isinstance(output, Tensor)
         if not is_tensor or output.ndim != 2 or len(output) != self._samples:
             found = [*output.shape] if is_tensor else type(output).__name__
@@ -104,11 +104,7 @@ class Tape:
         return output
 
     def _visit(
-        self,
-        flow: Flow | None,
-        call: Call,
-        names: dict[str, str],
-        function: Callable[[], Tensor],
+        self, call: Call, names: dict[str, str], function: Callable[[], Tensor]
     ) -> Tensor | None:
         if "weight" in names:
             self.weights.append(names["weight"])
@@ -123,7 +119,7 @@ class Tape:
         call.made = output.shape
         call.source = id(source.grad_fn)
         call.node = id(output.grad_fn)
-        call.decided = flow is not None and flow.placed_by_learned
+        call.decided = self._flow is not None and self._flow.placed_by_learned
         self.calls.append(call)
         return output
 
@@ -140,24 +136,25 @@ class Tape:
     def misplaced(self, output: Tensor, *, batched: bool = True) -> set[str]:
         """Return the parameters at whose calls rows do not lie sample by sample, k of each; the graph is kept.
 
-        Two backward passes show it. In the second the cotangent of sample n = 1 … B is n times what it is in the first.
-        So at a row of sample n, and of no other, n times the gradient of the first pass arrives. A call that no
-        gradient reaches counts as misplaced.
+        Two backward passes of a few samples show it: in the second the cotangent of sample n = 0, 1, … is 2ⁿ times
+        what it is in the first. Backward passes are linear, so 2ⁿ times as much must arrive at each row that is of
+        sample n alone; at other rows something else arrives. A power of two rounds nothing, so that is so to the last
+        bit, however much of a gradient is rounding. A call that no gradient reaches counts as misplaced.
         """
         samples, classes = output.shape
-        numbers = torch.arange(1, samples + 1).to(output)
+        scales = 2 ** torch.arange(samples).to(output)
         # Any cotangent does that no symmetry of the outputs cancels.
-        once = torch.arange(1, classes + 1).to(output).cos().expand_as(output)
-        times_n = numbers[:, None] * once
+        once = torch.arange(1, classes + 1).cos().to(output).expand_as(output)
+        scaled = scales[:, None] * once
         arrived: dict[Call, list[Tensor]] = {call: [] for call in self.calls}
         self._fills_zeros = True  # zeros would hide the calls in front of them
         self._backward(
-            output, torch.stack([once, times_n]), lambda call, g: arrived[call].append(g), batched
+            output, torch.stack([once, scaled]), lambda call, g: arrived[call].append(g), batched
         )
         self._fills_zeros = False
         found: set[str] = set()
         for call, gradients in arrived.items():
-            if not gradients or not _is_placed(torch.cat(gradients), numbers):
+            if not gradients or not _is_placed(torch.cat(gradients), scales):
                 found.update(call.names.values())
         return found
 
@@ -225,22 +222,24 @@ class Tape:
         if not needs_input:
             return g
         weight = call.weight
-        if self._fills_zeros:
-            weight = torch.where(weight == 0, 1, weight)
+        if self._fills_zeros and bool((weight == 0).any()):
+            # Equal numbers would give gradients that a normalisation in front cancels.
+            numbers = torch.arange(1, weight.numel() + 1, device=weight.device).cos()
+            weight = weight.where(weight != 0, numbers.view(weight.shape).to(weight))
         return call.input_gradient(g, weight)
 
 
-def _is_placed(g: Tensor, numbers: Tensor) -> bool:
-    """Say whether cotangents [2, B·k, …] are at every row, in the second pass, its sample's number [B] times as large.
+def _is_placed(g: Tensor, scales: Tensor) -> bool:
+    """Say whether every row of gradients [2, B·k, …] is in the second pass its sample's scale [B] times the first's.
 
     Entries as small as the rounding of the largest show nothing.
     """
-    once, times_n = g.reshape(2, len(numbers), -1)
-    largest = float(g.abs().max())
+    once, scaled = g.reshape(2, len(scales), -1)
+    largest = float(once.abs().max())
     precision = torch.finfo(g.dtype).eps
     return largest > 0 and torch.allclose(
-        times_n,
-        numbers[:, None] * once,
+        scaled / scales[:, None],
+        once,
         rtol=precision**0.5,
         atol=64 * precision * largest,
     )

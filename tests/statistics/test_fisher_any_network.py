@@ -212,6 +212,17 @@ def test_a_gradient_that_a_weight_of_zero_hides(zero: str) -> None:
     assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES)
 
 
+def test_a_new_head_behind_a_normalisation() -> None:
+    """Its zeros replaced by ones, the head gave a gradient that the normalisation cancels, but for rounding."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, CLASSES)
+    network, x = nn.Sequential(*layers).double(), torch.tensor([[1.0, 0, 0, 0]] * 3).double()
+    nn.init.zeros_(layers[2].weight)
+    layers[0].weight.data[:] = torch.tensor([1.0, -1] * 4)[:, None]
+    nn.init.zeros_(layers[0].bias)
+    assert fisher_sums(network, [x]).passes == 3 * (1 + 2 * CLASSES)
+
+
 class Masked(nn.Module):
     """Self-attention under a mask, with padding or without."""
 
