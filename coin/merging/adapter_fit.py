@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, NumericalError
-from coin.files.tensors import State, not_finite
+from coin.errors import ConfigurationError
+from coin.files.tensors import State
 from coin.merging.expert_sources import whole_state
 from coin.merging.units import Unit, UnitRows, as_map, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions
@@ -98,13 +98,6 @@ class AdapterFit:
         zeros = torch.zeros_like(self._network.get_parameter(unit.shift))
         shift = changes[unit.shift](zeros)
         return output + call.along(shift, output)
-
-    def check(self) -> None:
-        """Raise NumericalError where an adapter is not finite."""
-        for adapter in self.adapters:
-            name = not_finite(adapter.tensors)
-            if name is not None:
-                raise NumericalError(f"the adapter's '{name}' is not finite; check the experts")
 
     def _changes(
         self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: "Moments"

@@ -197,7 +197,9 @@ class Compressed:
             "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
             "base_bits": self.base_bits,
             "base_nbytes": self.base_nbytes,
-            "bits": {name: rounded.bits for name, rounded in self.rounded.items()},
+            "matrices": {
+                name: [each.bits, each.levels.shape[1]] for name, each in self.rounded.items()
+            },
             "outputs": self.outputs,
             "adapters": len(self.adapters),
             "folded": folded_norms(self.base),
@@ -233,11 +235,9 @@ class Compressed:
         names, adapters = split_adapters(file, told["adapters"])
         others = {name.removeprefix(_PACKED): file[name].clone() for name in names}
         rounded = {}
-        like = with_outputs(base, told["outputs"]).state_dict()
-        for name, bits in told["bits"].items():
+        for name, (bits, columns) in told["matrices"].items():
             codes = others.pop(f"{name}.codes")
             scale = others.pop(f"{name}.scale")
-            columns = matrix_shape(like[name].shape)[1]
             rounded[name] = Rounded.unpacked(codes, scale, bits, columns)
         nbytes = told["base_nbytes"]
         return cls(base, base_bits, nbytes, rounded, others, told["outputs"], adapters)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coin.errors import NumericalError
+
 _LARGEST = 127  # level of fewer than 8 bits
 
 # The scales from which the search begins, as shares of the one at which a row's largest value has the largest level.
@@ -194,9 +196,19 @@ def rounded_in(rows: Tensor, bits: int) -> Rounded:
     return Rounded(found.to(torch.int8), scale.squeeze(1).bfloat16(), bits)
 
 
+def check_range(values: Tensor, dtype: torch.dtype) -> None:
+    """Raise NumericalError where an adapter's value is not finite or beyond the largest of a type."""
+    largest = torch.finfo(dtype).max
+    if not bool((values.abs() <= largest).all()):
+        raise NumericalError(
+            f"found a value of an adapter that is not finite or beyond {largest:.3g}; check the experts"
+        )
+
+
 def byte_row(values: Tensor) -> Tensor:
     """Return n values in 8 bits each, of even steps from their least to their largest, as bytes ``[1, n + 8]``."""
     row = values.detach().float().cpu().reshape(1, -1)
+    check_range(row, torch.float32)
     rounded: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(row)
     return rounded.to(values.device)
 
@@ -230,6 +242,7 @@ def round_factor(factor: Tensor, used: Tensor | None = None) -> Tensor:
     ends are shares of the row's own; over the columns `used`, where they are given.
     """
     values = factor.detach().float().cpu()
+    check_range(values, torch.float16)
     searched = values if used is None else values[:, used.cpu()]
     low, high = searched.unsqueeze(1).aminmax(dim=2)  # [r, 1]
     shares = torch.cartesian_prod(_RANGES, _RANGES)

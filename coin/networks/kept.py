@@ -351,9 +351,11 @@ def _set_class(layer: nn.Module) -> None:
 
 
 def _forward_of(kind: Any) -> str:
-    """Return the full name of the function that a kind of layer runs."""
-    forward = kind.forward
-    return f"{forward.__module__}.{forward.__qualname__}"
+    """Return the full name of the function that a kind of layer runs: a convolution's own product, if it has one."""
+    function = getattr(kind, "_conv_forward", kind.forward)
+    if function.__module__ == nn.Conv2d.__module__:
+        function = kind.forward
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 @cache
@@ -375,8 +377,8 @@ def _class_of(
         attributes["bias"] = property(_bias_of_norm)
     if is_out:
         attributes["forward"] = _WITHOUT_NORM[_forward_of(kind)]
-    elif "weight" in parameters and kind.forward in _FORWARDS:
-        attributes["forward"] = _FORWARDS[kind.forward]
+    elif "weight" in parameters and _forward_of(kind) in _FORWARDS:
+        attributes["forward"] = _FORWARDS[_forward_of(kind)]
     return type(kind.__name__, (kind,), attributes)
 
 
@@ -455,17 +457,17 @@ def _on_activations(kept: Kept, inputs: Tensor, bias: Tensor | None) -> Tensor:
     weight = kept.body().view(-1, kept.columns)
     left, right = change.factors(weight.shape[0], kept.columns, weight.dtype)
     outputs = torch.addmm(F.linear(inputs, weight), F.linear(inputs, right), left)
-    if change.scale is None:
-        return outputs if bias is None else outputs + bias
-    scale = read_rows(change.scale, weight.dtype)
-    return outputs.mul_(scale) if bias is None else torch.addcmul(bias, outputs, scale)
+    # In place, so that they stay of the type that autocast gives products.
+    if change.scale is not None:
+        outputs.mul_(read_rows(change.scale, weight.dtype))
+    return outputs if bias is None else outputs.add_(bias)
 
 
 # The forwards of kinds of layers, and those that take their places.
-_FORWARDS: dict[Any, Any] = {
-    nn.Embedding.forward: _look_up,
-    nn.Linear.forward: _run_linear,
-    nn.Conv2d.forward: _run_conv2d,
+_FORWARDS: dict[str, Any] = {
+    "torch.nn.modules.sparse.Embedding.forward": _look_up,
+    "torch.nn.modules.linear.Linear.forward": _run_linear,
+    "torch.nn.modules.conv.Conv2d.forward": _run_conv2d,
 }
 # What takes the place of a BatchNorm's forward.
 _WITHOUT_NORM: dict[str, Any] = {

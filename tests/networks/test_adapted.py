@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import coin
-from coin.errors import CoinWarning, ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
 from coin.networks.adapted import resident_nbytes, stored_nbytes, tensor_nbytes
 from coin.networks.adapter import adapters_state, split_adapters
 from coin.networks.kept import kept_parameters
@@ -417,3 +417,76 @@ def test_what_was_saved_of_a_shared_bias_and_a_module_called_adapters_is_loaded(
     names, adapters = split_adapters(state, 2)
     assert names == [*experts[0].state_dict()]
     assert adapters[1].tensors.keys() == packed.adapters[1].tensors.keys()
+
+
+class Scaled(nn.Linear):
+    """A linear layer that runs in a way of its own."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Centred(nn.Conv2d):
+    """A convolution whose product is its own."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias) + 1
+
+
+def on_one_position(layers):
+    """Layers for single positions, on which updates are less work than on the weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 3)).eval()
+
+
+def low_rank(names, **parts):
+    factors = {"left": 0.1 * torch.randn(40, 2), "right": torch.randn(2, 40)}
+    return coin.Adapter({name: {**factors, **parts} for name in names})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, 0])
+def test_on_few_positions_layers_with_updates_with_other_parts_and_without_any_answer_as_plain_ones(samples):
+    kinds = (nn.Conv2d(40, 40, 1), nn.Conv2d(40, 40, 1, bias=False), Centred(40, 40, 1), nn.Conv2d(40, 40, 1))
+    network = on_one_position([*kinds, nn.Flatten(), Scaled(40, 40), nn.Linear(40, 40)])
+    x = torch.randn(samples, 40, 1, 1)
+    adapters = [
+        low_rank(["0.weight", "2.weight", "5.weight", "6.weight"]),
+        low_rank(["1.weight", "2.weight", "5.weight"], scale=torch.rand(40)),
+        low_rank(["6.weight"], shift=torch.randn(40), scale=torch.rand(40)),  # layer 3 has none
+    ]
+    for body in (network, coin.compress(network, None, bits=4, base_bits=0).packed()):
+        adapted = coin.Adapted(body, adapters)
+        for expert in range(3):
+            expected = adapted.network(expert)(x)
+            torch.testing.assert_close(adapted(x, experts=expert), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [{}, {"scale": torch.rand(40)}])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Linear])
+def test_under_autocast_an_update_on_activations_has_the_type_of_one_on_the_weight(kind, parts):
+    options = {"kernel_size": 1} if kind is nn.Conv2d else {}
+    adapted = coin.Adapted(on_one_position([kind(40, 40, **options)]), [low_rank(["0.weight"], **parts)])
+    shape = (40, 1, 1) if kind is nn.Conv2d else (40,)
+
+    def first_layer(body, inputs):
+        return body[0](inputs)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        few, many = (adapted.run(first_layer, torch.randn(count, *shape), experts=0) for count in (1, 100))
+    assert few.dtype == many.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
+def test_an_adapter_that_is_not_finite_or_too_large_for_its_bytes_is_refused(value):
+    wrong = torch.tensor([[1.0, value, 2.0]])
+    message = "found a value of an adapter that is not finite or beyond .*; check the experts"
+    with pytest.raises(NumericalError, match=message):
+        coin.Adapter({"weight": {"left": wrong.T, "right": wrong}})
+    for part in ("scale", "shift"):
+        if value == 1e6:
+            assert coin.Adapter({"weight": {part: wrong}}).nbytes == 3 + 8
+            continue
+        with pytest.raises(NumericalError, match=message):
+            coin.Adapter({"weight": {part: wrong}})

@@ -9,6 +9,7 @@ from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
 from coin.networks import Compression, NetworkConfig, build_network, sources
 from coin.networks.adapted import resident_nbytes
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.files import (
     kept_base,
     load_network,
@@ -184,6 +185,25 @@ def test_files_of_another_base_and_of_whole_networks_are_refused(base, tmp_path)
     save_network(path, base, CONFIG, 6, {})
     with pytest.raises(FileError, match="no compressed network"):
         coin.Compressed.load(path, base)
+
+
+def test_a_network_like_it_but_of_other_widths_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    coin.compress(nn.Linear(64, 32), None, bits=3, base_bits=0).save(path)
+    for other in (nn.Linear(62, 32), nn.Linear(66, 32), nn.Linear(64, 31)):
+        made = coin.Compressed.load(path, other)
+        for read in (made.network, made.packed):
+            with pytest.raises(StateError, match="give a base of its architecture"):
+                read()
+
+
+def test_a_file_of_folded_batchnorms_leaves_the_network_that_it_is_read_with_unmarked(base, tmp_path):
+    body = copy.deepcopy(base)
+    mark_folded(body, {"stem.1": "stem.0.weight"})
+    coin.compress(body, None, bits=3, base_bits=0).save(tmp_path / "x.safetensors")
+    again = coin.Compressed.load(tmp_path / "x.safetensors", base)
+    assert folded_norms(again.base) == {"stem.1": "stem.0.weight"}
+    assert folded_norms(base) == {}
 
 
 @pytest.mark.parametrize("base_bits", [32, 8, 0])
