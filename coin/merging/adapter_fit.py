@@ -9,11 +9,9 @@ from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.merging.expert_sources import whole_state
 from coin.merging.units import Unit, UnitRows, as_map, folded_unit
-from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.delta import balanced, byte_row, read_factor, round_factor
-from coin.networks.kept import Change
 from coin.statistics.rules import Call
-from coin.statistics.rules.linear import LinearCall
 from coin.statistics.solvers import is_round_off, products, solve_ridge
 
 _SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws their scales to 1
@@ -126,9 +124,7 @@ class AdapterFit:
         if not self._options.scales:
             return {unit.weight: change} if change.tensors else {}
         scale = moments.scale(fitted)  # [G·O]
-        shape = _shape_of_scale(weight, call)
-        if bool((scale != 1).any()):
-            change = change._replace(scale=byte_row(scale.reshape(shape)))
+        change = change._replace(scale=byte_row(scale))
         changes = {unit.weight: change}
         if unit.shift is not None:
             kept_scale = change.scales().to(scale).flatten()
@@ -168,14 +164,6 @@ def _factors(
     rounded = round_factor(outer * balanced(outer, outer @ best))
     outer = read_factor(rounded, len(vectors)).to(best)
     return rounded, torch.linalg.pinv(outer.T) @ best
-
-
-def _shape_of_scale(weight: Tensor, call: Call) -> Sequence[int]:
-    """Return the shape in which one scale for each output is multiplied with the weight."""
-    if not isinstance(call, LinearCall):
-        return weight.shape
-    ones = [1] * (weight.ndim - 1)
-    return (-1, *ones)
 
 
 class Moments:

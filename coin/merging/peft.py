@@ -17,12 +17,11 @@ from coin.merging.adapter_fit import AdapterFit, Moments, columns_of
 from coin.merging.experts import Experts
 from coin.merging.passes import fit_body, folded_body
 from coin.merging.units import Unit
-from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.batchnorm import batchnorms
 from coin.networks.calling import clone
 from coin.networks.delta import check_range
 from coin.networks.heads import head_name, linear_head
-from coin.networks.kept import Change
 from coin.networks.weights import to_compute
 from coin.statistics.rules import Call
 

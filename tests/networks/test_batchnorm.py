@@ -79,7 +79,7 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ba
     ("sizes", "joined"),
     [
         *[((4, 4, 1), (4, 5)), ((4, 1), (5,)), ((1, 4), (5,))],
-        *[((4, 1, 4), (4, 5)), ((1, 1, 1), (3,)), ((1, 1, 1, 1), (2, 2))],
+        *[((4, 1, 4), (5, 4)), ((1, 1, 1), (3,)), ((1, 1, 4), (2, 4))],
     ],
 )
 def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
