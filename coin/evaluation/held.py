@@ -9,7 +9,7 @@ from torch import nn
 from coin.core.choices import check_integer
 from coin.merging.passes import default_memory_mib
 from coin.networks import load_network, pad_head
-from coin.networks.adapted import tensor_nbytes
+from coin.networks.adapted import resident_nbytes
 
 
 class HeldNetworks:
@@ -61,7 +61,7 @@ class HeldNetworks:
 
     def make_room(self, needed: Collection[Path] = ()) -> None:
         """Drop the networks that are not needed, if one more would not fit beside all that are held."""
-        sizes = [tensor_nbytes(network) for network in self._held.values()]
+        sizes = [resident_nbytes(network) for network in self._held.values()]
         if sum(sizes) + max(sizes, default=0) > self._bound:
             self._held = {path: each for path, each in self._held.items() if path in needed}
 

@@ -12,7 +12,7 @@ from coin.coding import Answers, Code, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network
-from coin.networks.adapted import resident_nbytes, tensor_nbytes
+from coin.networks.adapted import resident_nbytes
 from coin.networks.files import NetworkFile, nbytes_together, open_network
 
 NONE, ORACLE = "none", "oracle"
@@ -179,7 +179,7 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code
                 f"'{path}' is not a compressed copy of these experts; compress them again"
             )
         label = str(file.provenance.get("label", REPLICA))
-        whole = tensor_nbytes(file.network)
+        whole = resident_nbytes(file.network)
         largest[label] = max(whole, largest.get(label, 0))
         groups.setdefault(label, []).append(replace(file, content={}))  # without its tensors
     found = []

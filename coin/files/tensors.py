@@ -1,7 +1,7 @@
 """Named tensors, ``Mapping[str, Tensor]``: checks, arithmetic and fingerprints."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ def check_layout(own: State, state: State, source: str) -> None:
                 f"'{source}' has tensor '{name}' of shape {found}, expected {expected}; it has another architecture or "
                 "another number of classes: give one of the same"
             )
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors, one that is there several times once."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.nbytes for tensor in distinct.values())
 
 
 def infinite_names(state: State) -> list[str]:

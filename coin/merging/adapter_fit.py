@@ -5,15 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, NumericalError
-from coin.files.tensors import State, not_finite
+from coin.errors import ConfigurationError
+from coin.files.tensors import State
 from coin.merging.expert_sources import whole_state
 from coin.merging.units import Unit, UnitRows, as_map, folded_unit
-from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.delta import balanced, byte_row, read_factor, round_factor
-from coin.networks.kept import Change
 from coin.statistics.rules import Call
-from coin.statistics.rules.linear import LinearCall
 from coin.statistics.solvers import is_round_off, products, solve_ridge
 
 _SHRUNK = 0.01  # of the mean variance of a unit's outputs: the ridge that draws their scales to 1
@@ -99,13 +97,6 @@ class AdapterFit:
         shift = changes[unit.shift](zeros)
         return output + call.along(shift, output)
 
-    def check(self) -> None:
-        """Raise NumericalError where an adapter is not finite."""
-        for adapter in self.adapters:
-            name = not_finite(adapter.tensors)
-            if name is not None:
-                raise NumericalError(f"the adapter's '{name}' is not finite; check the experts")
-
     def _changes(
         self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: "Moments"
     ) -> dict[str, Change]:
@@ -133,9 +124,7 @@ class AdapterFit:
         if not self._options.scales:
             return {unit.weight: change} if change.tensors else {}
         scale = moments.scale(fitted)  # [G·O]
-        shape = _shape_of_scale(weight, call)
-        if bool((scale != 1).any()):
-            change = change._replace(scale=byte_row(scale.reshape(shape)))
+        change = change._replace(scale=byte_row(scale))
         changes = {unit.weight: change}
         if unit.shift is not None:
             kept_scale = change.scales().to(scale).flatten()
@@ -175,14 +164,6 @@ def _factors(
     rounded = round_factor(outer * balanced(outer, outer @ best))
     outer = read_factor(rounded, len(vectors)).to(best)
     return rounded, torch.linalg.pinv(outer.T) @ best
-
-
-def _shape_of_scale(weight: Tensor, call: Call) -> Sequence[int]:
-    """Return the shape in which one scale for each output is multiplied with the weight."""
-    if not isinstance(call, LinearCall):
-        return weight.shape
-    ones = [1] * (weight.ndim - 1)
-    return (-1, *ones)
 
 
 class Moments:

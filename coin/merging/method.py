@@ -133,7 +133,7 @@ class Method(ABC):
                 "first; and not none or oracle, other results' names"
             )
         sections = compress if isinstance(compress, list | tuple) else [compress]
-        self.compress = [Compression.of_body(each) for each in sections if each is not None]
+        self.compress = [Compression.of(each, base_bits=0) for each in sections if each is not None]
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:

@@ -17,11 +17,11 @@ from coin.merging.adapter_fit import AdapterFit, Moments, columns_of
 from coin.merging.experts import Experts
 from coin.merging.passes import fit_body, folded_body
 from coin.merging.units import Unit
-from coin.networks.adapter import Adapter, AdapterOptions
+from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.batchnorm import batchnorms
 from coin.networks.calling import clone
+from coin.networks.delta import check_range
 from coin.networks.heads import head_name, linear_head
-from coin.networks.kept import Change
 from coin.networks.weights import to_compute
 from coin.statistics.rules import Call
 
@@ -191,7 +191,10 @@ class LoraFit(AdapterFit):
         left, best = moments.low_rank(body, own, damping, self._options.rank)  # V [O, r], B [O, K']
         right = best.new_zeros(left.shape[1], unit.unknowns)
         right[:, entries] = left.T @ best
-        return {unit.weight: _Unrounded(left=left.T.float(), right=right.float())}
+        change = _Unrounded(left=left.T.float(), right=right.float())
+        for factor in change.tensors.values():
+            check_range(factor, torch.float32)
+        return {unit.weight: change}
 
 
 def extract_lora(

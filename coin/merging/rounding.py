@@ -68,7 +68,7 @@ class Rounding:
         if metric is not None and has_row_each:
             scales = rounded.scale.view(wanted.shape[:2])
             levels = round_columns(wanted, scales, bits, metric)
-            rounded = Rounded(levels.reshape(rows), rounded.scale, bits)
+            rounded = Rounded.of(levels.reshape(rows), rounded.scale, bits)
         self.rounded[name] = rounded.cpu()
         after = rounded.dense().reshape(step.shape)
         return (after - before).to(step)

@@ -16,10 +16,11 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import State, infinite_names
 from coin.networks import Adapted, Adapter
+from coin.networks.adapter import Change
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
-from coin.networks.delta import rounded_in
-from coin.networks.kept import Change, Kept, keep, kept_parameters, tied_names
+from coin.networks.delta import Rounded
+from coin.networks.kept import keep, kept_parameters
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
@@ -36,14 +37,17 @@ class Body:
     num_experts: int
     bits: Mapping[str, int]  # by the parameters' names
     folded: Mapping[str, str]  # BatchNorms, and the weights that they are folded into
+    experts: Mapping[str, Sequence[int]]  # those that change a parameter, by its name
 
     @classmethod
     def of(cls, network: nn.Module) -> "Body | None":
         """Return the description of a network; None if it is not an `Adapted`."""
         if not isinstance(network, Adapted):
             return None
-        bits = {name: kept.bits for name, _, kept in kept_parameters(network.body) if kept.bits}
-        return cls(network.num_experts, bits, folded_norms(network.body))
+        kept = {name: own for name, _, own in kept_parameters(network.body)}
+        bits = {name: own.bits for name, own in kept.items() if own.bits}
+        experts = {name: own.experts for name, own in kept.items()}
+        return cls(network.num_experts, bits, folded_norms(network.body), experts)
 
     def network(self, like: nn.Module, state: State) -> Adapted:
         """Return a body of an expert's architecture that has tensors like these, not yet their values."""
@@ -53,16 +57,20 @@ class Body:
         }
         body.load_state_dict(found, strict=False)  # what is kept in parameters' places comes later
         mark_folded(body, self.folded)
-        tied = tied_names(body)
         changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
         for name, parts in _kept_parts(state).items():
             if "rows" in parts:
-                rounded = rounded_in(parts["rows"], self.bits[name])
-                keep(body, tied[name], Kept(body.get_parameter(name), rounded))
-            # Each [N, …].
+                rounded = Rounded(parts["rows"], self.bits[name])
+                parameter = body.get_parameter(name).detach()
+                parameter.copy_(
+                    rounded.dense().view_as(parameter)
+                )  # other attributes may hold it, too
+                keep(body, name, rounded)
+            # Each [N', …], of the experts that have a change.
             of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}
-            for expert, own in enumerate(changes):
-                own[name] = Change(**{part: each[expert] for part, each in of_experts.items()})
+            for place, expert in enumerate(self.experts[name]):
+                own = {part: each[place] for part, each in of_experts.items()}
+                changes[expert][name] = Change(**own)
         adapters = [Adapter(own) for own in changes]
         return Adapted(body, adapters).to(device_of(like))
 

@@ -13,18 +13,19 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from coin.core.batches import tensors_in
 from coin.errors import ConfigurationError, StateError
+from coin.files.tensors import nbytes
 from coin.networks.adapter import Adapter
 from coin.networks.calling import clone
+from coin.networks.delta import Rounded
 from coin.networks.heads import head_name, with_head
 from coin.networks.kept import (
     ANSWERING,
-    Change,
     Kept,
     keep,
     kept_parameters,
+    looks_up,
     not_makeable,
     take_out_norms,
-    tied_names,
     unpacked,
 )
 
@@ -38,7 +39,8 @@ class Adapted(nn.Module):
 
     Args:
         body: The body, with which it shares all tensors; `coin.Compressed.packed` gives one whose weights stay packed.
-        adapters: Those of the N experts; none for a network that is the same for all.
+        adapters: Those of the N experts, which change a parameter in the same parts and rank, or not at all; none for a
+            network that is the same for all.
 
     >>> networks = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in experts]
     >>> adapted = coin.fit_adapters(networks[0], networks, inputs, rank=4)
@@ -56,38 +58,36 @@ class Adapted(nn.Module):
     def _set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Keep the adapters beside the parameters that they change."""
         refused = not_makeable(self.body)
-        tied = tied_names(self.body)
         kept = {name: own for name, _, own in kept_parameters(self.body)}
-        changed = chain(*(adapter.changes for adapter in adapters))
-        for name in dict.fromkeys(changed):
+        for name in dict.fromkeys(chain(*(adapter.changes for adapter in adapters))):
             if name in refused:
                 raise StateError(
-                    f"'{name}' cannot be changed: a container owns it, or another attribute holds it too"
+                    f"'{name}' cannot be changed, expected no parameter of a container or an RNN"
                 )
-            if name not in kept:
-                own = Kept(self.body.get_parameter(name))
-                keep(self.body, tied[name], own)
-                kept |= dict.fromkeys(tied[name], own)
-            if kept[name].num_experts:
+            changes = {
+                expert: adapter.changes[name]
+                for expert, adapter in enumerate(adapters)
+                if name in adapter.changes
+            }
+            if len({change.form for change in changes.values()}) > 1:
                 raise StateError(
-                    f"'{name}' is tied to another that adapters change, expected one of them"
+                    f"found changes of '{name}' of several parts or ranks, expected the same of all experts"
                 )
-            changes = [adapter.changes.get(name, Change()) for adapter in adapters]
-            kept[name].set_experts(changes)
+            own = kept[name] if name in kept else keep(self.body, name)
+            own.set_changes(changes)
         take_out_norms(self.body)
 
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
-        first_names: dict[Kept, str] = {}  # of tied parameters
-        for name, _, kept in kept_parameters(self.body):
-            if kept.num_experts:
-                first_names.setdefault(kept, name)
+        names = {
+            kept: name for name, _, kept in kept_parameters(self.body)
+        }  # of tied ones the last
         adapters = [Adapter() for _ in range(self.num_experts)]
-        for kept, name in first_names.items():
+        for kept, name in names.items():
             for expert, adapter in enumerate(adapters):
-                change = kept.own_change(expert)
-                if change.tensors:
+                change = kept.change(expert)
+                if change is not None:
                     adapter.changes[name] = change
         return adapters
 
@@ -135,15 +135,12 @@ class Adapted(nn.Module):
         if type(experts) is int:
             with self._as(experts):
                 return function(self.body, *inputs, **named)
-        if not isinstance(experts, Tensor) or experts.ndim != 1 or experts.dtype != torch.int64:
-            raise ConfigurationError(
-                f"found {experts!r:.60} for the experts, expected an index, or indices [B], int64"
-            )
         first = tensors_in((inputs, named))[0]
-        if len(experts) != len(first):
-            raise ConfigurationError(
-                f"found {len(experts)} experts for {len(first)} samples, expected one for each"
-            )
+        wanted = f"an index, or indices [{len(first)}], int64"
+        if not isinstance(experts, Tensor) or experts.dtype != torch.int64:
+            raise ConfigurationError(f"found {experts!r:.60} for the experts, expected {wanted}")
+        if experts.shape != first.shape[:1]:
+            raise ConfigurationError(f"found experts {[*experts.shape]}, expected {wanted}")
         experts = experts.to(first.device)
         places = []
         parts = []
@@ -159,31 +156,21 @@ class Adapted(nn.Module):
 
 
 def resident_nbytes(network: nn.Module) -> int:
-    """Return the bytes of weights that are in memory while a network answers.
-
-    For a body with adapters those of its tensors and of the largest parameter that is made.
-    """
-    working = 0
-    for module in network.modules():
-        if isinstance(module, Kept):
-            working = max(working, module.working_nbytes)
-    return tensor_nbytes(network) + working
+    """Return the bytes of weights in memory while a network answers, with those of the largest that a layer makes."""
+    made = [0]
+    for _, layer, kept in kept_parameters(network):
+        if kept.experts or not looks_up(layer):
+            made.append(kept.shape.numel() * kept.original.element_size())
+    return nbytes([*network.parameters(), *network.buffers()]) + max(made)
 
 
 def stored_nbytes(network: nn.Module) -> int:
-    """Return the bytes of a network's state in a file, tied tensors once."""
-    tensors = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
-    total: int = sum(tensor.nbytes for tensor in tensors.values())
+    """Return the bytes of a network's state in a file, with rounded matrices in as many bits as they have."""
+    total = nbytes(network.state_dict(keep_vars=True).values())
     for module in network.modules():
-        if isinstance(module, Kept):
-            total += module.saved_nbytes
+        if isinstance(module, Kept) and module.rows is not None:
+            total += Rounded(module.rows, module.bits).nbytes - module.rows.nbytes
     return total
-
-
-def tensor_nbytes(network: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers, tied ones once."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def with_adapters(network: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
-from coin.files.tensors import State
+from coin.files.tensors import State, nbytes
 from coin.networks.calling import clone
+from coin.networks.delta import balanced, byte_row, read_factor, read_rows, round_factor
 from coin.networks.heads import with_head
-from coin.networks.kept import Change
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,91 @@ class AdapterOptions:
         return f"rank{self.rank}" if self.scales else f"lora{self.rank}"
 
 
+class Change(NamedTuple):
+    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
+
+    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are bytes, the same in memory and in
+    files (`coin.networks.delta`).
+
+    Args:
+        scale: The scale ``[1, n + 8]`` in 8 bits a value, for n = O, or as many as θ has values.
+        shift: The shift, likewise.
+        left: leftᵀ ``[r, ⌈O/2⌉ + 4]`` in 4 bits a value.
+        right: right ``[r, ⌈K/2⌉ + 4]``.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+    ) -> "Change":
+        """Return a change in bytes, given float tensors: both factors, as [O, r] and [r, K], or neither."""
+        parts = {"scale": scale, "shift": shift}
+        rows = {name: byte_row(part) for name, part in parts.items() if part is not None}
+        if left is None:
+            return cls(**rows)
+        assert right is not None
+        balance = balanced(left.T, right)
+        return cls(**rows, left=round_factor(left.T * balance), right=round_factor(right / balance))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts that are there, by name."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    @property
+    def form(self) -> tuple[tuple[str, torch.Size], ...]:
+        """Its parts and their shapes."""
+        return tuple((name, tensor.shape) for name, tensor in self.tensors.items())
+
+    def scales(self) -> Tensor:
+        """Return the scale ``[n]`` in float32; 1 without one."""
+        return torch.ones(()) if self.scale is None else read_rows(self.scale)[0]
+
+    def factors(
+        self, rows: int, columns: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return leftᵀ [r, O] and right [r, K], for θ [O, K]; r is 0 without a correction."""
+        if self.left is None or self.right is None:
+            return torch.zeros(0, rows), torch.zeros(0, columns)
+        return read_factor(self.left, rows, dtype), read_factor(self.right, columns, dtype)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Return the parameter θ as the expert has it, a new tensor."""
+        if self.left is None and self.scale is None and self.shift is not None:
+            return value + _along(self.shift, value)
+        return self.change_(value.clone(memory_format=torch.contiguous_format))
+
+    def change_(self, value: Tensor) -> Tensor:
+        """Change a contiguous parameter θ in place, and return it."""
+        if self.left is not None:
+            matrix = value.flatten(1)
+            rows, columns = matrix.shape
+            left, right = self.factors(rows, columns, value.dtype)
+            matrix.addmm_(left.T, right)
+        if self.scale is not None:
+            value.mul_(_along(self.scale, value))
+        if self.shift is not None:
+            value.add_(_along(self.shift, value))
+        return value
+
+
+def _along(row: Tensor, value: Tensor) -> Tensor:
+    """Return the numbers in a row of bytes, in a shape that broadcasts over a parameter."""
+    numbers = read_rows(row, value.dtype)
+    if numbers.numel() == value.numel():
+        return numbers.view_as(value)
+    return numbers.view(-1, *[1] * (value.ndim - 1))
+
+
 class Adapter:
     """What one expert keeps beside a body: changes of the body's parameters, by their dotted names.
 
@@ -83,7 +168,7 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Its bytes in memory and in a file."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return nbytes(self.tensors.values())
 
     @torch.no_grad()
     def applied_to(self, body: nn.Module, head: nn.Module | None = None) -> nn.Module:
@@ -108,18 +193,15 @@ def adapters_state(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
     """Return the names of the other tensors in a state, and the adapters of so many experts."""
-    # By expert, parameter and part.
-    parts: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
+    adapters = [Adapter() for _ in range(count)]
     others = []
     for key in state:
-        if count == 0 or not key.startswith(_ADAPTERS):
+        if not key.startswith(_ADAPTERS):
             others.append(key)
             continue
         expert, place = key.removeprefix(_ADAPTERS).split(".", maxsplit=1)
         name, _, part = place.rpartition(".")
-        parts[int(expert)].setdefault(name, {})[part] = state[key].clone()
-    adapters = []
-    for own in parts:
-        changes = {name: Change(**each) for name, each in own.items()}
-        adapters.append(Adapter(changes))
+        changes = adapters[int(expert)].changes
+        change = changes.get(name, Change())
+        changes[name] = change._replace(**{part: state[key].clone()})
     return others, adapters

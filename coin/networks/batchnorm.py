@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from enum import StrEnum
-from itertools import chain
 from typing import Any
 
 import torch
@@ -53,24 +52,19 @@ def batchnorms(network: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-_FOLDED_INTO = (
-    "folded_into"  # a BatchNorm's attribute: the name of the weight that it is folded into
-)
-_VARIANCE = (
-    128.0**2
-)  # of a folded BatchNorm: float16 holds it and its root, beside which eps is nothing
+_FOLDED = "folded_norms"  # an attribute of networks
+# Of a folded BatchNorm: float16 holds it and its root, beside which eps is nothing.
+_VARIANCE = 128.0**2
 
 
 def mark_folded(network: nn.Module, norms: Mapping[str, str]) -> None:
-    """Note at a network's BatchNorms into which weights they are `folded`, by name."""
-    for norm, weight in norms.items():
-        setattr(network.get_submodule(norm), _FOLDED_INTO, weight)
+    """Note at a network into which weights BatchNorms of it are `folded`, all by name."""
+    vars(network)[_FOLDED] = {**folded_norms(network), **norms}
 
 
 def folded_norms(network: nn.Module) -> dict[str, str]:
     """Return the BatchNorms that `mark_folded` has noted, and the weights that they are folded into."""
-    norms = {name: vars(module).get(_FOLDED_INTO) for name, module in network.named_modules()}
-    return {name: weight for name, weight in norms.items() if weight is not None}
+    return dict(vars(network).get(_FOLDED, {}))
 
 
 def folded(
@@ -122,23 +116,16 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
     >>> coin.recalibrate(layer, [torch.tensor([[1.0, 2.0], [3.0, 4.0]])]), layer.running_mean.tolist()
     (2, [2.0, 3.0])
     """
-    joined_batches = _without_singles(as_input(batch, network) for batch in batches)
-    first = next(joined_batches, None)
-    if first is None:
-        raise StateError(
-            "found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two"
-        )
     layers = batchnorms(network)
     momenta = {layer: layer.momentum for layer in layers}
     rows_seen: Counter[nn.Module] = Counter()
 
-    def weigh(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def weigh(layer: nn.Module, arguments: tuple[Tensor]) -> None:
         """Give a layer the momentum of a cumulative average over rows; one that never runs keeps its statistics."""
         assert isinstance(layer, _BatchNorm)
         if layer not in rows_seen:
             layer.reset_running_stats()
-        inputs = [*arguments, *named.values()]
-        rows = len(inputs[0])
+        rows = len(arguments[0])
         rows_seen[layer] += rows
         layer.momentum = rows / rows_seen[layer]
 
@@ -154,32 +141,31 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
             network.eval()
             for layer in layers:
                 layer.training = True
-                hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
-            for batch in chain([first], joined_batches):
+                hooks.enter_context(layer.register_forward_pre_hook(weigh))
+            for batch in _without_singles(as_input(batch, network) for batch in batches):
                 samples += size_of(batch)
                 logits_of(network, map_tensors(torch.clone, batch))  # which it may change in place
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         clear_caches(network)
+    if samples == 0:
+        raise StateError(
+            "found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two"
+        )
     return samples
 
 
 def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches, one of a single sample joined to the next one, the last to the one before it."""
-    ready: Batch | None = None
-    single: Batch | None = None
+    """Yield the batches, one of a single sample joined to the one before it, the first to the next."""
+    waiting: Batch | None = None
     for batch in batches:
-        if single is not None:
-            batch = joined([single, batch])
-            single = None
-        if size_of(batch) == 1:
-            single = batch
-            continue
-        if ready is not None:
-            yield ready
-        ready = batch
-    if ready is not None and single is not None:
-        ready = joined([ready, single])
-    if ready is not None:
-        yield ready
+        if waiting is None:
+            waiting = batch
+        elif 1 in (size_of(waiting), size_of(batch)):
+            waiting = joined([waiting, batch])
+        else:
+            yield waiting
+            waiting = batch
+    if waiting is not None and size_of(waiting) > 1:
+        yield waiting

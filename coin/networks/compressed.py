@@ -1,8 +1,8 @@
-"""Compressed networks: the difference from a base that is stored anyway, in few bits."""
+"""Compressed networks: a network, or its difference from a base that is stored anyway, in few bits."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from coin.core.devices import device_of
 from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite, check_layout, fingerprint, infinite_names
+from coin.files.tensors import check_finite, check_layout, fingerprint, infinite_names, nbytes
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
-from coin.networks.calling import clone
+from coin.networks.calling import clear_caches, clone
 from coin.networks.delta import (
     Rounded,
     is_smaller_rounded,
     matrix_shape,
     quantise,
 )
-from coin.networks.heads import head_name, linear_head, pad_head
-from coin.networks.kept import Kept, keep, not_makeable, tied_names
-from coin.networks.weights import check_plain, fill_network
+from coin.networks.heads import linear_head, pad_head
+from coin.networks.kept import keep, not_makeable
+from coin.networks.weights import check_plain
 
-_PACKED = "packed."  # before the names of the compressed tensors in a file
+_WIDE = (torch.float32, torch.float64)  # types of which float16 keeps the deltas
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
 
 
@@ -50,23 +50,16 @@ class Compression:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
 
     @classmethod
-    def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
-        """Return a section of options as an object."""
+    def of(cls, options: "Compression | Mapping[str, Any]", **fixed: int) -> Self:
+        """Return a section of options as an object, with those that are `fixed`, which the section may not have."""
         if isinstance(options, cls):
-            return options
+            return replace(options, **fixed)
         try:
-            return cls(**cast(Any, options))
+            return cls(**cast(Any, options), **fixed)
         except TypeError as error:
             raise ConfigurationError(
-                f"found {options!r:.100}, expected bits and base_bits"
+                f"found {options!r:.100}, expected {{bits: 4}} or so"
             ) from error
-
-    @classmethod
-    def of_body(cls, options: Any) -> Self:
-        """Return a method's section of options as an object; a body has no base."""
-        if not isinstance(options, Mapping) or set(options) != {"bits"}:
-            raise ConfigurationError(f"found {options!r:.100}, expected {{bits: 4}} or so")
-        return cls(options["bits"], base_bits=0)
 
     @property
     def name(self) -> str:
@@ -108,34 +101,13 @@ class Compressed:
     def nbytes(self) -> int:
         """The network's bytes in a file and its adapters', without the base."""
         matrices = sum(rounded.nbytes for rounded in self.rounded.values())
-        others = sum(tensor.nbytes for tensor in self.others.values())
-        return matrices + others + sum(adapter.nbytes for adapter in self.adapters)
+        adapters = sum(adapter.nbytes for adapter in self.adapters)
+        return matrices + nbytes(self.others.values()) + adapters
 
     def network(self) -> nn.Module:
         """Return the decompressed network, a new one in eval mode; a body is without its `adapters`."""
-        network = clone(with_outputs(self.base, self.outputs)).eval()
-        base = stored(network)
-        self._check_layout(base)
-        state = {name: self._tensor(name, tensor) for name, tensor in base.items()}
-        by_name = {name: state[first] for name, (first, *_) in tied_names(network).items()}
-        fill_network(network, by_name, "the compressed network")
-        return network
+        return self._filled({})
 
-    def _tensor(self, name: str, base: Tensor) -> Tensor:
-        """Return a tensor of the network, given the base's."""
-        if self.base_bits == 0:
-            base = torch.zeros_like(base)
-        if name in self.rounded:
-            delta = self.rounded[name].dense()
-        elif name not in self.others:
-            return base
-        elif is_wide(base) and self.others[name].dtype == torch.float16:
-            delta = self.others[name]
-        else:
-            return self.others[name]
-        return (base + delta.to(base.dtype).view(base.shape)).to(base.dtype)
-
-    @torch.no_grad()
     def packed(self) -> nn.Module:
         """Return the network as it is stored, a new one in eval mode: a matrix is unpacked when a layer reads it.
 
@@ -146,64 +118,61 @@ class Compressed:
                 f"found a delta from a base of {self.base_bits} bits, expected base_bits=0; give its network()"
             )
         refused = not_makeable(self.base)
-        network = clone(self.base, shared=not refused).eval()
-        own = stored(network)
-        self._check_layout(own)
-        tied = tied_names(network)
-        state = network.state_dict()
-        whole: list[str] = []
-        for name, tensor in own.items():
-            is_makeable = refused.isdisjoint(tied[name])
-            if name in self.rounded and is_makeable:
-                kept = Kept(network.get_parameter(name), self.rounded[name])
-                keep(network, tied[name], kept)
-                continue
-            if name in self.rounded:
-                whole.append(name)
-            value = self._tensor(name, tensor)
-            if is_makeable:
-                _replace(network, tied[name], value)  # the base's own tensors stay as they are
-            else:
-                state[name].copy_(value)  # other attributes hold this very tensor
+        whole = [name for name in refused if name in self.rounded]
         if whole:
+            names = ", ".join(map(repr, whole))
             warnings.warn(
-                f"{type(network).__name__} is held packed but for {', '.join(map(repr, whole))}, which containers own "
-                "or other attributes hold too, as those of LSTMs",
+                f"{type(self.base).__name__} is held packed but for {names}, of containers or RNNs",
                 CoinWarning,
                 stacklevel=2,
             )
+        packed = {name: matrix for name, matrix in self.rounded.items() if name not in refused}
+        return self._filled(packed)
+
+    @torch.no_grad()
+    def _filled(self, packed: Mapping[str, Rounded]) -> nn.Module:
+        """Return the network, with these matrices as they are stored."""
+        network = clone(with_outputs(self.base, self.outputs)).eval()
+        for name, tensor in stored(network).items():
+            # In place: other attributes may hold it, too, as a list does.
+            tensor.copy_(self._tensor(name, tensor))
+            if name in packed:
+                keep(network, name, packed[name])
+        clear_caches(network)
         return network
 
-    def _check_layout(self, like: Mapping[str, Tensor]) -> None:
-        """Raise StateError where the compressed tensors are not of names and shapes like these."""
-        found = {name: tuple(rounded.levels.shape) for name, rounded in self.rounded.items()}
-        expected = {name: matrix_shape(like[name].shape) for name in found if name in like}
-        others = {name: tensor.shape for name, tensor in self.others.items()}
-        expected_others = {name: like[name].shape for name in others if name in like}
-        if found != expected or others != expected_others:
-            kind = type(self.base).__name__
-            raise StateError(
-                f"the compressed tensors are not those of a {kind}; give a base of its architecture"
-            )
+    def _tensor(self, name: str, base: Tensor) -> Tensor:
+        """Return a tensor of the network, given the base's."""
+        if self.base_bits == 0:
+            base = torch.zeros_like(base)
+        if name in self.rounded:
+            delta = self.rounded[name].dense()
+        elif name not in self.others:
+            return base
+        elif base.dtype in _WIDE and self.others[name].dtype == torch.float16:
+            delta = self.others[name]
+        else:
+            return self.others[name]
+        return (base + delta.to(base.dtype).view(base.shape)).to(base.dtype)
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
-        state = {f"{_PACKED}{name}": tensor for name, tensor in self.others.items()}
+        state = {**self.others, **adapters_state(self.adapters)}
         for name, rounded in self.rounded.items():
-            state[f"{_PACKED}{name}.codes"] = rounded.packed()
-            state[f"{_PACKED}{name}.scale"] = rounded.scale
-        state |= adapters_state(self.adapters)
-        own = {
+            state[f"{name}.codes"] = rounded.packed()
+            state[f"{name}.scale"] = rounded.scale
+        described = {
             "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
             "base_bits": self.base_bits,
             "base_nbytes": self.base_nbytes,
             "bits": {name: rounded.bits for name, rounded in self.rounded.items()},
+            "shapes": shapes_of(with_outputs(self.base, self.outputs)),
             "outputs": self.outputs,
             "adapters": len(self.adapters),
             "folded": folded_norms(self.base),
         }
-        described = {**(provenance or {}), "compressed": own}
-        save_state(Path(path), state, described, infinite_names(state))
+        every = {**(provenance or {}), "compressed": described}
+        save_state(Path(path), state, every, infinite_names(state))
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
@@ -212,11 +181,11 @@ class Compressed:
         `hashed` is the base's fingerprint, where it is known.
         """
         file = StateFile(Path(path))
-        told = file.provenance.get("compressed")
-        if told is None:
+        described = file.provenance.get("compressed")
+        if described is None:
             raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote")
-        base_bits = told["base_bits"]
-        expected = told["base"]
+        base_bits = described["base_bits"]
+        expected = described["base"]
         found = None
         if base_bits:
             found = hashed or fingerprint(base.state_dict())
@@ -227,27 +196,28 @@ class Compressed:
             raise FileError(
                 f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
             )
-        if told["folded"]:
+        shapes = shapes_of(with_outputs(base, described["outputs"]))
+        if shapes != described["shapes"]:
+            kind = type(base).__name__
+            raise StateError(
+                f"the tensors of '{path}' are not those of a {kind}; give a network of its architecture"
+            )
+        if described["folded"]:
             base = clone(base, shared=True)  # the caller's stays unmarked
-            mark_folded(base, told["folded"])
-        names, adapters = split_adapters(file, told["adapters"])
-        others = {name.removeprefix(_PACKED): file[name].clone() for name in names}
+            mark_folded(base, described["folded"])
+        names, adapters = split_adapters(file, described["adapters"])
+        others = {name: file[name].clone() for name in names}
         rounded = {}
-        like = with_outputs(base, told["outputs"]).state_dict()
-        for name, bits in told["bits"].items():
+        for name, bits in described["bits"].items():
             codes = others.pop(f"{name}.codes")
             scale = others.pop(f"{name}.scale")
-            columns = matrix_shape(like[name].shape)[1]
+            _, columns = matrix_shape(shapes[name])
             rounded[name] = Rounded.unpacked(codes, scale, bits, columns)
-        nbytes = told["base_nbytes"]
-        return cls(base, base_bits, nbytes, rounded, others, told["outputs"], adapters)
+        base_nbytes = described["base_nbytes"]
+        return cls(base, base_bits, base_nbytes, rounded, others, described["outputs"], adapters)
 
 
-def is_wide(tensor: Tensor) -> bool:
-    """Say whether a tensor is of a type of which float16 keeps the deltas."""
-    return tensor.dtype in (torch.float32, torch.float64)
-
-
+@torch.no_grad()
 def compress(
     network: nn.Module,
     base: nn.Module | None,
@@ -278,21 +248,21 @@ def compress(
     """
     Compression(bits, base_bits)  # checks them
     check_plain(network)
+    network = _on_cpu(network)
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
     check_finite(own, "the network to compress", buffers.keys())
-    kept, base_nbytes = _kept_base(network, base, base_bits)
+    as_stored, base_nbytes = _base_as_stored(network, base, base_bits)
     outputs = None
-    shapes = {name: tensor.shape for name, tensor in kept.state_dict().items()}
-    if any(shapes.get(name) != tensor.shape for name, tensor in own.items()):
-        outputs = getattr(network.get_submodule(head_name(network)), "out_features", None)
-    reference = stored(with_outputs(kept, outputs))
+    if shapes_of(as_stored) != shapes_of(network):
+        outputs = linear_head(network).out_features
+    reference = stored(with_outputs(as_stored, outputs))
     check_layout(own, reference, "the base")
-    already = rounded or {}
     matrices: dict[str, Rounded] = {}
     others: dict[str, Tensor] = {}
-    for name, tensor in own.items():
-        before = reference[name]
+    for name, parameter in own.items():
+        tensor = parameter.detach()
+        before = reference[name].detach()
         if tensor.dtype != before.dtype:
             found = f"'{name}' is {tensor.dtype}, in the base {before.dtype}"
             raise StateError(f"{found}, expected one type; convert one")
@@ -301,14 +271,14 @@ def compress(
         is_matrix = name not in buffers and is_smaller_rounded(tensor.shape, bits)
         if torch.equal(tensor, before):
             continue
-        if name in already:
-            matrices[name] = already[name]
+        if rounded is not None and name in rounded:
+            matrices[name] = rounded[name]
         elif tensor.is_floating_point() and is_matrix:
             delta = tensor.float() - before.float()
             matrices[name] = quantise(delta.reshape(matrix_shape(tensor.shape)), bits)
         else:
             others[name] = _as_half(tensor, before, name in buffers)
-    return Compressed(kept, base_bits, base_nbytes, matrices, others, outputs)
+    return Compressed(as_stored, base_bits, base_nbytes, matrices, others, outputs)
 
 
 def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
@@ -316,7 +286,7 @@ def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
 
     A thousandth is of the largest of a parameter's values, and of every single one of a buffer's.
     """
-    if not is_wide(tensor):
+    if tensor.dtype not in _WIDE:
         return tensor
     delta = tensor - base
     half = delta.half()
@@ -339,10 +309,12 @@ def with_outputs(network: nn.Module, outputs: int | None) -> nn.Module:
     return resized
 
 
-def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tuple[nn.Module, int]:
-    """Return the base as it is kept, on the CPU, and its bytes; without one the network itself, and 0."""
+def _base_as_stored(
+    network: nn.Module, base: nn.Module | None, base_bits: int
+) -> tuple[nn.Module, int]:
+    """Return the base, on the CPU, and its bytes as stored; where it is not, the network itself and 0."""
     if base_bits == 0:
-        return _on_cpu(network), 0
+        return network, 0
     if base is None:
         raise ConfigurationError(
             f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
@@ -353,19 +325,7 @@ def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tu
     if base_bits == 8:
         rounded = int8(base)
         return rounded.network(), rounded.nbytes
-    return _on_cpu(base), sum(tensor.nbytes for tensor in state.values())
-
-
-def _replace(network: nn.Module, names: Sequence[str], value: Tensor) -> None:
-    """Give a network, in place, another tensor for a parameter or buffer, by all its tied names."""
-    place, _, attribute = names[0].rpartition(".")
-    own = getattr(network.get_submodule(place), attribute)
-    made = value
-    if isinstance(own, nn.Parameter):
-        made = nn.Parameter(value, requires_grad=own.requires_grad)
-    for name in names:
-        place, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(place), attribute, made)
+    return _on_cpu(base), nbytes(state.values())
 
 
 def int8(base: nn.Module) -> Compressed:
@@ -374,13 +334,19 @@ def int8(base: nn.Module) -> Compressed:
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors, tied ones once, on the CPU."""
+    """Return a network's parameters and buffers by name, those that are in its state, tied ones once."""
     tensors: dict[str, Tensor] = {}
-    tied = tied_names(network)
-    for name, tensor in network.state_dict().items():
-        if name == tied[name][0]:
-            tensors[name] = tensor.detach().cpu()
+    seen = set()
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor
+        seen.add(id(tensor))
     return tensors
+
+
+def shapes_of(network: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of what is `stored` of a network."""
+    return {name: [*tensor.shape] for name, tensor in stored(network).items()}
 
 
 def _on_cpu(network: nn.Module) -> nn.Module:

@@ -1,12 +1,16 @@
 """Matrices in few bits a value: as they are rounded, as bytes of a file, and as rows that a layer reads."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coin.errors import NumericalError
 
 _LARGEST = 127  # level of fewer than 8 bits
 
@@ -23,40 +27,75 @@ _BLOCK_VALUES = 2**18
 
 
 class Rounded(NamedTuple):
-    """A matrix in few bits a value: levels, each a whole number, and the scale of each row that they are multiples of.
+    """A matrix in few bits a value: levels, each a whole number, times the scale of their row.
 
-    A level has at most 8 bits and a bfloat16 has 8, so that their product in float32 is exact.
+    In memory it is FBGEMM's rows, of any number of bits: K levels from −128 on, each in a byte, a float32 scale, and
+    the float32 value of level −128. In a file a level takes `bits` bits (`packed`). Scales are bfloat16 numbers: a
+    level has at most 8 bits and a bfloat16 has 8, so that their product in float32 is exact.
     """
 
-    levels: Tensor  # [rows, K], int8
-    scale: Tensor  # [rows], bfloat16
+    rows: Tensor  # [rows, K + 8], bytes
     bits: int
 
-    def cpu(self) -> "Rounded":
-        """Return it in the CPU's memory."""
-        return Rounded(self.levels.cpu(), self.scale.cpu(), self.bits)
+    @classmethod
+    def of(cls, levels: Tensor, scale: Tensor, bits: int) -> "Rounded":
+        """Return the matrix of levels ``[rows, K]`` and bfloat16 scales ``[rows]``."""
+        wide = scale.float()
+        ends = torch.stack([wide, -128 * wide], dim=1)
+        codes = levels.short() + 128
+        return cls(torch.cat([codes.byte(), ends.view(torch.uint8)], dim=1), bits)
 
-    def dense(self) -> Tensor:
-        """Return the matrix ``[rows, K]`` in float32."""
-        return self.levels.float() * self.scale.float().unsqueeze(1)
+    @property
+    def levels(self) -> Tensor:
+        """The levels ``[rows, K]``, int8."""
+        found = self.rows[:, :-8].short() - 128
+        return found.to(torch.int8)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales ``[rows]``, bfloat16."""
+        scale, _ = _ends(self.rows, torch.float32)
+        return scale.squeeze(1).bfloat16()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The rows, and the columns K."""
+        rows, length = self.rows.shape
+        return rows, length - 8
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in a file, in so many bits a value and a scale a row."""
-        rows, columns = self.levels.shape
-        return packed_nbytes(rows, columns, self.bits)
+        """Its bytes in a file."""
+        return packed_nbytes(*self.shape, self.bits)
+
+    def cpu(self) -> "Rounded":
+        """Return it in the CPU's memory."""
+        return Rounded(self.rows.cpu(), self.bits)
+
+    def dense(self) -> Tensor:
+        """Return the matrix ``[rows, K]`` in float32."""
+        return read_rows(self.rows)
 
     def packed(self) -> Tensor:
-        """Return the places of its levels among all that there are, as bytes ``[rows, ⌈b K / 8⌉]``."""
+        """Return the places of its levels among all that there are, as bytes ``[rows, ⌈b K / 8⌉]``.
+
+        A place takes b bits; every row begins at a byte.
+        """
         codes = torch.searchsorted(levels(self.bits).int(), self.levels.int(), out_int32=True)
-        return pack(codes.byte(), self.bits)
+        of_bytes = np.unpackbits(codes.byte().numpy()).reshape(*codes.shape, 8)
+        by_row = of_bytes[..., -self.bits :].reshape(len(codes), -1)  # [rows, b K]
+        return torch.from_numpy(np.packbits(by_row, axis=1))
 
     @classmethod
     def unpacked(cls, packed: Tensor, scale: Tensor, bits: int, columns: int) -> "Rounded":
         """Return what `packed` made bytes of."""
-        codes = unpack(packed, bits, columns).int()
-        found = levels(bits).index_select(0, codes.flatten())
-        return cls(found.view(codes.shape), scale, bits)
+        by_row = np.unpackbits(packed.numpy(), axis=1, count=bits * columns)
+        digits = torch.from_numpy(by_row).view(len(packed), columns, bits)
+        codes = torch.zeros(len(packed), columns, dtype=torch.uint8)
+        for digit in digits.unbind(2):
+            codes.mul_(2).add_(digit)
+        found = levels(bits).index_select(0, codes.int().flatten())
+        return cls.of(found.view(codes.shape), scale, bits)
 
 
 @cache
@@ -113,7 +152,7 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
         scale = _best_scale(block, bits)
         scales.append(scale)
         found.append(_levels_of(block, scale, bits).to(torch.int8))
-    return Rounded(torch.cat(found), torch.cat(scales), bits)
+    return Rounded.of(torch.cat(found), torch.cat(scales), bits)
 
 
 def _levels_of(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -131,11 +170,11 @@ def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     for _ in range(_REFINEMENTS):
         products, squares = _sums(values, scale, bits)
         scale = (products / squares.clamp(min=SMALLEST)).float()
-    kept = scale.bfloat16()
-    products, squares = _sums(values, kept, bits)
-    errors = kept * (kept * squares - 2 * products)  # less the row's squares
+    scale = scale.bfloat16()
+    products, squares = _sums(values, scale, bits)
+    errors = scale * (scale * squares - 2 * products)  # less the row's squares
     best = errors.nan_to_num(torch.inf).argmin(1, keepdim=True)  # the first of equals
-    return kept.gather(1, best).squeeze(1)
+    return scale.gather(1, best).squeeze(1)
 
 
 def _sums(values: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -146,63 +185,25 @@ def _sums(values: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return products, squares
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes ``[rows, K]`` below 2^b as bytes ``[rows, ⌈b K / 8⌉]``: every row begins at a byte."""
-    used = _row_bytes(bits, codes.shape[1])
-    return _regrouped(codes, bits, 8)[:, :used]
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Return the codes ``[rows, columns]`` that `pack` made bytes of."""
-    return _regrouped(packed, 8, bits)[:, :columns]
-
-
-def _regrouped(values: Tensor, before: int, after: int) -> Tensor:
-    """Return the bits of rows of `before`-bit numbers as rows of `after`-bit numbers, padded with zeros.
-
-    A word of before · after bits, at most 64, holds `after` of the ones and `before` of the others.
-    """
-    missing = -values.shape[1] % after
-    padded = F.pad(values, (0, missing))
-    parts = padded.reshape(len(values), -1, after).unbind(2)
-    words = parts[0].long()  # [rows, words]
-    for part in parts[1:]:
-        words = words << before | part
-    mask = 2**after - 1
-    regrouped = []
-    for shift in range(after * (before - 1), -1, -after):
-        number = words >> shift & mask
-        regrouped.append(number.byte())
-    return torch.stack(regrouped, dim=2).flatten(1)
-
-
-def rows_of(rounded: Rounded) -> Tensor:
-    """Return a rounded matrix as bytes ``[rows, K + 8]``, of any number of bits, as a layer keeps it in memory.
-
-    They are FBGEMM's rows: K levels from −128 on, each in a byte, a float32 scale, and the float32 value of level −128.
-    """
-    scale = rounded.scale.float()
-    ends = torch.stack([scale, -128 * scale], dim=1)
-    codes = rounded.levels.short() + 128
-    return torch.cat([codes.byte(), ends.view(torch.uint8)], dim=1)
-
-
-def rounded_in(rows: Tensor, bits: int) -> Rounded:
-    """Return the rounded matrix of which these are the `rows_of`."""
-    found = rows[:, :-8].short() - 128
-    scale, _ = _ends(rows, torch.float32)
-    return Rounded(found.to(torch.int8), scale.squeeze(1).bfloat16(), bits)
+def check_range(values: Tensor, dtype: torch.dtype) -> None:
+    """Raise NumericalError where an adapter's value is not finite or beyond the largest of a type."""
+    largest = torch.finfo(dtype).max
+    if not bool((values.abs() <= largest).all()):
+        raise NumericalError(
+            f"found a value of an adapter that is not finite or beyond {largest:.3g}; check the experts"
+        )
 
 
 def byte_row(values: Tensor) -> Tensor:
     """Return n values in 8 bits each, of even steps from their least to their largest, as bytes ``[1, n + 8]``."""
     row = values.detach().float().cpu().reshape(1, -1)
+    check_range(row, torch.float32)
     rounded: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(row)
     return rounded.to(values.device)
 
 
 def read_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the matrix ``[…, K]`` that bytes ``[…, K + 8]`` of `rows_of` or `byte_row` hold."""
+    """Return the matrix ``[…, K]`` that bytes ``[…, K + 8]`` of a `Rounded` or a `byte_row` hold."""
     if rows.is_cpu:
         return _of_type(_read_bytes(rows), dtype)
     scale, first = _ends(rows, torch.float32)
@@ -230,6 +231,7 @@ def round_factor(factor: Tensor, used: Tensor | None = None) -> Tensor:
     ends are shares of the row's own; over the columns `used`, where they are given.
     """
     values = factor.detach().float().cpu()
+    check_range(values, torch.float16)
     searched = values if used is None else values[:, used.cpu()]
     low, high = searched.unsqueeze(1).aminmax(dim=2)  # [r, 1]
     shares = torch.cartesian_prod(_RANGES, _RANGES)
@@ -276,15 +278,11 @@ def _ends(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def packed_nbytes(rows: int, columns: int, bits: int) -> int:
-    """Return the bytes of a rounded matrix in a file, with a scale a row."""
-    return rows * (_row_bytes(bits, columns) + 2)
+    """Return the bytes of a rounded matrix in a file, in so many bits a value and with a scale of two bytes a row."""
+    return rows * (math.ceil(bits * columns / 8) + 2)
 
 
-def _row_bytes(bits: int, columns: int) -> int:
-    return math.ceil(bits * columns / 8)
-
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the rows, which have a scale each, and the columns: a row a unit of the first dimension not of size 1."""
     if len(shape) < 2:
         return 1, math.prod(shape)
@@ -293,10 +291,7 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return sizes[0], math.prod(sizes[1:])
 
 
-def is_smaller_rounded(shape: torch.Size, bits: int) -> bool:
+def is_smaller_rounded(shape: Sequence[int], bits: int) -> bool:
     """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
-    if len(shape) < 2:
-        return False
-    columns = matrix_shape(shape)[1]
-    scale_bytes = 2
-    return 0 not in shape and _row_bytes(bits, columns) + scale_bytes < 2 * columns
+    rows, columns = matrix_shape(shape)
+    return len(shape) > 1 and packed_nbytes(rows, columns, bits) < 2 * rows * columns

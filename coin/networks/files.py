@@ -14,10 +14,10 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint, infinite_names
-from coin.networks.adapted import Adapted, with_adapters
+from coin.networks.adapted import Adapted, stored_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
-from coin.networks.compressed import Compressed, Compression, int8, stored
+from coin.networks.compressed import Compressed, Compression, int8
 from coin.networks.hub import HuggingFace, local_place
 from coin.networks.registry import NetworkConfig, build_network, check_imported
 from coin.networks.weights import fill_network, read_weights, with_own_head
@@ -39,7 +39,7 @@ class NetworkFile:
         """The bytes of its tensors, tied ones once; for a compressed network those of the delta only."""
         own = self.provenance.get("nbytes")
         if own is None:
-            own = sum(tensor.nbytes for tensor in stored(self.network).values())
+            own = stored_nbytes(self.network)
         return int(own) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property

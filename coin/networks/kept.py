@@ -1,130 +1,57 @@
-"""Parameters that a layer makes when it reads them, of what is kept in their place: packed codes, experts' changes."""
+"""Parameters that a layer makes when it reads them, of what is kept in their place: rounded matrices, experts' changes.
 
-from collections.abc import Iterator, Sequence
+Layers become of subclasses of their own classes. That a network may read its weights in ways that pass these by, or ask
+for the class of a layer, is seen when it runs: `coin.networks.running.check_as_plain`.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.core.batches import tensors_in
-from coin.errors import ConfigurationError
+from coin.networks.adapter import Change
 from coin.networks.batchnorm import folded_norms
 from coin.networks.calling import clone
-from coin.networks.delta import (
-    Rounded,
-    balanced,
-    byte_row,
-    matrix_shape,
-    packed_nbytes,
-    read_factor,
-    read_rows,
-    round_factor,
-    rows_of,
-)
+from coin.networks.delta import Rounded, read_rows
 
 ANSWERING: ContextVar[int | None] = ContextVar("ANSWERING", default=None)
 """The expert as which a body answers in this thread or task, set by `coin.Adapted` for each pass; None: its own."""
 _NORM = "norm_taken_out"  # an attribute of a layer: the BatchNorm that is folded into it
-_IS_OUT = "is_taken_out"  # an attribute of such a BatchNorm
-_KEPT = "kept_parameter_"  # before a parameter's name: that of what a layer keeps in its place
-
-
-class Change(NamedTuple):
-    """What one expert changes of a parameter θ: (θ + left right) ⊙ scale + shift, each part if it is there.
-
-    θ is a matrix [O, K], a kernel that is flattened to one, or a vector. The parts are bytes, the same in memory and in
-    files (`coin.networks.delta`).
-
-    Args:
-        scale: The scale ``[1, n + 8]`` in 8 bits a value, for n = O, or as many as θ has values.
-        shift: The shift, likewise.
-        left: leftᵀ ``[r, ⌈O/2⌉ + 4]`` in 4 bits a value.
-        right: right ``[r, ⌈K/2⌉ + 4]``.
-    """
-
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        left: Tensor | None = None,
-        right: Tensor | None = None,
-    ) -> "Change":
-        """Return a change as it is stored, given float tensors: those of the factors as [O, r] and [r, K]."""
-        if (left is None) != (right is None):
-            raise ConfigurationError(
-                "found one of left and right, expected both factors or neither"
-            )
-        change = cls(
-            scale=None if scale is None else byte_row(scale),
-            shift=None if shift is None else byte_row(shift),
-        )
-        if left is None or right is None:
-            return change
-        balance = balanced(left.T, right)
-        return change._replace(
-            left=round_factor(left.T * balance), right=round_factor(right / balance)
-        )
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parts that are there, by name."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-
-    def scales(self) -> Tensor:
-        """Return the scale ``[n]`` in float32; 1 without one."""
-        return torch.ones(()) if self.scale is None else read_rows(self.scale)[0]
-
-    def factors(
-        self, rows: int, columns: int, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Return leftᵀ [r, O] and right [r, K], for θ [O, K]; r is 0 without a correction."""
-        if self.left is None or self.right is None:
-            return torch.zeros(0, rows), torch.zeros(0, columns)
-        return read_factor(self.left, rows, dtype), read_factor(self.right, columns, dtype)
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """Return the parameter θ as the expert has it."""
-        if self.left is None and self.scale is None and self.shift is not None:
-            return value + _along(self.shift, value)
-        return self.change_(value.clone(memory_format=torch.contiguous_format))
-
-    def change_(self, value: Tensor) -> Tensor:
-        """Change a contiguous parameter θ in place, and return it."""
-        if self.left is not None:
-            matrix = value.flatten(1)
-            rows, columns = matrix.shape
-            left, right = self.factors(rows, columns, value.dtype)
-            matrix.addmm_(left.T, right)
-        if self.scale is not None:
-            value.mul_(_along(self.scale, value))
-        if self.shift is not None:
-            value.add_(_along(self.shift, value))
-        return value
-
-
-def _along(row: Tensor, value: Tensor) -> Tensor:
-    """Return the numbers in a row of bytes, in a shape that broadcasts over a parameter."""
-    numbers = read_rows(row, value.dtype)
-    if numbers.numel() == value.numel():
-        return numbers.view_as(value)
-    return numbers.view(-1, *[1] * (value.ndim - 1))
+_KEPT = "kept_parameter_"  # before a parameter's name: that of the layer's child in its place
+# A parameter of which a container or an RNN is the owner cannot be made: a container would run what is kept as one of
+# its layers, and RNNs hold their weights in a list, too.
+_OWNERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.RNNBase)
 
 
 class Kept(nn.Module):
-    """What is kept in place of a parameter: all of it, or a byte for each value of a rounded one; and experts' changes.
+    """Makes one parameter of a network, anew whenever a layer reads it; what it makes is not stored.
+
+    It stands in for a parameter that is in few bits, or differs by the expert as which the network answers, or both.
+    `keep` puts it in place: a layer of which it makes the ``weight`` has it as a child, ``kept_parameter_weight``, and
+    instead of the tensor a property ``weight``, which calls `forward`. Tied parameters share one.
+
+    `forward` returns
+
+    1. the network's own parameter (`own`), which is ``original``, or the rounded matrix in ``rows``;
+    2. as the expert has it that answers (`ANSWERING`), if that one has a `Change` of it (`set_changes`).
+
+    For a batch with few positions it is less work to change a layer's outputs: then layers read `own`, and take the
+    change from `change_on_outputs`.
+
+    Its tensors, which move with the network:
+
+    * ``original``: the parameter; beside ``rows`` an empty one, for its type and device.
+    * ``rows``: a rounded matrix, a byte a value (`coin.networks.delta.Rounded`); None for one that is not.
+    * ``scale``, ``shift``, ``left``, ``right``: the parts of the changes, those that they have, each of all experts
+      with a change in one tensor ``[N', …]``. A tensor for each expert would take more memory than its values.
 
     Args:
-        original: The parameter, or for a rounded one any of its type.
-        rounded: The matrix of a rounded one.
+        original: The parameter.
+        rounded: Its matrix in few bits; the parameter's values are not kept then.
     """
 
     rows: Tensor | None
@@ -132,124 +59,77 @@ class Kept(nn.Module):
     def __init__(self, original: nn.Parameter, rounded: Rounded | None = None) -> None:
         super().__init__()
         self.shape = original.shape
-        self.bits = 0
-        self.columns = matrix_shape(original.shape)[1]
+        self.bits = 0 if rounded is None else rounded.bits
         self.original = original
-        self.register_buffer("rows", None)
         if rounded is not None:
-            # An empty parameter says of which type a rounded one is, and on which device.
             self.original = nn.Parameter(original.detach().new_empty(0), requires_grad=False)
-            self.bits = rounded.bits
-            self.rows = rows_of(rounded)
-        self.num_experts = 0
-        self._parts: tuple[str, ...] = ()  # of experts' changes, those of all under one name
-        self._own_parts: list[tuple[str, ...]] = []  # of each expert
-        self.is_read_by_rows = False  # set by `keep`
-        # Up to so many positions an update is less work on activations than on the weight.
-        self._positions = -1.0
+        self.register_buffer("rows", None if rounded is None else rounded.rows)
+        self.experts: list[int] = []  # that have a change, in the order of the parts' tensors
+        self._parts: tuple[str, ...] = ()  # of the changes
+        self._most_positions = -1.0  # for which outputs are changed
 
-    def set_experts(self, changes: Sequence[Change]) -> None:
-        """Keep the changes by the experts: each part of all in one tensor ``[N, …]``.
-
-        A tensor for each would take more memory than its values. Who lacks a part, or some of the others' directions,
-        gets bytes that change nothing.
-        """
-        self.num_experts = len(changes)
-        every = [change.tensors for change in changes]
-        self._own_parts = [tuple(parts) for parts in every]
-        self._parts = tuple(dict.fromkeys(name for parts in every for name in parts))
+    def set_changes(self, changes: Mapping[int, Change]) -> None:
+        """Keep the changes by experts, all of one form."""
+        self.experts = [*changes]
+        every = [change.tensors for change in changes.values()]
+        self._parts = tuple(every[0])
         for part in self._parts:
-            there = [parts[part] for parts in every if part in parts]
-            largest = max(there, key=len)
-            nothing = torch.zeros_like(largest)
-            if part == "scale":
-                nothing = byte_row(torch.ones_like(read_rows(largest)))
-            stacked = nothing.repeat(len(changes), 1, 1)
-            for place, parts in zip(stacked, every, strict=True):
-                if part in parts:
-                    place[: len(parts[part])] = parts[part]
-            self.register_buffer(part, stacked)
-        is_plain = "left" in self._parts and "shift" not in self._parts and self.shape[0] > 1
-        if is_plain and self.original.dtype == torch.float32:  # others are too coarse
+            self.register_buffer(part, torch.stack([tensors[part] for tensors in every]))
+        is_low_rank = "left" in self._parts and "shift" not in self._parts and self.shape[0] > 1
+        if is_low_rank and self.original.dtype == torch.float32:  # others are too coarse
             rows = self.shape[0]
-            self._positions = rows * self.columns / (rows + self.columns)
+            columns = self.shape[1:].numel()
+            self._most_positions = rows * columns / (rows + columns)
 
-    def change(self, expert: int) -> Change:
-        """Return the change by an expert, with all parts that any of them has."""
+    def change(self, expert: int | None) -> Change | None:
+        """Return an expert's change; None without one."""
+        if expert not in self.experts:
+            return None
+        place = self.experts.index(expert)
         buffers: Any = self._buffers
-        return Change(**{part: buffers[part][expert] for part in self._parts})
+        return Change(**{part: buffers[part][place] for part in self._parts})
 
-    def own_change(self, expert: int) -> Change:
-        """Return the change by an expert, with its own parts alone."""
-        return Change(**{part: self.get_buffer(part)[expert] for part in self._own_parts[expert]})
+    def change_on_outputs(self, positions: int) -> Change | None:
+        """Return the change by the expert that answers, if it is less work on the outputs at so many positions.
 
-    @property
-    def saved_nbytes(self) -> int:
-        """The bytes that a rounded one takes in a file beyond those in memory, below 0."""
-        if self.rows is None:
-            return 0
-        return packed_nbytes(len(self.rows), self.columns, self.bits) - self.rows.nbytes
-
-    @property
-    def working_nbytes(self) -> int:
-        """The bytes of the parameter where it is made; rows that are looked up one by one count as none."""
-        if self.is_read_by_rows and not self._parts:
-            return 0
-        return self.shape.numel() * self.original.element_size()
-
-    def is_less_work_on(self, positions: int) -> bool:
-        """Say whether the answering expert's update is less work on so many positions' activations than on the weight.
-
-        It is where positions × (O + K) ≤ O × K, for a weight [O, K].
+        For a weight [O, K] it is where positions × (O + K) ≤ O × K.
         """
-        return positions <= self._positions and ANSWERING.get() is not None
+        return self.change(ANSWERING.get()) if positions <= self._most_positions else None
 
-    def answering(self) -> Change:
-        """Return the change by the expert that answers."""
-        expert = ANSWERING.get()
-        assert expert is not None
-        return self.change(expert)
-
-    def body(self) -> Tensor:
-        """Return the body's own parameter."""
+    def own(self) -> Tensor:
+        """Return the network's own parameter, as no expert changes it."""
         original: Any = self._parameters["original"]
         rows = self._buffers["rows"]
-        if rows is None:
-            value: Tensor = original
-            return value
-        return read_rows(rows, original.dtype).view(self.shape)
+        value: Tensor = original
+        return value if rows is None else read_rows(rows, value.dtype).view(self.shape)
 
     def forward(self) -> Tensor:
-        """Return the parameter, as the expert has it that answers."""
-        expert = ANSWERING.get()
-        value = self.body()
-        if expert is None or not self._parts:
+        """Return the parameter as the expert that answers has it."""
+        value = self.own()
+        change = self.change(ANSWERING.get())
+        if change is None:
             return value
-        change = self.change(expert)
         return change(value) if self._buffers["rows"] is None else change.change_(value)
 
-    def look_up(self, index: Tensor) -> Tensor:
-        """Return the rows ``[…, K]`` of a matrix at an index […]; of a rounded one these rows alone are read."""
-        if self.rows is None or self._parts:
-            return F.embedding(index, self.forward())
-        found = read_rows(self.rows.index_select(0, index.flatten()))
-        return found.view(*index.shape, self.shape[1]).to(self.original.dtype)
 
-
-def keep(network: nn.Module, names: Sequence[str], kept: Kept) -> None:
-    """Have a network, in place, make a parameter of what is kept whenever a layer reads it, by all its tied names.
+def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
+    """Have a network, in place, make a parameter of what is kept whenever a layer reads it; return what is.
 
     The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled. Of
     an embedding those rows alone are made that it looks up.
     """
-    for name in names:
-        place, _, parameter = name.rpartition(".")
-        layer = network.get_submodule(place)
-        layer.add_module(_KEPT + parameter, kept)
-        layer._parameters[parameter] = None  # in its place among the others
-        _set_class(layer)
-    layers = [network.get_submodule(name.rpartition(".")[0]) for name in names]
-    kept.is_read_by_rows = all(type(layer).forward is _look_up for layer in layers)
+    original = network.get_parameter(name)
+    kept = Kept(original, rounded)
+    for layer in list(network.modules()):
+        names = [parameter for parameter, own in layer._parameters.items() if own is original]
+        for parameter in names:
+            layer.add_module(_KEPT + parameter, kept)
+            layer._parameters[parameter] = None  # in its place among the others
+            attributes = {parameter: _made(parameter)}
+            if parameter == "weight" and _forward_of(layer) in _FORWARDS:
+                attributes["forward"] = _FORWARDS[_forward_of(layer)]
+            _give(layer, **attributes)
+    return kept
 
 
 def take_out_norms(network: nn.Module) -> None:
@@ -260,60 +140,55 @@ def take_out_norms(network: nn.Module) -> None:
     for name, weight in folded_norms(network).items():
         norm = network.get_submodule(name)
         layer = network.get_submodule(weight.rpartition(".")[0])
-        is_known = (
-            _forward_of(_plain_class(norm)) in _WITHOUT_NORM
-            and _forward_of(_plain_class(layer)) in _MAPS
-        )
-        if is_known and _is_identity(norm):
+        forward = _WITHOUT_NORM.get(_forward_of(norm))
+        if forward is not None and _forward_of(layer) in _MAPS and _is_identity(norm):
             vars(layer)[_NORM] = (norm,)  # in a tuple, which hides it from the module's children
-            vars(norm)[_IS_OUT] = True
-            _set_class(layer)
-            _set_class(norm)
+            _give(layer, bias=_BIAS_OF_NORM)
+            _give(norm, forward=forward)
 
 
 def _is_identity(norm: Any) -> bool:
-    """Say whether a folded BatchNorm is still the identity but for its bias: others may have trained it since."""
+    """Say whether a folded BatchNorm is still the identity but for its bias: others may have changed it since."""
     if norm._parameters["weight"] is None or bool(norm.running_mean.any()):
         return False
     deviation = (norm.running_var + norm.eps).sqrt()
     return torch.allclose(norm.weight, deviation, rtol=1e-6, atol=0)
 
 
-def _kept_in(layer: nn.Module) -> dict[str, Kept]:
-    """Return what a layer keeps, by the parameters' names."""
-    children = layer._modules.items()
-    return {name.removeprefix(_KEPT): child for name, child in children if isinstance(child, Kept)}
-
-
 def kept_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module, Kept]]:
     """Yield the parameters that are made when they are read: their dotted names, the layers and what is kept."""
     for place, layer in network.named_modules(remove_duplicate=False):
-        for parameter, kept in _kept_in(layer).items():
-            yield f"{place}.{parameter}".lstrip("."), layer, kept
+        for name, child in layer._modules.items():  # tied ones too
+            if isinstance(child, Kept):
+                parameter = name.removeprefix(_KEPT)
+                yield f"{place}.{parameter}".lstrip("."), layer, child
 
 
-def tied_names(network: nn.Module) -> dict[str, list[str]]:
-    """Return for every name in a network's state all the names that its tensor has."""
-    state = network.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name: names[id(tensor)] for name, tensor in state.items()}
+def not_makeable(network: nn.Module) -> list[str]:
+    """Return the parameters that cannot be made when they are read: those of containers and RNNs."""
+    owned: set[int] = set()
+    for layer in network.modules():
+        if isinstance(layer, _OWNERS):
+            owned.update(map(id, layer.parameters(recurse=False)))
+    named = network.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if id(parameter) in owned]
 
 
 def unpacked(network: nn.Module) -> nn.Module:
-    """Return a plain copy of a network: every parameter that is made when a layer reads it is made once."""
+    """Return a copy without `Kept`: every parameter is made once, as the expert that answers has it."""
     copied = clone(network)
     made: dict[Kept, nn.Parameter] = {}  # tied parameters are one
     for name, layer, kept in list(kept_parameters(copied)):
         if kept not in made:
-            made[kept] = nn.Parameter(kept.forward().detach())
+            value = kept.forward().detach()
+            if kept.rows is None:  # in place: other attributes may hold it, too
+                value = kept.original.detach().copy_(value)
+            made[kept] = nn.Parameter(value)
         parameter = name.rpartition(".")[2]
         layer._modules.pop(_KEPT + parameter, None)
         layer._parameters[parameter] = made[kept]
     for layer in copied.modules():
         vars(layer).pop(_NORM, None)
-        vars(layer).pop(_IS_OUT, None)
         layer.__class__ = _plain_class(layer)
     return copied
 
@@ -323,68 +198,40 @@ def is_making(layer: nn.Module) -> bool:
     return hasattr(type(layer), "plain_class")
 
 
-def not_makeable(network: nn.Module) -> set[str]:
-    """Return the parameters that cannot be made when they are read.
-
-    Modules hold them in other attributes too, as LSTMs do, which would miss what is made; or a container owns them,
-    which would run what is kept as one of its layers.
-    """
-    held: set[int] = set()  # the tensors in modules' other attributes
-    found: set[str] = set()
-    for module in network.modules():
-        others = {name: value for name, value in vars(module).items() if name != "_parameters"}
-        held.update(id(tensor) for tensor in tensors_in(others))
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        owner = network.get_submodule(name.rpartition(".")[0])
-        is_in_container = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if is_in_container or id(parameter) in held:
-            found.add(name)
-    return found
+def looks_up(layer: nn.Module) -> bool:
+    """Say whether a layer makes of its weight the rows alone that it looks up."""
+    return type(layer).forward is _look_up
 
 
-def _set_class(layer: nn.Module) -> None:
-    """Give a layer the class that makes what it keeps when it is read, and runs without what is taken out."""
-    kind = _plain_class(layer)
-    layer.__class__ = _class_of(
-        kind, tuple(_kept_in(layer)), _NORM in vars(layer), _IS_OUT in vars(layer)
-    )
+def _plain_class(layer: nn.Module) -> Any:
+    return getattr(type(layer), "plain_class", type(layer))
 
 
-def _forward_of(kind: Any) -> str:
-    """Return the full name of the function that a kind of layer runs."""
-    forward = kind.forward
-    return f"{forward.__module__}.{forward.__qualname__}"
+def _give(layer: nn.Module, **attributes: Any) -> None:
+    """Make a layer, in place, one of a subclass with these attributes, beside those that it was given before."""
+    given = getattr(type(layer), "given", {}) | attributes
+    layer.__class__ = _subclass(_plain_class(layer), tuple(given.items()))
 
 
 @cache
-def _class_of(
-    kind: Any, parameters: tuple[str, ...], has_norm: bool, is_out: bool
-) -> type[nn.Module]:
-    """Return a subclass of a kind of layer.
-
-    Args:
-        kind: The layer's own class.
-        parameters: The names of the parameters that it makes when they are read.
-        has_norm: Whether it adds the bias of a BatchNorm that is taken out.
-        is_out: Whether it is such a BatchNorm.
-    """
-    attributes: dict[str, Any] = {"plain_class": kind}
-    for parameter in parameters:
-        attributes[parameter] = property(partial(_made, name=_KEPT + parameter))
-    if has_norm:
-        attributes["bias"] = property(_bias_of_norm)
-    if is_out:
-        attributes["forward"] = _WITHOUT_NORM[_forward_of(kind)]
-    elif "weight" in parameters and kind.forward in _FORWARDS:
-        attributes["forward"] = _FORWARDS[kind.forward]
-    return type(kind.__name__, (kind,), attributes)
+def _subclass(kind: Any, given: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
+    """Return the subclass of a kind of layer with these attributes, one for all layers that are given the same."""
+    attributes = dict(given)
+    own = {**attributes, "plain_class": kind, "given": attributes}
+    return type(kind.__name__, (kind,), own)
 
 
-def _made(layer: nn.Module, name: str) -> Tensor:
-    """Return a parameter of a layer, made of what it keeps under a name."""
-    kept: Any = layer._modules[name]
-    made: Tensor = kept.forward()
-    return made
+@cache
+def _made(parameter: str) -> property:
+    """Return a property of layers: the parameter of this name, made of what they keep in its place."""
+    child = _KEPT + parameter
+
+    def made(layer: nn.Module) -> Tensor:
+        kept: Any = layer._modules[child]
+        value: Tensor = kept.forward()
+        return value
+
+    return property(made)
 
 
 def _bias_of_norm(layer: nn.Module) -> Tensor:
@@ -392,6 +239,9 @@ def _bias_of_norm(layer: nn.Module) -> Tensor:
     (norm,) = vars(layer)[_NORM]
     bias: Tensor = norm.bias
     return bias
+
+
+_BIAS_OF_NORM = property(_bias_of_norm)
 
 
 def _nothing(norm: nn.Module, inputs: Tensor) -> Tensor:
@@ -405,67 +255,86 @@ def _activation(norm: Any, inputs: Tensor) -> Tensor:
     return activated
 
 
+def _kept_weight(layer: nn.Module) -> Kept:
+    return cast(Kept, layer._modules[_KEPT + "weight"])
+
+
 def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
-    """Return the rows of an embedding's weight that are looked up, of what it keeps in the weight's place."""
-    kept: Any = layer._modules[_KEPT + "weight"]
-    found: Tensor = kept.look_up(input)
-    return found
+    """Return the rows ``[…, K]`` of an embedding's weight at an index […]; of a rounded one these alone are read."""
+    kept = _kept_weight(layer)
+    if kept.rows is None or kept.experts:
+        return F.embedding(input, kept.forward())
+    found = read_rows(kept.rows.index_select(0, input.flatten()))
+    return found.view(*input.shape, layer.embedding_dim).to(kept.original.dtype)
 
 
 def _run_linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """Return what a layer makes of inputs ``[…, K]``, with an expert's update on them where that is less work."""
-    kept = cast(Kept, layer._modules[_KEPT + "weight"])
+    """Return a layer's outputs for inputs ``[…, K]``, an expert's change made on them where that is less work."""
+    kept = _kept_weight(layer)
     positions = inputs.numel() // layer.in_features
-    if not kept.is_less_work_on(positions):
+    change = kept.change_on_outputs(positions)
+    if change is None:
         return F.linear(inputs, kept.forward(), layer.bias)
-    outputs = _on_activations(kept, inputs.reshape(positions, layer.in_features), layer.bias)
+    flat = inputs.reshape(positions, layer.in_features)
+    outputs = _changed_outputs(kept, change, flat, layer.bias)
     return outputs.view(*inputs.shape[:-1], layer.out_features)
 
 
 def _run_conv2d(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Return what a convolution makes of images ``[B, C, H, W]``, with an expert's update on them as `_run_linear`."""
-    kept = cast(Kept, layer._modules[_KEPT + "weight"])
-    positions = inputs.numel() // (layer.in_channels * layer.stride[0] * layer.stride[1])
-    is_plain = layer.groups == 1 and inputs.ndim == 4
-    if not is_plain or not kept.is_less_work_on(positions):
+    """Return a convolution's outputs for images ``[B, C, H, W]``, with an expert's change as `_run_linear`."""
+    kept = _kept_weight(layer)
+    change = None
+    if layer.groups == 1 and inputs.ndim == 4:
+        positions = inputs.numel() // (layer.in_channels * layer.stride[0] * layer.stride[1])
+        change = kept.change_on_outputs(positions)
+    if change is None:
         made: Tensor = layer._conv_forward(inputs, kept.forward(), layer.bias)
         return made
     if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
         # With few columns a product is several times as slow as its transpose.
-        flat = inputs.permute(0, 2, 3, 1).reshape(positions, layer.in_channels)
-        of_each = _on_activations(kept, flat, layer.bias)
+        flat = inputs.permute(0, 2, 3, 1).reshape(-1, layer.in_channels)
+        of_each = _changed_outputs(kept, change, flat, layer.bias)
         images = of_each.view(len(inputs), *inputs.shape[2:], layer.out_channels)
         return images.permute(0, 3, 1, 2).contiguous()
-    change = kept.answering()
-    kernel = kept.body()
-    left, right = change.factors(kernel.shape[0], kept.columns, kernel.dtype)
+    kernel = kept.own()
+    left, right = change.factors(len(kernel), kernel[0].numel())
     right_kernel = right.view(-1, *kernel.shape[1:])
     inner = layer._conv_forward(inputs, right_kernel, None)  # [B, r, H', W']
     update = F.conv2d(inner, left.T[:, :, None, None])
     outputs: Tensor = layer._conv_forward(inputs, kernel, None).add_(update)
     if change.scale is not None:
-        outputs.mul_(read_rows(change.scale, kernel.dtype).view(-1, 1, 1))
+        outputs.mul_(read_rows(change.scale).view(-1, 1, 1))
     bias = layer.bias
     return outputs if bias is None else outputs.add_(bias.view(-1, 1, 1))
 
 
-def _on_activations(kept: Kept, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what a map [O, K] makes of inputs ``[positions, K]`` as the answering expert's, its update on them."""
-    change = kept.answering()
-    weight = kept.body().view(-1, kept.columns)
-    left, right = change.factors(weight.shape[0], kept.columns, weight.dtype)
+def _changed_outputs(kept: Kept, change: Change, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a map's outputs for inputs a ``[positions, K]``, with a change: (a Wᵀ + a rightᵀ leftᵀ) ⊙ scale + bias."""
+    weight = kept.own().flatten(1)
+    left, right = change.factors(*weight.shape)
     outputs = torch.addmm(F.linear(inputs, weight), F.linear(inputs, right), left)
+    # All of the type that autocast gives products.
+    kind = outputs.dtype
     if change.scale is None:
-        return outputs if bias is None else outputs + bias
-    scale = read_rows(change.scale, weight.dtype)
-    return outputs.mul_(scale) if bias is None else torch.addcmul(bias, outputs, scale)
+        return outputs if bias is None else outputs.add_(bias)
+    scale = read_rows(change.scale, kind)
+    return outputs.mul_(scale) if bias is None else torch.addcmul(bias.to(kind), outputs, scale)
+
+
+def _forward_of(layer: nn.Module) -> str:
+    """Return the full name of the function that a kind of layer runs: a convolution's own product, if it has one."""
+    kind = _plain_class(layer)
+    function = getattr(kind, "_conv_forward", kind.forward)
+    if function.__module__ == nn.Conv2d.__module__:
+        function = kind.forward
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 # The forwards of kinds of layers, and those that take their places.
-_FORWARDS: dict[Any, Any] = {
-    nn.Embedding.forward: _look_up,
-    nn.Linear.forward: _run_linear,
-    nn.Conv2d.forward: _run_conv2d,
+_FORWARDS: dict[str, Any] = {
+    "torch.nn.modules.sparse.Embedding.forward": _look_up,
+    "torch.nn.modules.linear.Linear.forward": _run_linear,
+    "torch.nn.modules.conv.Conv2d.forward": _run_conv2d,
 }
 # What takes the place of a BatchNorm's forward.
 _WITHOUT_NORM: dict[str, Any] = {
@@ -480,7 +349,3 @@ _MAPS = {
     "torch.nn.modules.conv.Conv3d.forward",
     "timm.layers.conv2d_same.Conv2dSame.forward",
 }
-
-
-def _plain_class(layer: nn.Module) -> Any:
-    return getattr(type(layer), "plain_class", type(layer))

@@ -62,9 +62,8 @@ def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
     """
     inputs = take(inputs, slice(0, 2))
     expected = run_network(adapted.network(0), inputs, features=False).logits
-    kind = type(adapted.body).__name__
-    found = f"{kind} answers otherwise where its layers make their weights as they are read"
     advice = "read weights as attributes of their layers, and write none, or leave out adapters and compress"
+    found = f"{type(adapted.body).__name__} answers otherwise where its layers make their weights as they are read"
     try:
         logits = run_network(adapted, inputs, features=False, experts=0).logits
     except torch.OutOfMemoryError:
@@ -74,8 +73,8 @@ def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
             f"{found} ({first_line(error):.80}), expected the same; {advice}"
         ) from error
     difference = float((logits - expected).abs().max())
-    types = {parameter.dtype for parameter in adapted.parameters() if parameter.is_floating_point()}
-    precision = max(torch.finfo(dtype).eps for dtype in types)
+    floating = [each.dtype for each in adapted.parameters() if each.is_floating_point()]
+    precision = max(torch.finfo(dtype).eps for dtype in floating)
     if not difference <= precision**0.5 * float(expected.abs().max()):
         raise StateError(f"{found} (a difference of {difference:.3g}), expected the same; {advice}")
 
@@ -156,12 +155,10 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     error = torch.full_like(read, torch.inf)
     if logits.shape == read.shape:
         error = (double(logits) - read).abs()
-    is_close = error <= tolerance * size
-    if not bool(is_close.all()):
-        largest = float(error.max())
+    if not bool((error <= tolerance * size).all()):
         found = f"the logits of {kind} are not its head '{head_name(network)}' of its input"
         advice = "name the layer that gives the logits in an attribute 'head_name', or leave out what reads it"
-        raise HeadError(f"{found} (found a difference of {largest:.3g}); {advice}")
+        raise HeadError(f"{found} (found a difference of {float(error.max()):.3g}); {advice}")
 
 
 @torch.no_grad()
@@ -175,21 +172,17 @@ def linear_heads(
     """
     heads = []
     for network in networks:
-        head = linear_head(network)
         if inputs is not None:
             own = map_tensors(torch.clone, inputs)
-            features, logits = features_and_logits(network, own)
-            check_head(network, features, logits)
+            check_head(network, *features_and_logits(network, own))
+        heads.append(linear_head(network))
+    width = max(len(head.weight) for head in heads)
+    padded = []
+    for head in heads:
         weight = full_precision(head.weight.detach())  # as features are
+        missing = width - len(weight)
         bias = weight.new_zeros(len(weight))
         if head.bias is not None:
             bias = full_precision(head.bias.detach())
-        heads.append((weight, bias))
-    width = max(len(bias) for _, bias in heads)
-    padded = []
-    for weight, bias in heads:
-        missing = width - len(bias)
-        wide_weight = F.pad(weight, (0, 0, 0, missing))
-        wide_bias = F.pad(bias, (0, missing))
-        padded.append((wide_weight, wide_bias))
+        padded.append((F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))))
     return padded

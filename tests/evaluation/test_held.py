@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from coin.evaluation.held import HeldNetworks
-from coin.networks.adapted import tensor_nbytes
+from coin.networks.adapted import resident_nbytes
 
 
 def test_what_is_held_stays_within_the_bound_and_uses_it(write_experts):
@@ -10,8 +10,8 @@ def test_what_is_held_stays_within_the_bound_and_uses_it(write_experts):
     most = 0
     for path in paths:
         held.need([path])
-        total = sum(tensor_nbytes(network) for network in held._held.values())
+        total = sum(resident_nbytes(network) for network in held._held.values())
         assert total <= 2**20
         most = max(most, total)
-    one = tensor_nbytes(held[paths[-1]])
+    one = resident_nbytes(held[paths[-1]])
     assert most + one > 2**20

@@ -12,11 +12,12 @@ from torch import nn
 import coin
 from coin.coding import uniform
 from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
+from coin.files.tensors import nbytes
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
 from coin.merging.adapter_fit import Moments
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
-from coin.networks.adapted import Adapted, stored_nbytes, tensor_nbytes, with_adapters
+from coin.networks.adapted import Adapted, stored_nbytes, with_adapters
 from coin.networks.adapter import AdapterOptions
 from coin.networks.delta import balanced, read_factor, round_factor
 from coin.networks.kept import kept_parameters
@@ -320,7 +321,7 @@ def test_a_coded_system_asks_the_body_for_whoever_is_lost(tmp_path):
     kept = stored_nbytes(made[0]) + heads
     assert table["memory_mib"].tolist() == [kept / 2**20] * 3
     largest = 4 * max(parameter.numel() for parameter in experts[0].parameters())  # is made while its layer runs
-    held = tensor_nbytes(made[0]) + heads
+    held = nbytes(made[0].state_dict().values()) + heads
     assert held == kept
     assert table["resident_mib"].tolist() == [(held + largest) / 2**20] * 3
     system.save(tmp_path / "system.safetensors")
@@ -367,8 +368,8 @@ def test_a_compressed_body_is_run_with_its_adapters_and_counted_as_it_is_kept():
     heads = 4 * sum(tensor.numel() for tensor in head) + 8  # with its class count
     table = coin.evaluate(system, tests)
     assert table["memory_mib"].tolist() == [(packed.nbytes + 3 * heads) / 2**20] * 3
-    working = max(kept.working_nbytes for _, _, kept in kept_parameters(system.coded[0].body))
-    held = tensor_nbytes(system.coded[0])  # vectors and scales are held in float32
+    working = 4 * max(kept.shape.numel() for _, _, kept in kept_parameters(system.coded[0].body))
+    held = nbytes(system.coded[0].state_dict().values())  # vectors and scales are held in float32
     assert packed.nbytes <= held < 1.6 * packed.nbytes  # of rows of four to six values
     assert table["resident_mib"].tolist() == [(held + working + 3 * heads) / 2**20] * 3
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
@@ -503,8 +504,7 @@ def test_inputs_that_are_constant_within_a_task_fit_nothing_but_shifts(size):
         expected = expert(anywhere)
         difference, without = (float((each(anywhere) - expected).norm()) for each in (one, bare))
         assert difference < 0.3 * without * size
-        scales = [change.scale for change in adapted.adapters[place].changes.values() if change.scale is not None]
-        assert not scales  # those of one are left out
+        assert all(bool((change.scales() == 1).all()) for change in adapted.adapters[place].changes.values())
 
 
 @pytest.mark.parametrize("tasks", [None, torch.arange(2).repeat_interleave(150)])

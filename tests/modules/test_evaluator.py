@@ -18,7 +18,7 @@ from coin.evaluation.held import HeldNetworks
 from coin.merging import Average, Experts
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
-from coin.networks.adapted import tensor_nbytes
+from coin.networks.adapted import resident_nbytes
 from coin.pipeline.steps.merge import compress_file
 from coin.reporting.results import PROMISE_CSV, read_results
 from coin.trainer.record import record_evaluation
@@ -202,7 +202,7 @@ def test_where_not_all_fit_the_networks_of_one_task_alone_are_held_and_numbers_a
         assert max(reads.values()) == (1 if memory_mib is None else 3)
     for row in numbers[0]:
         if row["decoder"] == "replica":  # all as stored, and the largest of them whole to answer
-            whole = max(tensor_nbytes(load_network(Path(copy)).network) for copy in copies)
+            whole = max(resident_nbytes(load_network(Path(copy)).network) for copy in copies)
             assert row["resident_mib"] - row["memory_mib"] == pytest.approx(whole / 2**20)
     for row in [*numbers[0], *numbers[1]]:
         row.pop("decoder_seconds")

@@ -9,6 +9,7 @@ from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
 from coin.networks import Compression, NetworkConfig, build_network, sources
 from coin.networks.adapted import resident_nbytes
+from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.files import (
     kept_base,
     load_network,
@@ -156,7 +157,7 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
     other = build_network(NetworkConfig("small_resnet", image_size=16, options={"width": 4}), 6)
     with pytest.raises(StateError, match="shape"):
         coin.compress(base, other, bits=3)
-    with pytest.raises(ConfigurationError, match="base_bits"):
+    with pytest.raises(ConfigurationError, match=r"found .*bas_bits.*, expected \{bits: 4\} or so"):
         Compression.of({"bits": 3, "bas_bits": 8})
     for half, types in ((near(base).bfloat16(), "torch.bfloat16"), (near(base).double(), "torch.float64")):
         with pytest.raises(StateError, match=rf"is {types}, in the base torch.float32, expected one type"):
@@ -186,6 +187,23 @@ def test_files_of_another_base_and_of_whole_networks_are_refused(base, tmp_path)
         coin.Compressed.load(path, base)
 
 
+def test_a_network_like_it_but_of_other_widths_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    coin.compress(nn.Linear(64, 32), None, bits=3, base_bits=0).save(path)
+    for other in (nn.Linear(62, 32), nn.Linear(66, 32), nn.Linear(64, 31)):
+        with pytest.raises(StateError, match="are not those of a Linear; give a network of its architecture"):
+            coin.Compressed.load(path, other)
+
+
+def test_a_file_of_folded_batchnorms_leaves_the_network_that_it_is_read_with_unmarked(base, tmp_path):
+    body = copy.deepcopy(base)
+    mark_folded(body, {"stem.1": "stem.0.weight"})
+    coin.compress(body, None, bits=3, base_bits=0).save(tmp_path / "x.safetensors")
+    again = coin.Compressed.load(tmp_path / "x.safetensors", base)
+    assert folded_norms(again.base) == {"stem.1": "stem.0.weight"}
+    assert folded_norms(base) == {}
+
+
 @pytest.mark.parametrize("base_bits", [32, 8, 0])
 def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base_bits, tmp_path):
     save_network(tmp_path / "base.safetensors", base, CONFIG, 6, {})
@@ -205,10 +223,10 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
         assert on_disk == pytest.approx(nbytes_together(files), rel=0.5)
     whole = sum(tensor.nbytes for tensor in network.state_dict().values())
     module = files[0].module()
-    working = max(kept.working_nbytes for _, _, kept in kept_parameters(module.body)) if base_bits == 0 else 0
     if base_bits:  # a delta is a whole network once it is loaded
         assert resident_nbytes(module) == whole
     else:
+        working = 4 * max(kept.shape.numel() for _, _, kept in kept_parameters(module.body))
         assert resident_nbytes(module) == sum(tensor.nbytes for tensor in module.state_dict().values()) + working
         assert resident_nbytes(module) < 0.6 * whole
     # Without its base it says what is missing; beside it it is found by its name.
