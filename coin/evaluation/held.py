@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from coin.core.choices import check_integer
-from coin.merging.passes import default_memory_mib
+from coin.merging.body import default_memory_mib
 from coin.networks import load_network, pad_head
 from coin.networks.adapted import resident_nbytes
 

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class Coin(MergeMethod):
         data = self.fisher_data or DataChoice.own
         kind = self.fisher_kind or FisherKind.exact
         return (Statistic(StatisticKind.fisher, data, kind),)
+
+    def with_defaults(self, fisher_kind: FisherKind, data: DataChoice) -> Self:
+        """Return the method with the experiment's Fisher where its own options are None."""
+        method = copy(self)
+        method.fisher_kind = self.fisher_kind or fisher_kind
+        method.fisher_data = self.fisher_data or data
+        return method
 
     def parameters(self, experts: Experts, row: Sequence[float]) -> State:
         """Return the closed form; warns where an expert's Fisher is zero, or frozen parameters differ."""

@@ -1,100 +1,85 @@
-"""The outputs of the experts to which a body's units are fitted, made group by group of units."""
+"""The outputs of the experts to which a body's units are fitted, made for a group of units at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from coin.core.batches import take
-from coin.errors import DataError, StateError
+from coin.errors import StateError
+from coin.merging.experts import Experts
+from coin.merging.regression import output_rows
 from coin.merging.rows import Rows
-from coin.merging.units import SAME_CALLS, Trace, Unit, floating_parameters, output_rows
-from coin.networks.calling import as_input, logits_of
-from coin.networks.guard import evaluating
-from coin.statistics.intercept import Interceptor
+from coin.merging.units import SAME_CALLS, Unit, run_visited
 from coin.statistics.rules import Call
 from coin.statistics.sums import sum_type
 
 
-def sample_weights(row: Sequence[float], tasks: Tensor) -> Tensor:
-    """Return what samples of these tasks [P] weigh: those of task i together β_i.
-
-    Raises DataError where a task that has a share in the row has no samples.
-    """
-    beta = torch.tensor(row, dtype=torch.float64)
-    counts = torch.bincount(tasks, minlength=len(row))
-    is_missing = (beta > 0) & (counts == 0)
-    missing = is_missing.nonzero().flatten().tolist()
-    if missing:
-        raise DataError(
-            f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
-            "expected at least one; give some, or raise memory_mib"
-        )
-    return (beta / counts)[tasks]
-
-
 def grouped(units: Iterable[Unit], rows: Rows, budget: float) -> list[list[Unit]]:
     """Return units in groups whose targets take at most `budget` bytes together; a group has one unit at least."""
-    samples = len(rows.tasks)
     groups: list[list[Unit]] = []
     used = 0
     for unit in units:
-        places = rows.places[unit.weight]
-        positions = unit.positions if places is None else places.shape[1]
-        size = 4 * samples * positions * unit.channels  # in float32
-        if not groups or used + size > budget:
+        nbytes = rows.nbytes_of_targets(unit)
+        if not groups or used + nbytes > budget:
             groups.append([])
             used = 0
         groups[-1].append(unit)
-        used += size
+        used += nbytes
     return groups
 
 
 class ExpertOutputs:
-    """The experts' outputs to which the units of a trace are fitted, made in the units' order.
+    """The experts' outputs z to which units are fitted: each expert's own on its own task's samples.
 
-    For each group of units (`grouped`) every expert runs on its own task's samples, `batch_size` at once, if they weigh
-    anything.
+    When a unit's are asked for, every expert that weighs anything runs once, and leaves those of the unit's group.
+
+    Args:
+        experts: The experts.
+        calls: The weights of all calls of a forward pass, in their order.
+        rows: The samples and their positions.
+        groups: The units, as many together as memory bears.
+        advance: Is called with the number of samples that have passed.
 
     Attributes:
-        passes: The samples that pass through experts, in all.
+        units: The units by their weights.
     """
 
     def __init__(
         self,
-        experts: Callable[[], Iterable[nn.Module]],
-        trace: Trace,
+        experts: Experts,
+        calls: Sequence[str],
         rows: Rows,
-        batch_size: int,
-        budget: float,
+        groups: Sequence[Sequence[Unit]],
+        advance: Callable[[int], object],
     ) -> None:
         self._experts = experts
-        self._calls = trace.calls
+        self._calls = calls
         self._rows = rows
-        self._batch_size = batch_size
-        self._groups = grouped(trace.units, rows, budget)
+        self._groups = groups
+        self._advance = advance
         self._made: dict[str, Tensor] = {}
-        self.passes = len(self._groups) * int(rows.shares.count_nonzero())
+        self.units = {unit.weight: unit for group in groups for unit in group}
 
-    def each_unit(self, advance: Callable[[int], None]) -> Iterator[Tensor]:
-        """Yield every unit's targets [P, q, ·], in the order of `output_rows`; `advance` gets the samples that passed.
+    def take(self, unit: Unit) -> Tensor:
+        """Return a unit's targets [P, q, G·O], in the order of `output_rows`, and forget them.
 
-        Raises StateError where an expert makes other calls than the traced network, or gives outputs of another shape.
+        Raises StateError where an expert makes other calls than the body, or not on all samples at once.
         """
-        for group in self._groups:
-            ends = {unit.end: unit for unit in group}
-            for expert, network in enumerate(self._experts()):
+        if unit.weight not in self._made:
+            (group,) = [group for group in self._groups if unit in group]
+            for expert, network in enumerate(self._experts.source.each_network()):
                 is_read = (self._rows.tasks == expert) & (self._rows.shares > 0)
                 samples = is_read.nonzero().flatten()
-                for part in torch.split(samples, self._batch_size):
-                    if len(part) > 0:
-                        self._add(network, ends, part)
-                        advance(len(part))
-            for unit in group:
-                yield self._made.pop(unit.weight)
+                size = self._experts.pooled.batch_size
+                for first in range(0, len(samples), size):
+                    part = samples[first : first + size]
+                    self._run(network, group, part)
+                    self._advance(len(part))
+        return self._made.pop(unit.weight)
 
-    def _add(self, network: nn.Module, ends: Mapping[str, Unit], part: Tensor) -> None:
-        """Run an expert on the samples `part` [p], and add their targets of the units."""
+    def _run(self, network: nn.Module, group: Sequence[Unit], part: Tensor) -> None:
+        """Run an expert on the samples `part` [p], and keep its outputs of some units."""
+        ends = {unit.end: unit for unit in group}
         calls: list[str] = []
 
         def visit(
@@ -106,34 +91,26 @@ class ExpertOutputs:
             calls.append(weight)
             output = function()
             if weight in ends:
-                self._add_rows(ends[weight], call, output, part)
+                self._keep(ends[weight], call, output, part)
             return output
 
-        with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-            inputs = take(self._rows.inputs, part)
-            logits_of(network, as_input(inputs, network))
+        run_visited(network, take(self._rows.inputs, part), visit)
         if calls != self._calls:
             raise StateError(
                 f"an expert calls other layers than the coded network, or in another order; {SAME_CALLS}"
             )
 
-    def _add_rows(self, unit: Unit, call: Call, output: Tensor, part: Tensor) -> None:
-        """Add one unit's targets, given the output of its last call on the samples `part`."""
+    def _keep(self, unit: Unit, call: Call, output: Tensor, part: Tensor) -> None:
+        """Keep a unit's outputs at its rows, given those of its last call on the samples `part`."""
         check_rows(unit, len(output), len(part))
-        if output.shape[1:] != unit.shape[1:]:
-            raise StateError(
-                f"'{unit.end}' gives {[*output.shape[1:]]} in an expert and {[*unit.shape[1:]]} in the coded network; "
-                f"{SAME_CALLS}"
-            )
         places = self._rows.places[unit.weight]
         if places is not None:
             places = places[part.to(places.device)]
-        flat = output_rows(call, output, len(part), places)  # [p·q, O]
-        in_sums = flat.to(sum_type(flat))
-        rows = in_sums.view(len(part), -1, flat.shape[1])  # [p, q, O]
+        flat = output_rows(call, output, len(part), places)  # [p·q, G·O]
+        targets = flat.to(sum_type(flat)).view(len(part), -1, unit.channels)
         if unit.weight not in self._made:
-            self._made[unit.weight] = rows.new_zeros(len(self._rows.tasks), *rows.shape[1:])
-        self._made[unit.weight].index_copy_(0, part.to(rows.device), rows)
+            self._made[unit.weight] = targets.new_zeros(len(self._rows.tasks), *targets.shape[1:])
+        self._made[unit.weight].index_copy_(0, part.to(targets.device), targets)
 
 
 def check_rows(unit: Unit, rows: int, samples: int) -> None:

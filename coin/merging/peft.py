@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
-from coin.merging.adapter_fit import AdapterFit, Moments, columns_of
+from coin.merging.adapter_fit import AdapterFit
+from coin.merging.body import Body, Fit, fit_body
 from coin.merging.experts import Experts
-from coin.merging.passes import fit_body, folded_body
 from coin.merging.units import Unit
 from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.batchnorm import batchnorms
@@ -23,7 +23,6 @@ from coin.networks.calling import clone
 from coin.networks.delta import check_range
 from coin.networks.heads import head_name, linear_head
 from coin.networks.weights import to_compute
-from coin.statistics.rules import Call
 
 ABSENT = -1e4  # a logit that never wins, and that float16 holds
 SEQUENCE_HEADS = ("classifier", "score")  # the heads that peft's class for SEQ_CLS looks for
@@ -180,21 +179,13 @@ class _Unrounded(Change):
 class LoraFit(AdapterFit):
     """Fits plain LoRA as `AdapterFit` does, in float32 as peft keeps it: nothing is rounded."""
 
-    def _changes(
-        self, expert: int, unit: Unit, call: Call, entries: Tensor, moments: Moments
-    ) -> dict[str, Change]:
-        if not unit.is_matrix:
-            return {}
-        body = columns_of(self._network.get_parameter(unit.weight), unit, entries, moments)
-        own = columns_of(self._own_weight(unit, expert), unit, entries, moments)
-        damping = self._damping(unit, entries)
-        left, best = moments.low_rank(body, own, damping, self._options.rank)  # V [O, r], B [O, K']
-        right = best.new_zeros(left.shape[1], unit.unknowns)
-        right[:, entries] = left.T @ best
-        change = _Unrounded(left=left.T.float(), right=right.float())
+    def correction(self, unit: Unit, vectors: Tensor, best: Tensor) -> Change:
+        """Return the correction V Vᵀ B as it is."""
+        right = unit.from_columns(vectors.T @ best)
+        change = _Unrounded(left=vectors.T.float(), right=right.float())
         for factor in change.tensors.values():
             check_range(factor, torch.float32)
-        return {unit.weight: change}
+        return change
 
 
 def extract_lora(
@@ -242,16 +233,9 @@ def extract_lora(
     base = clone(base).to(device_of(network))
     experts = Experts(to_compute([network], device_of(network)), calibration=[samples])
     label = "extract_lora"
-    with torch.inference_mode(False):
-        _, (adapter,) = fit_body(
-            folded_body(base, experts, label),
-            experts,
-            [1.0],
-            label,
-            ridge=None,
-            adapters=AdapterOptions(rank, scales=False),
-            adapter_fit=LoraFit,
-        )
+    body = Body.of(base, experts, label)
+    fit = Fit(adapters=AdapterOptions(rank, scales=False))
+    _, (adapter,) = fit_body(body, experts, [1.0], fit, label, adapter_fit=LoraFit)
     save_peft(adapter, base, head.state_dict(), Path(folder))
     return adapter.applied_to(base, head)
 

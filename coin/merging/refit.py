@@ -2,17 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from coin.core.choices import check_integer, check_number
 from coin.files.tensors import weighted_sum
-from coin.merging.average import average_parameters, fit_head
+from coin.merging.average import average_parameters
+from coin.merging.body import Body, Fit
 from coin.merging.experts import Experts
 from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
-from coin.merging.passes import NO_ADAPTERS, Body, fit_body
-from coin.merging.rounding import Rounding
-from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import BatchNormPolicy
 
 
@@ -71,34 +66,17 @@ class Refit(Method):
         self.memory_mib = memory_mib
         super().__init__(label, compress, adapters=adapters)
 
-    @torch.inference_mode(False)
+    @property
+    def fit(self) -> Fit:
+        """How the body is fitted: every unit, and the head or adapters."""
+        return Fit(self.ridge, self.head, self.adapters, self.memory_mib)
+
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code; see `Method.make`."""
+        """Make the body, the β-average of the experts' maps with their BatchNorms folded in; see `Method.make`."""
         average = experts.empty_model().eval()
         parameters = average_parameters(experts.parameters, row)
         buffers = weighted_sum(experts.buffers, row)
         fill(average, {**parameters, **buffers})
-        body = Body.of(average, experts, list(experts.source.tensors), row)
-        network, adapters = self.fit(experts, row, body)
-        body.warn_of_kept(self.label, "kept the average" if self.adapters is None else NO_ADAPTERS)
-        chosen = {"ridge": self.ridge, "averaged": body.kept}
-        return CodedModel(network, chosen, adapters, body)
-
-    @torch.inference_mode(False)
-    def fit(
-        self, experts: Experts, row: Sequence[float], body: Body, rounding: Rounding | None = None
-    ) -> tuple[nn.Module, list[Adapter]]:
-        """Return a body refitted, and rounded if there is a rounding, with its head; and its adapters (`fit_body`)."""
-        network, adapters = fit_body(
-            body,
-            experts,
-            row,
-            self.label,
-            ridge=self.ridge,
-            rounding=rounding,
-            adapters=self.adapters,
-            memory_mib=self.memory_mib,
-        )
-        if self.head and self.adapters is None:
-            fit_head(network, experts, row, rounding)
-        return network, adapters
+        body = Body.of(average, experts, self.label, experts.source.tensors, row)
+        chosen = {"ridge": self.ridge, "averaged": body.rest}
+        return CodedModel(body.network, chosen, body)

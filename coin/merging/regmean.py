@@ -1,8 +1,9 @@
 """RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import MergeMethod
 from coin.merging.experts import Experts, in_all
+from coin.statistics import FisherKind
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -68,6 +70,12 @@ class RegMean(MergeMethod):
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices."""
         return (Statistic(StatisticKind.gram, self.gram_data or DataChoice.own),)
+
+    def with_defaults(self, fisher_kind: FisherKind, data: DataChoice) -> Self:
+        """Return the method with the experiment's data where its own option is None."""
+        method = copy(self)
+        method.gram_data = self.gram_data or data
+        return method
 
     def parameters(self, experts: Experts, row: Sequence[float]) -> State:
         """Return the solution."""

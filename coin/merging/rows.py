@@ -1,4 +1,4 @@
-"""The rows of units' regressions: at which positions of the samples, and what these weigh."""
+"""The rows of units' regressions: of which samples, at which of their positions, and what these weigh."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from coin.core.batches import Batch, samples_of, take
 from coin.core.devices import device_of
-from coin.merging.units import Trace, Unit, floating_parameters, output_rows
+from coin.errors import DataError
+from coin.merging.regression import Regression, input_rows, output_rows
+from coin.merging.units import Unit, floating_parameters
 from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import differentiable, evaluating
 from coin.networks.running import centred
@@ -25,38 +28,84 @@ PROBED = 16  # samples by which positions are weighed: rows of tokens are much a
 
 
 class Rows(NamedTuple):
-    """What units are fitted to on P samples; `places` and `weights` are by the names of the units' weights."""
+    """Which rows units' regressions have.
+
+    Attributes:
+        inputs: P samples.
+        tasks: Of which task each is [P].
+        shares: What each weighs [P].
+        places: By the units' weights the positions of `chosen_places`.
+        weights: By the units' weights the positions' own, of `position_weights`.
+        passes: How many forward-equivalents finding the weights took.
+    """
 
     inputs: Batch
-    tasks: Tensor  # the samples' [P]
-    shares: Tensor  # the samples' weights [P]
-    places: Mapping[str, Tensor | None]  # of `chosen_places`
-    weights: Mapping[str, Tensor]  # of `position_weights`
-    passes: int  # that finding the weights took
+    tasks: Tensor
+    shares: Tensor
+    places: Mapping[str, Tensor | None]
+    weights: Mapping[str, Tensor]
+    passes: int
+
+    def regression(self, unit: Unit, call: Call, targets: Tensor) -> Regression:
+        """Return the regression of a unit to its targets [P, q, G·O], at its call on all samples."""
+        samples, positions, _ = targets.shape
+        places = self.places[unit.weight]
+        weights = self.shares.to(targets)[:, None].expand(samples, positions)
+        # Chosen places are drawn by these weights already.
+        if places is None and unit.weight in self.weights:
+            weights = weights * self.weights[unit.weight].to(weights)
+        return Regression(
+            inputs=input_rows(call, unit, samples, places),
+            targets=targets.view(-1, unit.groups, unit.outputs).transpose(0, 1),
+            weights=weights,
+            tasks=self.tasks,
+        )
+
+    def nbytes_of_targets(self, unit: Unit) -> int:
+        """Return the bytes of a unit's targets."""
+        places = self.places[unit.weight]
+        positions = unit.positions if places is None else places.shape[1]
+        return unit.nbytes(len(self.tasks) * positions)
 
 
 def chosen_rows(
     network: nn.Module,
-    trace: Trace,
+    units: Sequence[Unit],
     inputs: Batch,
     tasks: Tensor,
-    shares: Tensor,
+    row: Sequence[float],
     budget: float,
 ) -> Rows:
-    """Choose the rows of all units of a network on P samples; see `Rows`.
+    """Choose the rows of all units of a network on P samples, whose tasks weigh as in a code's row; see `Rows`.
 
     Rows drawn alike from all positions, as many for each unknown, lost 0.3 points of NDA on a small ViT.
     """
-    order = torch.zeros_like(tasks)  # each sample's place within its task
-    present = set(tasks.tolist())
-    for task in present:
-        is_own = tasks == task
-        order[is_own] = torch.arange(int(is_own.sum()))
-    probed = (order < math.ceil(PROBED / len(present))).nonzero().flatten()
-    weights = position_weights(network, trace, take(inputs, probed))
-    places = chosen_places(trace.units, order, weights, device_of(network), budget)
+    of_task = F.one_hot(tasks)  # [P, N]
+    order = (
+        (of_task.cumsum(0) - 1).gather(1, tasks[:, None]).flatten()
+    )  # each sample's place within its task
+    present = int(of_task.any(0).sum())
+    probed = (order < math.ceil(PROBED / present)).nonzero().flatten()
+    weights = position_weights(network, units, take(inputs, probed))
+    places = chosen_places(units, order, weights, device_of(network), budget)
     passes = 3 * len(probed) if weights else 0
-    return Rows(inputs, tasks, shares, places, weights, passes)
+    return Rows(inputs, tasks, sample_weights(row, tasks), places, weights, passes)
+
+
+def sample_weights(row: Sequence[float], tasks: Tensor) -> Tensor:
+    """Return what samples of these tasks [P] weigh: those of task i together β_i.
+
+    Raises DataError where a task that has a share in the row has no samples.
+    """
+    beta = torch.tensor(row, dtype=torch.float64)
+    counts = torch.bincount(tasks, minlength=len(row))
+    missing = ((beta > 0) & (counts == 0)).nonzero().flatten().tolist()
+    if missing:
+        raise DataError(
+            f"found no calibration samples of task {missing[0]}, which has a share in the code row {list(row)}, "
+            "expected at least one; give some, or raise memory_mib"
+        )
+    return (beta / counts)[tasks]
 
 
 def chosen_places(
@@ -69,18 +118,18 @@ def chosen_places(
     """Return by units' weights the positions in every sample that are rows of the regression [P, q]; None for all.
 
     They are drawn as often as they weigh, one from each of q stretches of the same weight, and by the sample's place
-    `order` [P] in its task, so that the order of the tasks does not matter. Where the rows' outputs would take more
-    bytes than the budget there are only `ROWS` for each unknown.
+    `order` [P] in its task, so that the order of the tasks does not matter. Where the targets would take more bytes
+    than the budget there are only `ROWS` for each unknown.
     """
     samples = len(order)
-    size = 0
+    nbytes = 0
     for unit in units:
         count = min(_count(unit, samples, few=False), unit.positions)
-        size += 4 * samples * count * unit.channels  # in float32
+        nbytes += unit.nbytes(samples * count)
     generator = torch.Generator().manual_seed(0)
     places: dict[str, Tensor | None] = {}
     for unit in units:
-        count = _count(unit, samples, few=size > budget)  # q
+        count = _count(unit, samples, few=nbytes > budget)  # q
         if count >= unit.positions:
             places[unit.weight] = None
             continue
@@ -95,12 +144,11 @@ def chosen_places(
 
 def _count(unit: Unit, samples: int, *, few: bool) -> int:
     """Return how many rows of each sample a unit's regression has."""
-    cheap = _affordable(unit, CHEAP * samples)
-    dear = _affordable(unit, DEAR * samples)
     wanted: float = ROWS * unit.unknowns
     if not few:
-        wanted = max(wanted, cheap)
-    return math.ceil(max(LEAST, min(wanted, dear)) / samples)
+        wanted = max(wanted, _affordable(unit, CHEAP * samples))
+    rows = max(LEAST, min(wanted, _affordable(unit, DEAR * samples)))
+    return math.ceil(rows / samples)
 
 
 def _affordable(unit: Unit, samples: float) -> float:
@@ -117,16 +165,14 @@ def _affordable(unit: Unit, samples: float) -> float:
     return math.sqrt(half * half + calls) - half
 
 
-def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
+def position_weights(network: nn.Module, units: Sequence[Unit], inputs: Batch) -> dict[str, Tensor]:
     """Return, by the weights of units that are no convolutions, what the positions weigh [L], with mean 1.
 
     One half is the same for all; the other goes with the mean square over samples of the gradient of ½‖f‖² by the
     unit's outputs there, f less its mean over the classes: a transformer's last layers matter at the class token alone.
     A unit that the outputs do not reach has none.
     """
-    ends = {
-        unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution
-    }
+    ends = {unit.end: unit for unit in units if unit.positions > 1 and not unit.is_convolution}
     if not ends:
         return {}
     parameters = floating_parameters(network)
@@ -138,21 +184,21 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
         if unit is None:
             return None
         output = function()
-        outputs[unit.weight] = call, output
+        if output.requires_grad:
+            outputs[unit.weight] = call, output
         return output.clone()  # which may be changed in place
 
     with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
         for sample in samples_of(inputs):  # the graphs of many at once take much memory
             outputs.clear()
             logits = logits_of(network, as_input(sample, network))
-            found = {weight: made for weight, made in outputs.items() if made[1].requires_grad}
             gradients = torch.autograd.grad(
                 logits,
-                [output for _, output in found.values()],
+                [output for _, output in outputs.values()],
                 centred(logits).detach(),
                 allow_unused=True,
             )
-            for (weight, (call, _)), gradient in zip(found.items(), gradients, strict=True):
+            for (weight, (call, _)), gradient in zip(outputs.items(), gradients, strict=True):
                 if gradient is not None:
                     squares = output_rows(call, gradient, 1, None).double().square().sum(1)  # [L]
                     sums[weight] = squares + sums.get(weight, 0)

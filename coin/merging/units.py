@@ -1,6 +1,5 @@
-"""The affine units of a network, its maps with the BatchNorms behind them: found by tracing, fitted by regression."""
+"""The affine units of a network, its maps with the BatchNorms behind them, found in a forward pass."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -10,42 +9,54 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.core.batches import Batch, size_of, take
-from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import State
-from coin.merging.rounding import Rounding
 from coin.networks.batchnorm import folded
-from coin.networks.calling import as_input
+from coin.networks.calling import as_input, logits_of
 from coin.networks.guard import check_apart, differentiable, evaluating
+from coin.statistics.intercept import Interceptor, Visit
 from coin.statistics.rules import Call
-from coin.statistics.rules.convolution import ConvolutionCall, Geometry
+from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.solvers import fit_affine
-from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
 # Forward-equivalents of the search: two samples alone, two and three at once, and two backward passes, each of which
 # costs two forward ones, of the three.
 PROBES = 2 + 2 + 3 + 2 * 2 * 3
 SAME_CALLS = "give experts that make the same calls whatever their inputs"
-WIDEST = 5000  # unknowns up to which a matrix is rounded by its metric [K, K], whose inverse takes time as K³
-DAMPING = 0.1  # relative to the inputs' mean square, of the metric by which a body that is not fitted is rounded
 _ALIVE = 4  # tensors as large as the largest that a layer reads or writes, in memory at once
 
 
 @dataclass(frozen=True)
 class Unit:
-    """An affine map of a network, by its parameters' names, with the BatchNorm behind it."""
+    """An affine map of a network with the BatchNorm behind it: G matrices [O, K], one for each group of channels.
+
+    A scale, as of a LayerNorm, is a group of one number for each channel.
+
+    Attributes:
+        weight: The name of its weight.
+        bias: The name of its bias.
+        norm: The BatchNorm's module.
+        shape: The shape of its output for one sample [k, …].
+        groups: G.
+        outputs: O.
+        unknowns: K, the inputs of each output.
+        is_convolution: Whether it is a convolution.
+        kernel: The number of taps of a convolution's kernel, 1 for other maps.
+        taps: Those that meet the image anywhere; the others multiply padding alone.
+    """
 
     weight: str
     bias: str | None
-    norm: str | None  # the BatchNorm's module
-    shape: tuple[int, ...]  # of its output for one sample, the sample's rows first
-    positions: int  # at which the same weights were used
-    unknowns: int  # of each output
-    outputs: int  # of each group
-    is_convolution: bool
+    norm: str | None
+    shape: tuple[int, ...]
+    groups: int
+    outputs: int
+    unknowns: int
+    is_convolution: bool = False
+    kernel: int = 1
+    taps: tuple[int, ...] = (0,)
 
     @property
     def end(self) -> str:
@@ -60,21 +71,54 @@ class Unit:
     @property
     def channels(self) -> int:
         """The number of outputs of all groups."""
-        return prod(self.shape) // self.positions
+        return self.groups * self.outputs
+
+    @property
+    def positions(self) -> int:
+        """At how many positions of a sample the weight is used."""
+        return prod(self.shape) // self.channels
 
     @property
     def is_matrix(self) -> bool:
         """Whether it is one matrix, neither of groups nor a number."""
-        return self.outputs == self.channels and self.outputs * self.unknowns > 1
+        return self.groups == 1 and self.outputs * self.unknowns > 1
+
+    @property
+    def share(self) -> float:
+        """K' / K, the share of a weight's columns that `columns_of` has."""
+        return len(self.taps) / self.kernel
+
+    def nbytes(self, positions: int) -> int:
+        """Return the bytes of its outputs at so many positions in all, in float32."""
+        return 4 * positions * self.channels
+
+    def columns_of(self, weight: Tensor) -> Tensor:
+        """Return the matrices [G, O, K'] of a weight, tap by tap, without the columns that multiply padding alone."""
+        by_tap = weight.reshape(self.groups, -1, self.unknowns // self.kernel, self.kernel)
+        return by_tap[..., list(self.taps)].transpose(2, 3).flatten(2)
+
+    def from_columns(self, columns: Tensor) -> Tensor:
+        """Return matrices of such columns […, K'] with all columns […, K] as in the weight, zero where left out."""
+        by_tap = columns.reshape(*columns.shape[:-1], len(self.taps), -1)
+        every = by_tap.new_zeros(*by_tap.shape[:-2], self.kernel, by_tap.shape[-1])
+        every[..., list(self.taps), :] = by_tap
+        return every.transpose(-1, -2).flatten(-2)
 
 
 class Trace(NamedTuple):
-    """A network's forward pass, in the order of execution."""
+    """A network's forward pass.
+
+    Attributes:
+        units: In the order of execution.
+        calls: The weights of all calls, in their order.
+        floats: The numbers of one sample that are in memory at once, at most.
+        probes: The forward-equivalents of the search.
+    """
 
     units: list[Unit]
-    calls: list[str]  # the weights of all calls
-    floats: int  # of one sample in memory at once, at most
-    probes: int  # forward-equivalents of the search
+    calls: list[str]
+    floats: int
+    probes: int
 
 
 def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,19 +130,34 @@ def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def run_visited(network: nn.Module, inputs: Batch, visit: Visit) -> None:
+    """Run a network once in eval mode, without gradients; `visit` sees every call with a floating-point parameter."""
+    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+        logits_of(network, as_input(inputs, network))
+
+
 def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None) -> Trace:
-    """Find the affine units of a network in eval mode, by running it on two and on three samples.
+    """Find the affine units of a network in eval mode, by a forward and two backward passes of three samples.
 
-    A unit is a linear map, a normalisation or a scale whose weight and bias nothing else reads in a forward pass. Its
-    output has the samples, or several rows of each, in order along its leading dimension: gradients show which samples
-    rows belong to, and that activations decided nothing before the call shows their order within a sample. A BatchNorm
-    that alone and next reads a linear map's outputs is part of its unit.
+    A call is a unit's where
 
-    Raises StateError where the calls depend on the number of samples, or samples on one another; DataError where the
-    outputs are not logits [B, C].
+    1. it is affine in its weight: a linear map, a convolution, a normalisation or a scale;
+    2. nothing else in the forward pass reads its weight or its bias;
+    3. its output has k rows for each sample, sample by sample. With the gradients of the three samples' outputs scaled
+       by 1, 2 and 4, what arrives at each row has the scale of its sample.
+    4. a sample has a single row, or no activation has placed rows before, as sorting does: gradients do not show the
+       order of the rows within a sample, and another network may have another one.
 
-    Where values may decide where rows go, these may lie in order by chance: then the network runs on `others` too, if
-    they are given.
+    A BatchNorm that alone reads a unit's output, and next, belongs to the unit.
+
+    Args:
+        network: The network.
+        inputs: Samples; three are used.
+        others: Where inputs place rows, as where samples are sorted by length, three may lie in order by chance: then
+            3 is asked of these too, which are unlike each other.
+
+    Raises StateError where two samples lead to other calls than three, or samples depend on one another; DataError
+    where the outputs are not logits [B, C].
     """
     if any(getattr(module, "grad_checkpointing", False) for module in network.modules()):  # timm's
         raise ConfigurationError(
@@ -119,43 +178,27 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
                 f"{SAME_CALLS}"
             )
         check_apart(network, few, output)
-        not_own = _not_by_sample(three, output, parameters)
+        excluded = three.shared(output) | three.misplaced(output, batched=False)
         if three.sorts and others is not None:
             more = Tape(parameters)
-            output_of_more = more.run(network, as_input(others, network))
-            not_own |= _not_by_sample(more, output_of_more, parameters)
+            output = more.run(network, as_input(others, network))
+            excluded |= more.shared(output) | more.misplaced(output, batched=False)
             probes += size_of(others) * (1 + 2 * more.repetitions)
-    units = _assembled(network, two, three, not_own)
-    sizes = [1]  # of what calls read and write, of three samples
-    for call in three.calls:
-        if "weight" in call.names:
-            sizes += [call.inputs.numel(), call.made.numel()]
-    floats = max(1, _ALIVE * max(sizes) // 3)
-    return Trace(units, three.weights, floats, probes)
-
-
-def _assembled(network: nn.Module, two: Tape, three: Tape, not_own: set[str]) -> list[Unit]:
-    """Return the units of a network, whose passes on two and on three samples are recorded.
-
-    `not_own` are the parameters of `_not_by_sample`.
-    """
-    shapes_of_two = {call.names.get("weight"): call.made for call in two.calls}
-    calls = [call for call in three.calls if "weight" in call.names]
+    largest = 3
     units: list[Unit] = []
-    for call, following in zip(calls, [*calls[1:], None], strict=True):
-        weight = call.names["weight"]
-        is_norm_of_last = bool(units) and units[-1].end == weight
-        # Not recorded: then as of three, which is no unit's.
-        shape_of_two = shapes_of_two.get(weight, call.made)
-        if is_norm_of_last or not _is_unit(call, shape_of_two, not_own):
-            continue
-        size = network.get_parameter(weight).numel()
-        unit = _unit(call, size)
-        if following is not None and _is_norm_of(following, call, network, not_own):
-            norm, _, _ = following.names["weight"].rpartition(".")
-            unit = replace(unit, norm=norm)
-        units.append(unit)
-    return units
+    before: Call | None = None  # the call just before, where it is a unit's
+    for call in three.calls:
+        largest = max(largest, call.inputs.numel(), call.made.numel())
+        if before is not None and _is_norm_of(call, before, network, excluded):
+            module, _, _ = call.names["weight"].rpartition(".")
+            units[-1] = replace(units[-1], norm=module)
+            before = None
+        elif _is_unit(call, excluded):
+            units.append(_unit(call))
+            before = call
+        elif "weight" in call.names:
+            before = None
+    return Trace(units, three.weights, _ALIVE * largest // 3, probes)
 
 
 def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
@@ -164,224 +207,64 @@ def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
     return as_input(take(inputs, places), network)
 
 
-def _not_by_sample(tape: Tape, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-    """Return the parameters that are not used by one call alone whose rows lie sample by sample."""
-    try:
-        return tape.shared(output) | tape.misplaced(output, batched=False)
-    except RuntimeError as error:  # a function that has no backward pass
-        if is_out_of_memory(error):
-            raise
-        return {*parameters}
-
-
-def _is_unit(call: Call, shape_of_two: tuple[int, ...], not_own: set[str]) -> bool:
-    """Whether a call on three samples is affine in its weight, its rows in order, and its parameters its own.
-
-    Args:
-        call: The call.
-        shape_of_two: Its output's shape on two samples.
-        not_own: The parameters of `_not_by_sample`.
-    """
+def _is_unit(call: Call, excluded: set[str]) -> bool:
+    """Whether a call on three samples is a unit's map; `excluded` are the parameters that violate 2 or 3."""
     is_scale = isinstance(call, ElementwiseCall) and not call.added
     is_affine = is_scale or isinstance(call, LinearCall)
-    has_same_rows = shape_of_two[1:] == call.made[1:]
-    samples_lead = has_same_rows and 3 * shape_of_two[0] == 2 * call.made[0]
-    # Where activations have placed rows, those of one sample may be out of order, unless it has a single one.
-    in_order = not call.decided or shape_of_two[:-1] == (2,)
-    is_own = not_own.isdisjoint(call.names.values())
-    return is_affine and samples_lead and in_order and is_own
+    # A bias may also be a buffer.
+    has_parameters = "weight" in call.names and (call.bias is None or "bias" in call.names)
+    is_in_order = call.made[:-1] == (3,) or not call.decided
+    return is_affine and has_parameters and is_in_order and excluded.isdisjoint(call.names.values())
 
 
-def _is_norm_of(norm: Call, call: Call, network: nn.Module, not_own: set[str]) -> bool:
-    """Whether a call is that of a BatchNorm which alone reads another call's output, whose channels are its own."""
+def _is_norm_of(norm: Call, call: Call, network: nn.Module, excluded: set[str]) -> bool:
+    """Whether a call is that of a BatchNorm which alone reads the output of a unit, whose channels are its own."""
     is_matrix = isinstance(call, LinearCall) and len(call.made) == 2
     is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
-    is_own = "bias" in norm.names and not_own.isdisjoint(norm.names.values())
-    if not (is_per_row and reads_it_alone and is_own):
+    has_parameters = norm.names.keys() == {"weight", "bias"}
+    if not (is_per_row and reads_it_alone and has_parameters):
         return False
     module, _, _ = norm.names["weight"].rpartition(".")
-    return isinstance(network.get_submodule(module), _BatchNorm)
+    is_batchnorm = isinstance(network.get_submodule(module), _BatchNorm)
+    return is_batchnorm and excluded.isdisjoint(norm.names.values())
 
 
-def _unit(call: Call, size: int) -> Unit:
-    """Return a call on three samples as a unit without a BatchNorm, given its weight's number of entries."""
-    shape = (call.made[0] // 3, *call.made[1:])  # of one sample
-    groups = 1
-    if isinstance(call, ConvolutionCall):
-        channels = shape[1]
-        groups = call.geometry.groups
-    elif isinstance(call, LinearCall):
-        channels = shape[-1]
+def _unit(call: Call) -> Unit:
+    """Return a call on three samples as a unit without a BatchNorm."""
+    size = call.weight.numel()
+    if isinstance(call, ElementwiseCall):
+        groups = channels = size
     else:
-        channels = size
-        groups = size
-    return Unit(
+        groups = 1
+        channels = len(call.weight)
+    unit = Unit(
         weight=call.names["weight"],
         bias=call.names.get("bias"),
         norm=None,
-        shape=shape,
-        positions=prod(shape) // channels,
-        unknowns=size // channels,
+        shape=(call.made[0] // 3, *call.made[1:]),
+        groups=groups,
         outputs=channels // groups,
-        is_convolution=isinstance(call, ConvolutionCall),
+        unknowns=size // channels,
     )
-
-
-def as_map(weight: Tensor, unit: Unit) -> Tensor:
-    """Return the weight of a unit as a matrix for each group [G, O, K]."""
-    return weight.reshape(-1, unit.outputs, unit.unknowns)
+    if not isinstance(call, ConvolutionCall):
+        return unit
+    groups = call.geometry.groups
+    taps = tuple(tap for tap, (places, _) in enumerate(call.taps) if len(places) > 0)
+    return replace(
+        unit,
+        groups=groups,
+        outputs=channels // groups,
+        is_convolution=True,
+        kernel=len(call.taps),
+        taps=taps or (0,),  # which multiplies zeros
+    )
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
-    """Return a unit's parameters and statistics from another network's state, its BatchNorm `folded` in."""
-    assert unit.norm is not None
+    """Return a unit's parameters and statistics from a network's state, its BatchNorm `folded` in; none without."""
+    if unit.norm is None:
+        return {}
     norm = network.get_submodule(unit.norm)
     assert isinstance(norm, _BatchNorm)
     return folded(state, unit.weight, unit.bias, unit.norm, norm.eps)
-
-
-def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:
-    """Return a call's outputs for P samples at positions `places` [P, q] of each, none for all, as rows [P·q, ·]."""
-    if isinstance(call, ElementwiseCall):
-        lacking = output.ndim - 1 - len(call.shape)
-        sizes = [1] * lacking + list(call.shape)  # of the weight, along each dimension of a row
-        channels = [place for place, size in enumerate(sizes, 1) if size > 1]
-        positions = [place for place, size in enumerate(sizes, 1) if size == 1]
-        rows = _at(output.permute(0, *positions, *channels), len(positions), samples, places)
-    else:
-        last = output.movedim(1, -1) if isinstance(call, ConvolutionCall) else output
-        rows = _at(last, output.ndim - 2, samples, places)
-    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
-
-
-class UnitRows(NamedTuple):
-    """The rows of a unit's regression: q positions of each of P samples."""
-
-    inputs: Tensor  # what the weight multiplies [G, P·q, K']
-    entries: Tensor  # by which entries of its rows [K']: the others meet zeros alone
-    targets: Tensor  # the wanted outputs [P, q, G·O]
-    weights: Tensor  # the rows' weights [P, q]
-
-
-def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K']."""
-    if isinstance(call, ConvolutionCall):
-        return _patches(call.inputs, call.geometry, samples, places)
-    if isinstance(call, ElementwiseCall):
-        numbers = output_rows(call, call.normalised(), samples, places)  # [P·q, G]
-        rows = numbers.T[..., None]
-    else:
-        rows = output_rows(call, call.inputs, samples, places)[None]
-    entries = torch.arange(rows.shape[2], device=rows.device)
-    return rows.to(sum_type(rows)), entries
-
-
-def _patches(
-    inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return `input_rows` of images [P·k, C, *size], tap by tap, without the taps that meet no image."""
-    channels = inputs.shape[1]
-    dims = len(geometry.kernel)
-    patches = geometry.patches(inputs)  # [P·k, *output, *kernel, C]
-    rows = _at(patches, dims, samples, places).flatten(1, dims)  # [P·q, taps, C]
-    ones = geometry.patches(torch.ones_like(inputs[:1, :1]))
-    meets = ones.flatten(0, dims).flatten(1)  # whether taps meet an image, by its outputs
-    if places is not None:
-        meets = meets[places.flatten() % len(meets)]
-    alive = meets.any(0)  # [taps]
-    if not bool(alive.any()):
-        alive[0] = True  # where no tap meets an image: one of zeros
-    values = rows[:, alive].permute(2, 0, 1).contiguous()  # [C, P·q, taps]
-    by_group = values.view(geometry.groups, -1, *values.shape[1:]).movedim(
-        1, 3
-    )  # [G, P·q, taps, C/G]
-    unknowns = torch.arange(channels // geometry.groups * len(alive), device=inputs.device)
-    columns = unknowns.view(-1, len(alive))  # [C/G, taps]
-    return by_group.to(sum_type(inputs)).flatten(2), columns[:, alive].T.flatten()
-
-
-def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
-    """Return x [P·k, *positions, …], with so many dimensions of positions, at places [P, q] of these: [P·q, …]."""
-    if places is None:
-        return x.reshape(-1, *x.shape[1 + dims :])
-    rows_each = len(x) // samples
-    sizes = (rows_each, *x.shape[1 : 1 + dims])
-    row, *position = torch.unravel_index(places, sizes)
-    first = rows_each * torch.arange(samples, device=places.device)[:, None]
-    chosen = x[(first + row, *position)]
-    return chosen.flatten(0, 1)
-
-
-def fit_unit(
-    network: nn.Module,
-    unit: Unit,
-    call: Call,
-    rows: UnitRows,
-    ridge: float | None,
-    rounding: Rounding | None = None,
-    tasks: Tensor | None = None,
-) -> None:
-    """Refit a unit in place to its rows' targets, at the call of its map in a forward pass.
-
-    The ridge is relative; without one the targets are the unit's own outputs. With a rounding, which takes the weight,
-    the matrix is rounded, and the bias fitted to what that leaves. With the samples' tasks [P] each task has an
-    intercept of its own.
-    """
-    weight = network.get_parameter(unit.weight)
-    inputs = rows.inputs
-    entries = rows.entries
-    matrix = as_map(weight, unit)  # [G, O, K]
-    used = matrix[..., entries].to(inputs)
-    outputs = inputs @ used.mT  # [G, P·q, O]
-    shift = None if unit.shift is None else network.get_parameter(unit.shift)
-    bias = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
-    if bias is not None:
-        outputs += bias.to(inputs).reshape(len(inputs), 1, -1)
-    by_row = rows.targets.view(outputs.shape[1], len(inputs), -1)
-    targets = outputs if ridge is None else by_row.transpose(0, 1)  # [G, P·q, O]
-    row_tasks = None
-    if tasks is not None:
-        by_sample = tasks[:, None].expand(rows.weights.shape)  # [P, q]
-        row_tasks = by_sample.flatten().to(inputs.device)
-
-    def rounded(step: Tensor, metric: Callable[[], Tensor]) -> Tensor:
-        assert rounding is not None
-        whole = None
-        if unit.unknowns <= WIDEST:
-            whole = _whole_metric(metric(), entries, unit.unknowns)
-        placed = _placed(step, entries, matrix)
-        taken = rounding.step(unit.weight, weight, placed, whole)
-        return taken[..., entries]
-
-    step, constant = fit_affine(
-        inputs,
-        targets - outputs,
-        rows.weights.flatten(),
-        (DAMPING if ridge is None else ridge) * len(entries) / unit.unknowns,
-        intercept=shift is not None,
-        change=None if rounding is None else rounded,
-        tasks=row_tasks,
-    )
-    if rounding is not None:
-        weight.copy_(rounding.weight(unit.weight))
-    else:
-        weight.add_(_placed(step, entries, matrix).reshape(weight.shape))
-    if shift is not None:
-        shift.add_(constant.reshape(shift.shape))
-
-
-def _whole_metric(metric: Tensor, entries: Tensor, unknowns: int) -> Tensor:
-    """Return a metric of some entries [G, K', K'] as one of all [G, K, K]; the others weigh as these do on average."""
-    diagonal = metric.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)[:, None, None]
-    whole = mean * torch.eye(unknowns).to(metric)
-    whole[:, entries[:, None], entries] = metric
-    return whole
-
-
-def _placed(step: Tensor, entries: Tensor, like: Tensor) -> Tensor:
-    """Return a step of some entries [G, O, K'] as one of all [G, O, K], zero elsewhere."""
-    whole = step.new_zeros(like.shape)
-    whole[..., entries] = step
-    return whole

@@ -15,6 +15,7 @@ from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
 from coin.files.tensors import nbytes
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
 from coin.merging.adapter_fit import Moments
+from coin.merging.regression import Regression
 from coin.merging.units import affine_units
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.adapted import Adapted, stored_nbytes, with_adapters
@@ -82,6 +83,11 @@ def test_the_matrix_is_fitted_with_an_intercept_for_each_task():
         torch.testing.assert_close(step[0], expected[:-3].T)
 
 
+def moments_of(inputs, targets, weights, intercept):
+    """Return the moments of inputs [G, n, K] and targets [G, n, O], of one position a sample."""
+    return Moments(Regression(inputs, targets, weights[:, None], torch.zeros(len(weights))), intercept)
+
+
 @pytest.mark.parametrize("samples", [9, 50])  # fewer rows than unknowns, and more
 @pytest.mark.parametrize("rank", [1, 3, 40])
 def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_map(samples, rank):
@@ -92,7 +98,7 @@ def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_ma
         torch.rand(samples).double(),
     )
     body, own = torch.randn(12, 8).double(), torch.randn(12, 8).double()
-    moments = Moments(a[None], z[:, None], shares[:, None], intercept=True)
+    moments = moments_of(a[None], z[None], shares, intercept=True)
     left, best = moments.low_rank(body[None], own[None], 0.3, rank)
     share = shares / shares.sum()
     centred = a - share @ a
@@ -111,7 +117,7 @@ def test_a_scale_is_a_regression_drawn_to_one(intercept):
     torch.manual_seed(3)
     a, z, shares = torch.randn(2, 30, 5).double() + 1, torch.randn(30, 6).double() + 2, torch.rand(30).double()
     columns = torch.randn(2, 5, 3).double()
-    moments = Moments(a, z[:, None], shares[:, None], intercept)
+    moments = moments_of(a, z.view(30, 2, 3).transpose(0, 1), shares, intercept)
     scale = moments.scale(columns)
     shift = moments.shift(columns, scale)
     share = shares / shares.sum()
@@ -418,10 +424,10 @@ def test_shared_weights_and_embeddings_stay_and_attention_is_seen():
     experts = [Tied().eval() for _ in range(2)]
     inputs = [[torch.randint(9, (40, 5))] for _ in experts]
     units = {unit.weight for unit in affine_units(experts[0], inputs[0][0]).units}
-    with pytest.warns(CoinWarning, match=r"'fit_adapters' has no adapters of \d\d% of the parameters of Tied"):
+    with pytest.warns(CoinWarning, match=r"'fit_adapters' leaves \d\d% of the parameters of Tied unfitted"):
         adapted = fit_adapters(experts[0], experts, inputs, rank=2)
     for method in (Average, Refit):
-        with pytest.warns(CoinWarning, match=rf"'{method.name}\+rank2' has no adapters of \d\d% of the parameters"):
+        with pytest.warns(CoinWarning, match=rf"'{method.name}\+rank2' leaves \d\d% of the parameters"):
             merge_networks(method(adapters={"rank": 2}), experts, [[0.5, 0.5]], calibration=inputs)
     changed = set(adapted.adapters[0].changes)
     assert {"map.weight", "map.bias", "attention.in_proj_weight", "attention.out_proj.bias"} <= changed

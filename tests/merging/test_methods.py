@@ -85,7 +85,7 @@ def assert_parameters_close(found, expected, tolerance):
 def test_identical_experts_merge_to_themselves(kind, name):
     initial, (expert, *_), calibration = setup(kind)
     experts = Experts([expert, deepcopy(expert), deepcopy(expert)], initial=initial, calibration=calibration)
-    coded = METHODS[name][0].make(experts, WEIGHTS).network
+    coded = METHODS[name][0].coded_model(experts, WEIGHTS).network
     if "refit" in name and kind == "batchnorm":  # which is folded in: other parameters of the same function
         answers = [experts.run(network, experts.pooled).logits for network in (coded, expert)]
         torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-10)
@@ -99,7 +99,7 @@ def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
     initial, networks, calibration = setup(kind)
     method, tolerance = METHODS[name]
     one, two = (
-        method.make(
+        method.coded_model(
             Experts([networks[i] for i in order], initial=initial, calibration=[calibration[i] for i in order]),
             [WEIGHTS[i] for i in order],
         )
@@ -118,7 +118,7 @@ def test_experts_stay_as_they_are_and_give_their_type_and_a_network_of_its_own(k
     networks = [network.train() for network in networks]
     before = [deepcopy(network.state_dict()) for network in [initial, *networks]]
     experts = Experts(networks, initial=initial, calibration=calibration)
-    coded = METHODS[name][0].make(experts, WEIGHTS).network
+    coded = METHODS[name][0].coded_model(experts, WEIGHTS).network
     assert not coded.training
     assert {tensor.dtype for tensor in coded.parameters()} == {torch.float32}
     assert all(bool(parameter.isfinite().all()) for parameter in coded.parameters())

@@ -106,7 +106,7 @@ class Causal(nn.Module):
 
 @pytest.mark.parametrize("row", [(1 / 3, 2 / 3), (0.0, 1.0)])
 @pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit()], ids=by_label)
-@pytest.mark.filterwarnings("ignore:method 'refit' kept the average")
+@pytest.mark.filterwarnings("ignore:method 'refit' leaves")
 def test_a_mask_that_all_experts_share_stays_and_buffers_that_are_not_persistent_are_averaged(method, row):
     networks, calibration = [Causal(seed=1), Causal(seed=2)], batches(4, 5, dtype=torch.float32)
     made = merged(method, networks, row, calibration=calibration)

@@ -337,7 +337,7 @@ def test_it_is_the_regression_of_every_layer_in_turn(kind, rows, monkeypatch):
 
     if rows == "drawn":  # at half of the positions
         monkeypatch.setattr("coin.merging.rows.chosen_places", places)
-    made = Refit(RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).coded_model(experts, ROW)
     order = [(experts.tasks == task).nonzero().flatten() for task in range(3)]
     wanted = reference(networks, tasks, ROW, RIDGE, units, drawn or None, order)
     assert_answers_close(made.network, wanted, tasks, 1e-9)
@@ -354,14 +354,14 @@ def test_identical_experts_give_themselves(kind):
     head = kind != "one layer, no bias"  # which cannot be fitted
     (network, *_), tasks = kind_of(kind)
     experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
-    made = Refit(RIDGE, head=head).make(experts, ROW)
+    made = Refit(RIDGE, head=head).coded_model(experts, ROW)
     assert_answers_close(made.network, network, tasks, 1e-10)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
     networks, tasks = kind_of(kind)
-    made = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == sorted(ATTENTION[kind][2])
     average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
     for name, parameter in made.network.named_parameters():
@@ -374,10 +374,11 @@ def test_of_drawn_rows_the_order_of_the_experts_does_not_matter(kind, monkeypatc
     monkeypatch.setattr("coin.merging.rows.LEAST", 40)
     monkeypatch.setattr("coin.merging.rows.DEAR", 0)
     networks, tasks = kind_of(kind)
-    one, two = (
-        Refit(RIDGE).make(experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order])
-        for order in ((0, 1, 2), (2, 0, 1))
-    )
+    made = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        experts = experts_of([networks[i] for i in order], [tasks[i] for i in order])
+        made.append(Refit(RIDGE).coded_model(experts, [ROW[i] for i in order]))
+    one, two = made
     assert_answers_close(one.network, two.network, tasks, 1e-9)
 
 
@@ -385,7 +386,7 @@ def test_a_deep_linear_network_reaches_the_mixture():
     make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 3))  # noqa: E731
     networks, tasks = setup(make, (4,))
     tasks = [torch.cat(tasks)] * len(tasks)  # on one set of samples all targets are the mixture
-    made = Refit(1e-12, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(1e-12, head=False).coded_model(experts_of(networks, tasks), ROW)
     for x in (tasks[0], torch.randn(5, 4, dtype=torch.float64)):
         wanted = sum(share * answers(network, x) for share, network in zip(ROW, networks, strict=True))
         torch.testing.assert_close(answers(made.network, x), wanted, rtol=1e-8, atol=1e-8)
@@ -463,17 +464,18 @@ def test_every_network_runs_once_and_its_passes_are_counted(head):
     seen = []
     experts = experts_of(*setup(lambda: wide(seen), (1, 8, 8)))
     seen.clear()
-    Refit(RIDGE, head=head).make(experts, ROW)
+    Refit(RIDGE, head=head).coded_model(experts, ROW)
     assert experts.passes == PROBES + 2 * total + fitted
     backward = 2 * 3 * 2  # two cotangents of three samples, in the search for units
-    assert sum(seen) == experts.passes - backward
+    copies = 3 * 2  # that a copy answers as the expert
+    assert sum(seen) == experts.passes - backward + copies
 
 
 def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.undo()
 
     def chosen(positions, unknowns, outputs=1, is_convolution=True, budget=math.inf, **weights):
-        unit = Unit("w", None, None, (positions,), positions, unknowns, outputs, is_convolution)
+        unit = Unit("w", None, None, (positions, outputs), 1, outputs, unknowns, is_convolution)
         return chosen_places([unit], torch.arange(100), weights, torch.device("cpu"), budget)["w"]
 
     assert chosen(3, 10) is None  # 300 rows, and 256 are wanted: as many of every sample
@@ -498,7 +500,7 @@ def test_tokens_weigh_by_how_the_outputs_depend_on_them(monkeypatch):
     first_token = Apply(lambda x: seen.append(len(x)) or x[:, 0])
     layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), first_token, nn.Linear(5, 3)
     network, x = nn.Sequential(*layers).double().eval(), torch.randn(10, 7, 4, dtype=torch.float64)
-    weights = position_weights(network, affine_units(network, x), x)
+    weights = position_weights(network, affine_units(network, x).units, x)
     assert seen[-10:] == [1] * 10, "a graph of many samples of a large transformer takes too much memory"
     first = torch.full((7,), 0.5, dtype=torch.float64)
     first[0] += 7 / 2
@@ -507,9 +509,9 @@ def test_tokens_weigh_by_how_the_outputs_depend_on_them(monkeypatch):
         torch.testing.assert_close(weight, first)
     with torch.no_grad():
         network[4].weight.zero_()
-    assert position_weights(network, affine_units(network, x), x) == {}
+    assert position_weights(network, affine_units(network, x).units, x) == {}
     mixed = nn.Sequential(nn.Linear(4, 6), transposed(), nn.Linear(7, 2), nn.Flatten(), nn.Linear(12, 3)).double()
-    found = position_weights(mixed, affine_units(mixed, x), x)["0.weight"]
+    found = position_weights(mixed, affine_units(mixed, x).units, x)["0.weight"]
     f = mixed(x) - mixed(x).mean(1, keepdim=True)
     head = mixed[4].weight.view(3, 6, 2)
     gradient = torch.einsum("nc,cko,ot->ntk", f, head, mixed[2].weight).square().sum(2).mean(0)
@@ -520,11 +522,12 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     networks, tasks = kind_of("vit")
     monkeypatch.undo()
     experts = experts_of(networks, tasks)
-    made = Refit(RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).coded_model(experts, ROW)
     assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * sum(min(size, -(-PROBED // 3)) for size in SIZES)
-    assert_answers_close(networks[0], Refit().make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
+    same = Refit().coded_model(experts_of([networks[0]] * 3, tasks), ROW)
+    assert_answers_close(networks[0], same.network, tasks, 1e-9)
     monkeypatch.setattr("coin.merging.rows.position_weights", lambda *_: {})
-    alike = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    alike = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     own = [(answers(each, x), x) for each, x in zip(networks, tasks, strict=True)]
     weighed, not_weighed = (
         sum(float((answers(one.network, x) - y).square().mean()) for y, x in own) for one in (made, alike)
@@ -538,13 +541,13 @@ def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
     experts = experts_of(networks, tasks)
     message = r"method 'refit' fits its layers on (\d+) of 408 calibration samples, which need memory_mib=(\d+)"
     with pytest.warns(CoinWarning, match=message) as told:
-        Refit(RIDGE, head=False, memory_mib=2).make(experts, ROW)
+        Refit(RIDGE, head=False, memory_mib=2).coded_model(experts, ROW)
     samples, needed = map(int, re.search(message, str(told[0].message)).groups())
     assert experts.passes == PROBES + 2 * samples
     assert 2 / needed == pytest.approx(samples / 408, rel=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Refit(RIDGE, head=False, memory_mib=needed).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE, head=False, memory_mib=needed).coded_model(experts_of(networks, tasks), ROW)
 
 
 def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(monkeypatch):
@@ -555,13 +558,13 @@ def test_experts_may_run_once_for_every_layer_and_the_progress_is_of_all_passes(
         assert all(isinstance(samples, int) for samples in done)
         told.append((what, total, sum(done)))
 
-    monkeypatch.setattr("coin.merging.passes.progress_bar", progress)
-    monkeypatch.setattr("coin.merging.passes.FEWEST_MIB", 0)
+    monkeypatch.setattr("coin.merging.body.progress_bar", progress)
+    monkeypatch.setattr("coin.merging.body.FEWEST_MIB", 0)
     networks, tasks = kind_of("two layers")
     found, told = [], []
     for groups, mib in ((1, 8192), (2, 3)):
         experts = experts_of(networks, tasks)
-        found.append(Refit(head=False, memory_mib=mib).make(experts, ROW).network.state_dict())
+        found.append(Refit(head=False, memory_mib=mib).coded_model(experts, ROW).network.state_dict())
         every = groups * sum(SIZES)
         assert experts.passes == PROBES + every + sum(SIZES)
         assert told.pop() == ("refit, layers", every, every)
@@ -575,9 +578,9 @@ def test_an_expert_that_has_no_share_of_the_row_is_not_run():
     networks, tasks = kind_of("convolutions")
     experts, ran = experts_of(networks, tasks), []
     experts.networks[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    made = Refit(RIDGE, head=False).make(experts, (0.4, 0.0, 0.6))
+    made = Refit(RIDGE, head=False).coded_model(experts, (0.4, 0.0, 0.6))
     assert not ran
-    without = Refit(RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
+    without = Refit(RIDGE, head=False).coded_model(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
     assert_answers_close(made.network, without.network, tasks, 1e-9)
 
 
@@ -586,18 +589,18 @@ def test_no_sample_of_a_task_with_a_share_and_a_ridge_that_is_too_small_are_one_
     experts = experts_of(networks, [tasks[0][:0], *tasks[1:]])
     for row in ((1.0, 0.0, 0.0), ROW):
         with pytest.raises(DataError, match=r"found no calibration samples of task 0, .* share in .* raise memory_mib"):
-            Refit(RIDGE, head=False).make(experts, row)
+            Refit(RIDGE, head=False).coded_model(experts, row)
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3)) for _ in "ab"]
     tasks = [torch.randn(200, 3) @ torch.randn(3, 40) for _ in networks]
     with pytest.raises(NumericalError, match="give a larger ridge"):
-        Refit(1e-10).make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.5))
+        Refit(1e-10).coded_model(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.5))
 
 
 def test_a_convolution_whose_taps_meet_no_image_keeps_its_weight():
     make = lambda: nn.Sequential(nn.Conv1d(2, 2, 2, padding=1, dilation=2), nn.Flatten(), nn.Linear(2, 3))  # noqa: E731
     networks, tasks = setup(make, (2, 1))
-    made = Refit(RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     assert all(bool(torch.isfinite(answers(made.network, task)).all()) for task in tasks)
 
 
@@ -614,7 +617,7 @@ class ComputedBias(nn.Linear):
 def test_a_layer_whose_bias_is_computed_keeps_the_average():
     (network, *_), tasks = setup(lambda: nn.Sequential(ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,))
     experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
-    made = Refit(RIDGE, head=False).make(experts, ROW)
+    made = Refit(RIDGE, head=False).coded_model(experts, ROW)
     assert made.chosen["averaged"] == ["0.bias", "0.weight"]
     assert_answers_close(made.network, network, tasks, 1e-10)
 
@@ -648,14 +651,14 @@ def test_what_cannot_be_refitted_keeps_the_average_and_is_named():
     torch.manual_seed(1)
     networks = [Tied().double() for _ in ROW]
     tasks = [torch.randint(7, (size, 5), generator=torch.Generator().manual_seed(size)) for size in SIZES]
-    made = Refit(RIDGE).make(experts_of(networks, tasks), ROW)
+    made = Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == AVERAGED
     average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
     for name, parameter in made.network.named_parameters():
         assert torch.equal(parameter, average[name]) == (name in AVERAGED), name
     same = experts_of([networks[0], *(deepcopy(networks[0]) for _ in range(2))], tasks)
     wanted = answers(networks[0], tasks[0])
-    torch.testing.assert_close(answers(Refit().make(same, ROW).network, tasks[0]), wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(answers(Refit().coded_model(same, ROW).network, tasks[0]), wanted, rtol=0, atol=1e-10)
 
 
 class Arranged(nn.Module):
@@ -701,7 +704,7 @@ def test_rows_that_are_not_of_the_sample_that_they_are_taken_for_are_left_alone(
     networks, tasks = setup(lambda: Arranged(arrange), (3, 4))
     residuals = []
     for method in (Refit(head=False), Average()):
-        made, x = method.make(experts_of(networks, tasks), ROW), torch.cat(tasks)
+        made, x = method.coded_model(experts_of(networks, tasks), ROW), torch.cat(tasks)
         wanted = sum(share * answers(network, x) for share, network in zip(ROW, networks, strict=True))
         residuals.append(float((answers(made.network, x) - wanted).norm()))
         rows = {"first.weight", "first.bias", "second.weight", "second.bias"}
@@ -768,14 +771,14 @@ class Unbatched(torch.autograd.Function):
 
 def test_networks_whose_backward_pass_cannot_be_batched():
     networks, tasks = setup(lambda: nn.Sequential(nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3)), (4,))
-    assert Refit().make(experts_of(networks, tasks), ROW).chosen["averaged"] == []
+    assert Refit().coded_model(experts_of(networks, tasks), ROW).chosen["averaged"] == []
 
 
 def test_a_network_without_a_layer_that_can_be_refitted_is_averaged():
     layer = nn.Linear(4, 4)
     experts = experts_of(*setup(lambda: nn.Sequential(layer, nn.Tanh(), layer), (4,)))
-    with pytest.warns(CoinWarning, match="kept the average of 100% of the parameters of Sequential"):
-        made = Refit(head=False).make(experts, ROW)
+    with pytest.warns(CoinWarning, match="leaves 100% of the parameters of Sequential unfitted"):
+        made = Refit(head=False).coded_model(experts, ROW)
     assert made.chosen["averaged"] == ["0.bias", "0.weight"]
 
 
@@ -787,8 +790,8 @@ def test_bfloat16_is_fitted_in_float32(monkeypatch):
         types.update({a.dtype, r.dtype})
         return fit_affine(a, r, *options, **named)
 
-    monkeypatch.setattr("coin.merging.units.fit_affine", recorded)
-    made = Refit(RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
+    monkeypatch.setattr("coin.merging.regression.fit_affine", recorded)
+    made = Refit(RIDGE).coded_model(experts_of([network.bfloat16() for network in networks], tasks), ROW)
     assert types == {torch.float32}
     assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}
 
@@ -816,10 +819,10 @@ def test_the_caller_finds_everything_as_it_was(broken, monkeypatch):
     if broken == "an expert":
         networks[1][3].register_forward_pre_hook(breaks)
     if broken == "the fit":
-        monkeypatch.setattr("coin.merging.passes.fit_unit", breaks)
+        monkeypatch.setattr("coin.merging.body.fit_unit", breaks)
     before, states = flags(), [deepcopy(network.state_dict()) for network in networks]
     with nullcontext() if broken == "nothing" else pytest.raises(RuntimeError, match=r"^broken off$"):
-        Refit(RIDGE).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
     assert flags() == before
     for network, state in zip(networks, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
@@ -830,9 +833,9 @@ def test_the_caller_finds_everything_as_it_was(broken, monkeypatch):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_works_inside_a_callers_context(context):
     networks, tasks = kind_of("convolutions")
-    wanted = Refit(ridge=RIDGE).make(experts_of(networks, tasks), ROW)
+    wanted = Refit(ridge=RIDGE).coded_model(experts_of(networks, tasks), ROW)
     with context():
-        found = Refit(ridge=RIDGE).make(experts_of(deepcopy(networks), [task.clone() for task in tasks]), ROW)
+        found = Refit(ridge=RIDGE).coded_model(experts_of(deepcopy(networks), [task.clone() for task in tasks]), ROW)
     for name, tensor in wanted.network.state_dict().items():
         assert torch.equal(found.network.state_dict()[name], tensor)
     found.network(tasks[0]).sum().backward()  # an ordinary network that can be trained on
@@ -861,8 +864,6 @@ class Forks(nn.Module):
         if self.way == "by size" and len(x) > 2:
             return self.head(self.first(x))
         x = self.first(x)
-        if self.way == "wider":
-            return self.head(self.second(x[:, None].expand(-1, 2, -1))).mean(1)
         return self.head(self.second(x))
 
 
@@ -870,7 +871,6 @@ class Forks(nn.Module):
     ("way", "who", "message"),
     [
         *((way, 1, "an expert calls other layers than") for way in ("shorter", "shortest", "longer", "turned")),
-        ("wider", 1, r"'second.weight' gives \[2, 6\] in an expert and \[6\] in the coded network"),
         ("by size", 0, "Forks makes other calls on two samples than on three, expected the same"),
     ],
 )
@@ -878,7 +878,7 @@ def test_networks_that_make_other_calls_are_told_in_a_line(way, who, message):
     networks, tasks = setup(Forks, (6,))
     networks[who].way = way
     with pytest.raises(StateError, match=message) as caught:
-        Refit(RIDGE).make(experts_of(networks, tasks), ROW)
+        Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
     assert "\n" not in str(caught.value)
 
 
@@ -886,7 +886,7 @@ def test_out_of_memory_says_what_to_set_and_keeps_its_traceback(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(coin.merging.passes, "fit_in_order", full)
+    monkeypatch.setattr(coin.merging.body, "fit_units", full)
     experts = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
     inputs = [[torch.randn(10, 4)] for _ in experts]
     with pytest.raises(torch.OutOfMemoryError, match="no memory left") as caught:
@@ -896,8 +896,8 @@ def test_out_of_memory_says_what_to_set_and_keeps_its_traceback(monkeypatch):
 
 def test_the_bound_on_activations_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
-    assert coin.merging.passes.default_memory_mib(torch.device("cuda", 0)) == 3 << 10
-    assert coin.merging.passes.default_memory_mib(torch.device("cpu")) == 8192
+    assert coin.merging.body.default_memory_mib(torch.device("cuda", 0)) == 3 << 10
+    assert coin.merging.body.default_memory_mib(torch.device("cpu")) == 8192
 
 
 class Ordered(nn.Module):
@@ -943,5 +943,5 @@ def test_rows_that_inputs_place_are_not_fitted_though_the_first_samples_lie_in_o
         inputs.append([x])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoinWarning)
-        made = Refit().make(Experts(networks, calibration=inputs), (0.5, 0.5))
+        made = Refit().coded_model(Experts(networks, calibration=inputs), (0.5, 0.5))
     assert made.chosen["averaged"] == ["first.bias", "first.weight"]
