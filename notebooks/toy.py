@@ -48,7 +48,7 @@ def labels_of(samples):
     order = torch.randperm(
         len(train), generator=seeded(0, Stream.CALIBRATION)
     )  # as `digits` are drawn
-    return train.targets[order[samples.indices]]
+    return train.targets[order[: samples.num_samples]]
 
 
 def digits_expert():

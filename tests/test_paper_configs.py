@@ -46,7 +46,6 @@ def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(kind, "load", load)
         monkeypatch.setattr(kind, "prepare_data", lambda self: None)
-        monkeypatch.setattr(kind, "check_files", lambda self: None)
 
     def texts(self: TextFile) -> Source:
         """Tokens of as many texts as a domain has, in 15 classes."""
@@ -56,7 +55,6 @@ def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TextFile, "load", texts)
     monkeypatch.setattr(TextFile, "classes", tuple(map(str, range(15))))
-    monkeypatch.setattr(TextFile, "check_files", lambda self: None)
 
 
 def options_of(path: Path) -> list[str]:

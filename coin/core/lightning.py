@@ -2,11 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _EXPECTED = (  # what Lightning warns of and an experiment means
     r".*does not have many workers.*",  # data live in memory: workers would only copy them
     r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
@@ -22,10 +24,23 @@ _EXPECTED = (  # what Lightning warns of and an experiment means
 
 def silence_lightning() -> None:
     """Silence Lightning's notices on standard error, and its warnings about intended behaviour of ``coin``."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Run a block with Lightning silenced, and loggers and warnings' filters left as found."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    with warnings.catch_warnings():
+        silence_lightning()
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 from typing import Any, Self
 
@@ -25,7 +24,7 @@ class Calibration:
     Attributes:
         stored: Images, uint8 [N, C, H, W], or tokens, int64 [N, L], of one task or, after `pooled`, of several; or
             inputs, whose samples may differ in shape.
-        indices: Which of all stored samples, counted through, are selected, int64 [P].
+        indices: The selected samples, int64 [P, 2]: which entry of `stored`, and which sample of it.
         image_size: S, the side of the inputs in pixels; None where inputs are stored.
         batch_size: Samples a batch when iterating.
         device: On which images become inputs.
@@ -40,56 +39,43 @@ class Calibration:
     @classmethod
     def of(cls, stored: Sequence[Batch], image_size: int | None = None, **options: Any) -> Self:
         """All samples of stored images, tokens or inputs, in their order."""
-        count = sum(size_of(each) for each in stored)
-        return cls(tuple(stored), torch.arange(count), image_size, **options)
+        sizes = torch.tensor([size_of(each) for each in stored], dtype=torch.int64)
+        part = torch.arange(len(stored)).repeat_interleave(sizes)
+        first = sizes.cumsum(0) - sizes
+        place = torch.arange(len(part)) - first[part]
+        return cls(tuple(stored), torch.stack([part, place], 1), image_size, **options)
 
     @property
     def num_samples(self) -> int:
         """P."""
         return len(self.indices)
 
-    @cached_property
+    @property
     def part(self) -> Tensor:
         """Which entry of `stored` each sample is from, int64 [P]."""
-        return self._part_of(self.indices)
-
-    @cached_property
-    def _ends(self) -> Tensor:
-        sizes = [size_of(each) for each in self.stored]
-        return torch.tensor(sizes, dtype=torch.int64).cumsum(0)
-
-    def _part_of(self, indices: Tensor) -> Tensor:
-        return torch.bucketize(indices, self._ends, right=True)
+        return self.indices[:, 0]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield inputs, float32 [B, 3, S, S], int64 [B, L] of texts, or as they are stored, each of one shape."""
-        for _, places in groupby(range(self.num_samples), self._shape):
-            chosen = torch.tensor(list(places))
-            for batch in torch.split(chosen, self.batch_size):
+        shapes = [() if self.image_size else shapes_in(each) for each in self.stored]
+        parts = self.part.tolist()
+        for _, places in groupby(range(self.num_samples), lambda place: shapes[parts[place]]):
+            for batch in torch.split(torch.tensor([*places]), self.batch_size):
                 yield self.inputs(batch)
-
-    def _shape(self, place: int) -> tuple[object, ...]:
-        """What must be equal in a batch when iterating."""
-        return () if self.image_size else shapes_in(self.stored[self.part[place]])
 
     def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Any:
         """The inputs at these places, int64 [B] (all P by default), augmented as in a view, in one batch."""
-        indices = self.indices if chosen is None else self.indices[chosen]
-        part = self._part_of(indices)
-        places = []
-        batches = []
-        for number in torch.unique(part).tolist():
-            own = (part == number).nonzero().flatten()
-            places.append(own)
-            first = self._ends[number] - size_of(self.stored[number])
-            batches.append(self._inputs_of(self.stored[number], indices[own] - first, view))
-        return take(joined(batches), torch.cat(places).argsort())
+        part, place = self.indices.T if chosen is None else self.indices[chosen].T
+        parts = part.unique().tolist()
+        batches = [self._inputs_of(self.stored[each], place[part == each], view) for each in parts]
+        by_part = part.argsort(stable=True)  # the order of the batches' samples
+        return take(joined(batches), by_part.argsort())
 
-    def _inputs_of(self, stored: Batch, positions: Tensor, view: View | None) -> Batch:
-        batch = take(stored, positions)
-        if self.image_size is None or not isinstance(batch, Tensor):
+    def _inputs_of(self, stored: Batch, places: Tensor, view: View | None) -> Batch:
+        batch: Any = take(stored, places)
+        if self.image_size is None:
             return map_tensors(lambda tensor: tensor.to(self.device), batch)
-        images = augmented(batch, view, positions, size_of(stored))
+        images = augmented(batch, view, places, size_of(stored))
         return to_input(images.to(self.device), self.image_size)
 
     def batch(self, positions: Tensor, view: View | None = None) -> tuple[Tensor, Any]:
@@ -111,9 +97,8 @@ class Calibration:
             raise DataError(
                 f"found {count} calibration samples, expected at least 2: one to be held out"
             )
-        held_out = max(1, round(share * count))
-        border = count - min(held_out, count - 1)
-        return self.subset(range(border)), self.subset(range(border, count))
+        fitted = count - max(1, round(share * count))
+        return self.subset(range(fitted)), self.subset(range(fitted, count))
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:
@@ -126,14 +111,11 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     stored: list[Batch] = []
     indices = []
     progress = []  # of each sample through its task's, in (0, 1)
-    total = 0
     for each in calibrations:
-        indices.append(each.indices + total)
+        indices.append(each.indices + torch.tensor([len(stored), 0]))
         stored += each.stored
-        total += sum(size_of(part) for part in each.stored)
-        progress.append(
-            (torch.arange(each.num_samples, dtype=torch.float64) + 0.5) / each.num_samples
-        )
+        count = each.num_samples
+        progress.append((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     order = torch.cat(progress).argsort(stable=True)
     return replace(
         calibrations[0],

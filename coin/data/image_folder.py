@@ -7,19 +7,13 @@ from typing import Any
 
 from torchvision import datasets
 
-from coin.data.image_io import read, read_image, stored_side, to_square
+from coin.data.image_io import read, square_in, stored_side
 from coin.data.samples import Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
 EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 KEYED_BYTES = 256 * 2**20  # of a split's files together that are read for an experiment's keys
-
-
-def images_in(folder: Path, side: int = 1) -> Any:
-    """A folder's images by class, read as squares; a FileNotFoundError without classes, or for one without images."""
-    load = partial(read_image, use=partial(to_square, side=side))
-    return datasets.ImageFolder(folder, loader=load, is_valid_file=_is_image)
 
 
 def _is_image(path: str) -> bool:
@@ -49,23 +43,22 @@ class ImageFolder(TaskData):
         """The names of the folders in ``ROOT/train``, sorted."""
         return tuple(self.files()["train"].classes)
 
-    def check_files(self) -> None:
-        """Refuse splits that are missing, that lack a class, or a class without images; no image is read."""
-        self.files()
-
     def files(self) -> dict[str, Any]:
-        """Train, test and, if there is one, val, as torchvision's `ImageFolder`; no image is read."""
+        """Train, test and, if there is one, val, as torchvision's `ImageFolder`; no image is read.
+
+        A DataError where a split is missing or lacks a class, or a class has no images.
+        """
         return self.once("files", self._list_files)
 
     def _list_files(self) -> dict[str, Any]:
         splits = ["train", "test"]
         if (self.root / "val").is_dir():
             splits.append("val")
-        found = {}
+        found: dict[str, Any] = {}
         for split in splits:
             folder = self.root.absolute() / split
             try:
-                found[split] = images_in(folder)
+                found[split] = datasets.ImageFolder(folder, is_valid_file=_is_image)
             except OSError as error:
                 raise DataError(
                     f"{error}; expected images as {folder}/CLASS/image.png; set root"
@@ -79,11 +72,12 @@ class ImageFolder(TaskData):
 
     def load(self) -> Source:
         """Decode the images of all splits."""
-        splits = self.files()
-        paths = [path for images in splits.values() for path, _ in images.samples]
+        splits = self.files().values()
+        paths = [path for images in splits for path, _ in images.samples]
         side = stored_side(paths, self.image_size)
-        parts = [read(images_in(self.root / split, side)) for split in splits]
-        return Source(*parts)
+        for images in splits:
+            images.loader = partial(square_in, side=side)
+        return Source(*map(read, splits))
 
     def content_key(self) -> dict[str, str]:
         """A hash of each split's names, sizes and contents of image files, the same for a copy of the folder.

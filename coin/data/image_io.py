@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -54,6 +55,11 @@ def read_image(path: str, use: Callable[[Image.Image], T]) -> T:
         raise DataError(
             f"{path} cannot be read as an image ({error}); replace or remove it"
         ) from error
+
+
+def square_in(path: str, side: int) -> Tensor:
+    """The centre square of an image file; see `to_square` and `read_image`."""
+    return read_image(path, partial(to_square, side=side))
 
 
 def stored_side(paths: Sequence[str], image_size: int) -> int:

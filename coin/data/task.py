@@ -27,9 +27,6 @@ _LEAST = {
 }
 """Of the options that are whole numbers."""
 
-_DRAWN_BY = {Stream.CALIBRATION: "samples_per_task", Stream.PROMISE: "promise_samples"}
-"""The options that say how many samples are drawn."""
-
 
 class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, of which tokens, int64 [B, L], take the place of images.
@@ -117,9 +114,6 @@ class TaskData(LightningDataModule, ABC):
         """C."""
         return len(self.classes)
 
-    def check_files(self) -> None:
-        """Refuse a user's own files that lack something, before anything is trained; a `DataError`."""
-
     def once(self, key: str, find: Callable[[], T]) -> T:
         """Return what `find` returns; it is called once for this task and all copies that read the same."""
         if key not in self._shared:
@@ -169,7 +163,6 @@ class TaskData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Batches:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
-        self.check_augmentation(self.augmentation)
         train = self.splits.train
         return Batches(train, self.batch_size, self.trainer, self.seed, self.augmentation)
 
@@ -196,31 +189,32 @@ class TaskData(LightningDataModule, ABC):
     def calibration(
         self, samples: int, batch_size: int = 64, name: str | None = None
     ) -> Calibration:
-        """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more."""
-        return self._drawn(self.splits.train, Stream.CALIBRATION, samples, batch_size, name)
+        """P unaugmented training samples, drawn from ``seed`` without their labels; fewer are a prefix of more.
+
+        A DataError, which has the task's `name`, where there are not as many.
+        """
+        return self._drawn(Stream.CALIBRATION, self.splits.train, samples, batch_size, name)
 
     def promise_samples(
         self, samples: int, batch_size: int = 64, name: str | None = None
     ) -> Calibration:
         """So many samples of the validation split, which experts were not trained on, drawn as `calibration` draws."""
-        return self._drawn(self.splits.validation, Stream.PROMISE, samples, batch_size, name)
+        return self._drawn(Stream.PROMISE, self.splits.validation, samples, batch_size, name)
 
     def _drawn(
         self,
-        split: Samples,
         stream: Stream,
+        split: Samples,
         samples: int,
         batch_size: int,
         name: str | None,
     ) -> Calibration:
         most = len(split)
         if samples > most:
-            task = type(self).__name__
-            place = f"the task '{name}' ({task})" if name else task
-            option = _DRAWN_BY[stream]
             raise DataError(
-                f"{samples} {stream.name.lower()} samples asked of {place}, whose split has {most}; "
-                f"set {option} to {most} or less, or change validation_share"
+                f"found {samples} {stream.name.lower()} samples of {name or type(self).__name__}, "
+                f"expected at most {most}, its split's size; lower samples_per_task or promise_samples, or change "
+                "validation_share"
             )
         order = torch.randperm(most, generator=seeded(self.seed, stream))
         stored, _ = split[order[:samples]]

@@ -6,11 +6,10 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from coin.core.choices import check_integer, check_number
+from coin.core.choices import check_integer
 from coin.data.calibration import Calibration, pooled
 from coin.data.loading import Batches
 from coin.data.task import TaskData
-from coin.data.transform import Augmentation
 from coin.errors import ConfigurationError, DataError
 
 _READ_ALIKE = {"augmentation", "batch_size", "seed"}
@@ -18,13 +17,12 @@ _READ_ALIKE = {"augmentation", "batch_size", "seed"}
 
 
 class Tasks(LightningDataModule):
-    """The tasks of an experiment: to train and validate on, their pooled calibration samples; to test on, each's own.
+    """The tasks of an experiment: their calibration samples, and their test samples, a loader a task.
 
     Args:
         tasks: The tasks by name.
         samples_per_task: P, the number of calibration samples of each task.
         batch_size: Calibration samples a batch and process.
-        held_out: The share of the calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; by default every task's own seed.
         promise_samples: How many validation samples of each task set the promise.
     """
@@ -34,7 +32,6 @@ class Tasks(LightningDataModule):
         tasks: Mapping[str, TaskData],
         samples_per_task: int = 200,
         batch_size: int = 64,
-        held_out: float = 0.0,
         seed: int | None = None,
         promise_samples: int = 0,
     ) -> None:
@@ -43,7 +40,6 @@ class Tasks(LightningDataModule):
         check_integer("batch_size", batch_size, 1)
         check_integer("seed", seed or 0, 0)
         check_integer("promise_samples", promise_samples, 0)
-        check_number("held_out", held_out, low=0.0, high=1.0)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
         self.tasks = dict(tasks)
@@ -51,10 +47,7 @@ class Tasks(LightningDataModule):
             self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
-        self.held_out = held_out
         self.promised = promise_samples
-        # Of calibration samples to train on; the training module sets it.
-        self.augmentation = Augmentation.none
         self.seed = next(iter(self.tasks.values())).seed
 
     def resize(self, image_size: int) -> None:
@@ -100,35 +93,14 @@ class Tasks(LightningDataModule):
         ]
         return pooled(drawn)
 
-    def fitted_and_held_out(self) -> tuple[Calibration, Calibration | None]:
-        """Return the pooled calibration samples to train on, and those to validate on, none with a share of 0."""
-        everything = self.calibration()
-        if self.held_out == 0:
-            return everything, None
-        return everything.split(self.held_out)
-
-    def train_dataloader(self) -> Batches:
-        """The calibration samples to train on, shuffled from (seed, epoch): positions ``[B]`` and inputs ``[B, …]``."""
-        for task in self.tasks.values():
-            task.check_augmentation(self.augmentation)
-        fitted, _ = self.fitted_and_held_out()
-        return Batches(fitted, self.batch_size, self.trainer, self.seed, self.augmentation)
-
-    def val_dataloader(self) -> Batches | list[Any]:
-        """The held-out calibration samples; an empty list with a share of 0."""
-        _, held_out = self.fitted_and_held_out()
-        return [] if held_out is None else Batches(held_out, self.batch_size, self.trainer)
-
     def test_dataloader(self) -> list[Batches]:
         """One loader of stored images and labels a task."""
         return [task.test_dataloader() for task in self.tasks.values()]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn test images into inputs as their task does; calibration samples are inputs already."""
-        if self.trainer is not None and self.trainer.testing:
-            task = list(self.tasks.values())[dataloader_idx]
-            return task.on_after_batch_transfer(batch, dataloader_idx)
-        return batch
+        """Turn test images into inputs, as their task does."""
+        task = list(self.tasks.values())[dataloader_idx]
+        return task.on_after_batch_transfer(batch, dataloader_idx)
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:

@@ -63,10 +63,6 @@ class TextFile(TaskData):
         """The number of the tokenizer's tokens."""
         return int(self._tokenizer().get_vocab_size())
 
-    def check_files(self) -> None:
-        """Refuse files that are missing, without their columns, or with a class that the training file lacks."""
-        self._tables()
-
     def load(self) -> Source:
         """Tokenise both files."""
         tables = self._tables()

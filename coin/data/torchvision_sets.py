@@ -63,14 +63,8 @@ class TorchvisionTask(TaskData):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
-        if self.download:
-            self.once("downloaded", lambda: self._each_split(len, download=True))
-
-    def check_files(self) -> None:
-        """Refuse files that cannot be read and are not to be downloaded."""
-        if not self.download:
-            self._each_split(len)
+        """Download what is missing, if ``download`` is set; a `DataError` where the files cannot be used."""
+        self.once("prepared", lambda: self._each_split(len, self.download))
 
     def load(self) -> Source:
         """Read the downloaded files."""

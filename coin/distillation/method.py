@@ -1,10 +1,7 @@
 """The ensemble-distillation baseline: a merge method that trains."""
 
-import logging
 import math
-import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,22 +9,25 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from coin.core.batches import joined, take
 from coin.core.choices import check_integer, check_number, parse_enum
-from coin.core.lightning import silence_lightning
+from coin.core.lightning import quiet_lightning
 from coin.core.processes import rank_zero_info
-from coin.data import Augmentation, Calibration, pooled
+from coin.data import Augmentation
 from coin.data.loading import Batches
-from coin.errors import ConfigurationError, NumericalError
+from coin.errors import ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
-from coin.merging import CodedModel, Experts, Method
+from coin.merging import Average, CodedModel, Coin, Experts, HeadFit, Method, Refit, RegMean
 from coin.merging.method import Adapters, Compress
-from coin.modules.distillation import AUTO, STARTS, DistillationModule
+from coin.modules.distillation import DistillationModule
 from coin.networks import BatchNormPolicy
-from coin.networks.calling import as_input, clear_caches, clone
+from coin.networks.calling import clear_caches, clone
 from coin.networks.guard import differentiable, trainable
+from coin.statistics.statistic import DataChoice
 
-HELD_OUT = 0.2  # the share of the calibration samples on which learning rates are judged
+STARTS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (Average, HeadFit, Coin, RegMean, Refit)
+}
+AUTO = "auto"  # start with the head fitted, where there is one that can be: a fully connected layer with a bias
 
 
 class Distillation(Method):
@@ -113,143 +113,122 @@ class Distillation(Method):
             raise ConfigurationError(
                 "found augmentation or samples_per_task for batches in memory, taken as they are"
             )
+        chosen: dict[str, Any] = {}
         with torch.inference_mode(False), torch.enable_grad():
+            own = self._in_memory(experts)
             lr = self.lr
-            trial = None
-            chosen: dict[str, Any] = {}
             if lr is None:
-                losses, trial = self._try_rates(experts, row)
+                losses = self._held_out_losses(own, row)
                 lr = min(losses, key=losses.__getitem__)
-                chosen = {
-                    "lr": lr,
-                    "held_out_loss": {str(rate): loss for rate, loss in losses.items()},
-                }
-            module = self._run(experts, row, lr, trial)
-        if not_finite(dict(module.named_parameters())) is not None:
+                chosen["lr"] = lr
+                chosen["held_out_loss"] = {str(rate): loss for rate, loss in losses.items()}
+            start = self._start(own, row)
+            module = self._train(own, start.network, row, lr)
+        experts.passes += own.passes
+        if not_finite(dict(module.student.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
-        clear_caches(module.student)
-        return CodedModel(module.student, chosen | module.chosen)
+        return CodedModel(module.student, chosen | start.chosen)
 
-    def module(
-        self,
-        row: Sequence[float],
-        student: nn.Module,
-        teachers: nn.ModuleList | list[nn.Module],
-        **options: Any,
-    ) -> DistillationModule:
-        """Return a new training for one row of the code, with some options changed."""
-        own = {
-            "lr": self.learning_rates[0] if self.lr is None else self.lr,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "samples_per_task": self.samples_per_task,
-            "augmentation": self.augmentation,
-            "start": self.start,
-            "seed": self.seed,
-        }
-        return DistillationModule(student, teachers, list(row), **own | options)
+    def _in_memory(self, experts: Experts) -> Experts:
+        """Return the experts in memory, in eval mode, with the samples that this method trains on."""
+        networks = [clone(each, shared=True).eval() for each in experts.source.each_network()]
+        if experts.train is None:
+            given = experts.samples(DataChoice.own)
+            calibration = [replace(each, batch_size=self.batch_size) for each in given]
+        else:
+            calibration = experts.train.calibration(self)
+        return Experts(networks, calibration=calibration, train=experts.train)
 
-    def _try_rates(
-        self, experts: Experts, row: Sequence[float]
-    ) -> tuple[dict[float, float], DistillationModule]:
-        """Return the held-out loss by learning rate, infinite where training diverged; and the last trial."""
-        losses: dict[float, float] = {}
-        trial: DistillationModule | None = None
+    def _start(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Return the closed form that training starts from."""
+        kind = STARTS.get(self.start, HeadFit)
+        try:
+            made = kind().coded_model(experts, row)
+        except HeadError:
+            if self.start != AUTO:
+                raise
+            kind = Average
+            made = kind().coded_model(experts, row)
+        chosen = {**made.chosen, "start": kind.name}
+        chosen.pop("held_out_residual", None)
+        return CodedModel(made.network, chosen)
+
+    def _held_out_losses(self, experts: Experts, row: Sequence[float]) -> dict[float, float]:
+        """Return the loss on the held-out samples by learning rate, infinite where training on the others diverged."""
+        fitted, _ = experts.split
+        tasks = experts.tasks[: fitted.num_samples]
+        of_tasks = [(tasks == task).nonzero().flatten() for task in range(experts.count)]
+        calibration = [fitted.subset(places) for places in of_tasks]
+        without_held_out = Experts(experts.networks, calibration=calibration)
+        start = self._start(without_held_out, row)
+        experts.passes += without_held_out.passes
+        losses = {}
         for lr in self.learning_rates:
             rank_zero_info(f"{self.label}: trial of lr={lr:.3g}")
-            trial = self._run(experts, row, lr, trial, is_trial=True)
-            loss = trial.held_out_loss
+            loss = self._train(experts, start.network, row, lr, is_trial=True).held_out_loss
             losses[lr] = loss if math.isfinite(loss) else math.inf
-        assert trial is not None
         if math.isinf(min(losses.values())):
             expected = f"every learning rate of {self.learning_rates}"
             raise NumericalError(f"{self.label} diverged with {expected}; give smaller ones")
-        return losses, trial
+        return losses
 
-    def _run(
+    def _train(
         self,
         experts: Experts,
+        start: nn.Module,
         row: Sequence[float],
         lr: float,
-        last: DistillationModule | None = None,
         is_trial: bool = False,
     ) -> DistillationModule:
-        """Train a module: on all samples, or as a trial on those that are not held out.
-
-        It reuses the experts of the `last` trial, and its start and their outputs if it is a trial too.
-        """
-        in_memory = experts.train is None
-        own = {"augmentation": "none"} if in_memory else experts.train.run_options(self)
-        teachers: nn.ModuleList | list[nn.Module]
-        if last is not None:
-            student = clone(last.student)
-            teachers = last.teachers
-        elif in_memory:
-            student = experts.empty_model().eval()
-            teachers = [clone(network, shared=True).eval() for network in experts.networks]
-        else:
-            student = experts.empty_model().eval()
+        """Train a copy of the start: on all samples, or as a trial on those that are not held out."""
+        augmentation = Augmentation.none
+        seed = self.seed
+        if experts.train is not None:
+            augmentation = Augmentation(self.augmentation)
+            seed = experts.train.seed if seed is None else seed
+        fitted, held_out = experts.split
+        targets = None
+        if augmentation is Augmentation.none:
+            targets = experts.mixture(row, 0) if is_trial else experts.mixture(row, 0, 1)
+        held_out_targets = experts.mixture(row, 1) if is_trial else None
+        student = clone(start)
+        if experts.train is not None:  # images: convolutions run fastest on channels-last tensors
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # Of its own, which go where the Trainer is.
-            teachers = nn.ModuleList(experts.source.each_network()).requires_grad_(False)
-        module = self.module(row, student, teachers, **own, lr=lr)
-        if last is not None and is_trial:
-            module.begun = last.begun
-            module.outputs = last.outputs
-            module.held_out_outputs = last.held_out_outputs
-        options = {
-            "max_steps": self.steps,
-            "max_epochs": -1,
-            "log_every_n_steps": max(1, self.steps // 10),
-            "check_val_every_n_epoch": None if is_trial else 1,
-            "val_check_interval": self.steps if is_trial else None,  # once, at the end
-            "limit_val_batches": 1.0 if is_trial else 0,
-            "num_sanity_val_steps": 0,
-        }
-        fit = fit_in_memory if in_memory else experts.train.fit
-        fit(module, experts, HELD_OUT if is_trial else 0.0, options)
+        module = DistillationModule(
+            student, experts.networks, row, lr, self.steps, targets, held_out_targets
+        )
+        with quiet_lightning(), differentiable(trainable(student).values()):
+            trainer = self._trainer(experts, is_trial)
+            samples = fitted if is_trial else experts.pooled
+            train = Batches(samples, self.batch_size, trainer, seed or 0, augmentation)
+            trainer.fit(module, train, Batches(held_out, self.batch_size, trainer))
+        for network in (student, *experts.networks):
+            network.to(experts.source.device)
+        student.zero_grad()
+        clear_caches(student)
         experts.passes += module.passes
         return module
 
-
-def fit_in_memory(
-    module: DistillationModule,
-    experts: Experts,
-    held_out: float,
-    options: dict[str, Any],
-) -> None:
-    """Run a Trainer with these options, silently, on the samples but a held-out share, on which it validates."""
-    # A DataError where samples differ in shape.
-    whole = as_input(joined(list(experts.pooled)), experts.networks[0])
-    batches = []
-    for task in range(experts.count):
-        own = (experts.tasks == task).nonzero().flatten()
-        batches.append(take(whole, own))
-    size = module.hparams["batch_size"]
-    seed = module.hparams["seed"] or 0
-    samples = pooled([Calibration.of([batch]) for batch in batches])
-    module.samples = replace(samples, batch_size=size)
-    left_out: Calibration | None = None
-    if held_out:
-        module.samples, left_out = module.samples.split(held_out)
-    parameters = list(trainable(module.student).values())
-    device = parameters[0].device
-    trainer_options = {
-        **options,
-        "accelerator": device.type,
-        "devices": 1 if device.index is None else [device.index],
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    with ExitStack() as at_end, warnings.catch_warnings(), differentiable(parameters):
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logger = logging.getLogger(name)
-            at_end.callback(logger.setLevel, logger.level)
-        silence_lightning()
-        trainer = Trainer(**trainer_options)
-        train = Batches(module.samples, size, trainer, seed, Augmentation.none)
-        validation: Any = [] if left_out is None else Batches(left_out, size, trainer)
-        trainer.fit(module, train, validation)
-    module.student.to(device).zero_grad()
+    def _trainer(self, experts: Experts, is_trial: bool) -> Trainer:
+        """Return a Trainer of so many steps, which validates a trial once at the end; in memory it is silent."""
+        options: dict[str, Any] = {
+            "max_steps": self.steps,
+            "max_epochs": -1,
+            "log_every_n_steps": max(1, self.steps // 10),
+            "check_val_every_n_epoch": None,
+            "val_check_interval": self.steps,
+            "limit_val_batches": 1.0 if is_trial else 0,
+            "num_sanity_val_steps": 0,
+        }
+        if experts.train is not None:
+            return experts.train.trainer(is_final=not is_trial, **options)  # type: ignore[no-any-return]
+        device = experts.source.device
+        return Trainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )

@@ -1,6 +1,7 @@
 """The LightningModule that trains a coded model on the experts' weighted outputs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -9,173 +10,116 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from coin.core.batches import Batch, map_tensors
-from coin.core.devices import device_of
 from coin.core.lightning import plot_against_epochs
-from coin.data import Augmentation
-from coin.data.tasks import tasks_of
-from coin.errors import HeadError
-from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean
-from coin.merging.method import CodedModel, Method
 from coin.modules.recipe import OneCycle
-from coin.networks import fill_network
 from coin.networks.calling import as_input, clear_caches, logits_of
 from coin.networks.running import full_precision
-from coin.networks.weights import to_compute
-
-STARTS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (Average, HeadFit, Coin, RegMean, Refit)
-}
-AUTO = "auto"  # start with the head fitted, where there is one that can be: a fully connected layer with a bias
 
 
 class DistillationModule(LightningModule):
-    """One training of a network, without labels, on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖².
+    """Trains a student, without labels, on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖². `coin.Distillation` makes it.
 
-    `coin.Distillation` makes it, and describes the other options. The data is a `coin.data.Tasks`, or loaders of its
-    `samples`.
+    Batches are positions ``[B]`` of samples, and their inputs.
 
     Args:
-        student: The network that is trained, in eval mode; its weights are replaced by the start.
+        student: The network that is trained, in eval mode.
         teachers: The experts, in eval mode.
-        code_row: β, one weight per expert, non-negative and summing to 1.
+        row: β, one weight per expert, non-negative and summing to 1.
+        lr: Adam's peak learning rate.
+        steps: The number of optimiser steps.
+        targets: Σ_i β_i f_i(x) of all training samples ``[P, C]``; None runs the teachers on every batch.
+        held_out_targets: The same of the validation samples.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.ModuleList | list[nn.Module],
-        code_row: list[float],
+        teachers: Sequence[nn.Module],
+        row: Sequence[float],
         lr: float,
         steps: int,
-        augmentation: str,
-        start: str,
-        batch_size: int,
-        samples_per_task: int | None,
-        seed: int | None,
+        targets: Tensor | None = None,
+        held_out_targets: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["student", "teachers"])
+        self.save_hyperparameters("row", "lr", "steps")
         self.student = student
-        self.teachers = teachers
-        self.samples: Any = None  # the Calibration to train on, in the order of their positions; or the datamodule's
+        self.teachers = list(teachers)  # not submodules, which would be trained and shared out
+        self.row = list(row)
+        self.lr = lr
+        self.steps = steps
+        self.targets: Tensor | None
+        self.held_out_targets: Tensor
+        self.register_buffer("targets", targets, persistent=False)
+        self.register_buffer("held_out_targets", held_out_targets, persistent=False)
         self.passes = 0.0
         self.held_out_loss = math.inf
-        self.chosen: dict[str, Any] = {}
-        # Computed once for all trials: the student's tensors at the start, and the experts' logits [N, ·, C]
-        # of training samples that never change, and of each held-out batch.
-        self.begun: dict[str, Tensor] | None = None
-        self.outputs: Tensor | None = None
-        self.held_out_outputs: dict[int, Tensor] = {}
-
-    def setup(self, stage: str) -> None:
-        """Take the samples of the datamodule, and set its augmentation."""
-        if stage == "fit" and self.samples is None:
-            data = tasks_of(self)
-            data.augmentation = Augmentation(self.hparams["augmentation"])
-            self.samples, _ = data.fitted_and_held_out()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the module's mode but keep all networks in eval mode."""
+        """Set the module's mode but keep the student in eval mode."""
         super().train(mode)
-        for network in self.children():
-            network.eval()
+        self.student.eval()
         return self
 
     def on_fit_start(self) -> None:
-        """Initialise the student, and run the experts once on unaugmented samples."""
+        """Move the teachers to the Trainer's device, and choose the axes of the metrics."""
+        for teacher in self.teachers:
+            teacher.to(self.device)
         plot_against_epochs(self, ["train/loss", "val/loss"])
-        if self.begun is None:
-            self.begun = self._start()
-        fill_network(self.student, self.begun, "the start of the distillation")
-        if self.hparams["augmentation"] == Augmentation.none and self.outputs is None:
-            with torch.no_grad():
-                inputs = [as_input(batch, self.student) for batch in self.samples]
-                outputs = [self.expert_outputs(batch) for batch in inputs]
-            self.outputs = torch.cat(outputs, dim=1)
-            self.passes += self.samples.num_samples * len(self.teachers)
-
-    def _start(self) -> dict[str, Tensor]:
-        """Make the merge that training starts from; return its tensors, the same on all processes."""
-        tasks = []
-        for task in range(len(self.samples.stored)):
-            own = (self.samples.part == task).nonzero().flatten()
-            tasks.append(self.samples.subset(own))
-        teachers = to_compute(list(self.teachers), device_of(self.student))
-        experts = Experts(teachers, calibration=tasks)
-        name, made = self._merge(experts)
-        self.passes += experts.passes
-        self.chosen = made.chosen | {"start": name}
-        self.chosen.pop("held_out_residual", None)
-        state: dict[str, Tensor] = made.network.state_dict()
-        if self.trainer.world_size > 1:
-            on_cpu = {key: tensor.cpu() for key, tensor in state.items()}
-            state = self.trainer.strategy.broadcast(on_cpu)
-        return state
-
-    def _merge(self, experts: Experts) -> tuple[str, CodedModel]:
-        """Return the name of the closed form to start from, and its coded model."""
-        row = self.hparams["code_row"]
-        if self.hparams["start"] != AUTO:
-            method = STARTS[self.hparams["start"]]()
-            return method.name, method.coded_model(experts, row)
-        try:
-            return HeadFit.name, HeadFit().coded_model(experts, row)
-        except HeadError:
-            return Average.name, Average().coded_model(experts, row)
-
-    def expert_outputs(self, inputs: Batch) -> Tensor:
-        """Return the experts' logits ``[N, B, C]``."""
-        logits = []
-        for network in self.teachers:
-            own = map_tensors(torch.clone, inputs)  # which it may change in place
-            logits.append(logits_of(network, own))
-        return torch.stack(logits)
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
-        """Return ½ mean‖f_θ(x) − Σ_i β_i f_i(x)‖² of one batch of positions and inputs."""
-        known = None if self.outputs is None else self.outputs[:, batch[0]]
-        loss, _ = self._loss(batch, known, "train")
-        return loss
+        """Return ½ mean‖f_θ(x) − Σ_i β_i f_i(x)‖² of a batch."""
+        positions, inputs = batch
+        self._count(len(positions), passes=3)
+        target = self._run_teachers(inputs) if self.targets is None else self.targets[positions]
+        return self._loss(inputs, target, "train")
 
     def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
         """Log the same loss on held-out samples."""
-        known = self.held_out_outputs.get(batch_idx)
-        _, self.held_out_outputs[batch_idx] = self._loss(batch, known, "val")
+        positions, inputs = batch
+        self._count(len(positions), passes=1)
+        self._loss(inputs, self.held_out_targets[positions], "val")
 
     def on_validation_epoch_end(self) -> None:
         """Keep the held-out loss."""
         self.held_out_loss = float(self.trainer.callback_metrics["val/loss"])
 
     def configure_optimizers(self) -> Any:
-        """Return Adam over the trained parameters, and one cycle of its rate, which advances every step."""
-        lr = self.hparams["lr"]
-        steps = self.hparams["steps"]
-        optimizer = Adam(self.student.parameters(), lr)
+        """Return Adam over the student's parameters, and one cycle of its rate, which advances every step."""
+        optimizer = Adam(self.student.parameters(), self.lr)
         # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
-        rise = 0.11 if steps == 10 else 0.1
-        scheduler = OneCycle(optimizer, lr, steps, pct_start=rise, anneal_strategy="linear")
+        rise = 0.11 if self.steps == 10 else 0.1
+        scheduler = OneCycle(
+            optimizer, self.lr, self.steps, pct_start=rise, anneal_strategy="linear"
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _loss(
-        self, batch: tuple[Tensor, Batch], outputs: Tensor | None, stage: str
-    ) -> tuple[Tensor, Tensor]:
-        """Log the loss on a batch; return it and the experts' logits ``[N, B, C]``, computed unless they are known."""
-        positions, inputs = batch
-        count = len(positions)
-        together = count * self.trainer.world_size
-        self.passes += together * (3 if stage == "train" else 1)
-        if outputs is None:
-            self.passes += together * len(self.teachers)
+    def _count(self, samples: int, passes: int) -> None:
+        """Count the passes of so many samples on every process."""
+        self.passes += samples * self.trainer.world_size * passes
+
+    def _run_teachers(self, inputs: Batch) -> Tensor:
+        """Return Σ_i β_i f_i(x) ``[B, C]``."""
+        logits = []
+        for teacher in self.teachers:
+            own = map_tensors(
+                torch.clone, as_input(inputs, teacher)
+            )  # it may change its own in place
             with torch.no_grad():
-                outputs = self.expert_outputs(inputs)
-        # What it keeps of its parameters in eval mode: they have changed.
+                logits.append(logits_of(teacher, own))
+        self._count(len(logits[0]), passes=len(self.teachers))
+        outputs = torch.stack(logits)  # [N, B, C]
+        return torch.tensordot(outputs.new_tensor(self.row), outputs, dims=1)  # type: ignore[no-any-return]
+
+    def _loss(self, inputs: Batch, target: Tensor, stage: str) -> Tensor:
+        """Return and log the loss of a batch."""
+        # What the student has kept of its parameters, in eval mode: they have changed.
         clear_caches(self.student)
-        row = outputs.new_tensor(self.hparams["code_row"])
-        target = torch.tensordot(row, outputs, dims=1)  # [B, C]
-        difference = full_precision(logits_of(self.student, inputs)) - full_precision(target)
+        logits = logits_of(self.student, as_input(inputs, self.student))
+        difference = full_precision(logits) - full_precision(target)
         loss: Tensor = 0.5 * difference.square().sum(1).mean()
         self.log(
             f"{stage}/loss",
@@ -184,6 +128,6 @@ class DistillationModule(LightningModule):
             on_epoch=True,
             sync_dist=True,
             prog_bar=True,
-            batch_size=count,
+            batch_size=len(target),
         )
-        return loss, outputs
+        return loss

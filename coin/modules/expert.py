@@ -76,23 +76,24 @@ class Expert(LightningModule):
 
     def configure_model(self) -> None:
         """Build the network when training starts, if the class count was left to the datamodule."""
-        trainer = self._trainer  # none where the class is used without one
-        datamodule = getattr(trainer, "datamodule", None)
-        if self.network is None:
-            if datamodule is None:
-                raise ConfigurationError(
-                    "found no num_classes and no datamodule to ask, expected one of them"
-                )
-            self.hparams["num_classes"] = datamodule.num_classes
-            self._build(datamodule.num_classes)
+        if self.network is not None:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise ConfigurationError(
+                "found no num_classes and no datamodule to ask, expected one of them"
+            )
+        self.hparams["num_classes"] = data.num_classes
+        self._build(data.num_classes)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TaskData):
-            self.config.check_content(data.content, getattr(data, "vocabulary", None))
+            self.config.check_content(data.content, data.vocabulary)
             for name in ("image_size", "num_classes"):
-                own, given = self.hparams[name], getattr(data, name)
+                own = self.hparams[name]
+                given = getattr(data, name)
                 if given != own:
                     raise ConfigurationError(
                         f"found {name}={own} of the model and {given} of the data; set them equal"
@@ -158,43 +159,31 @@ class Expert(LightningModule):
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train(self.training)
-        # A ModuleDict refuses the key "train", a method's name.
-        stages = ("train_", "val_", "test_")
-        self.accuracy = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages}
+        names = ("train/accuracy", "val/accuracy", "test/accuracy")
+        self.accuracies = nn.ModuleDict(
+            {name: MulticlassAccuracy(num_classes, average="micro") for name in names}
         )
 
     def _step(self, batch: Labelled, stage: str) -> Tensor:
+        """Return the cross-entropy of a batch, and log it with the accuracy."""
         images, labels = batch
         logits = self(images)
         expected = (len(labels), self.hparams["num_classes"])
-        if not isinstance(logits, Tensor) or logits.shape != expected:
-            found = (
-                f"a tensor {list(logits.shape)}"
-                if isinstance(logits, Tensor)
-                else type(logits).__name__
-            )
+        found = getattr(logits, "shape", type(logits).__name__)
+        if found != expected:
             raise ConfigurationError(
                 f"found {found} from the network '{self.config.name}', expected logits [samples, classes] = "
                 f"{list(expected)}; fix its forward, or what it does with num_classes"
             )
         loss = F.cross_entropy(logits, labels)
-        accuracy: Any = self.accuracy[f"{stage}_"]
+        accuracy: Any = self.accuracies[f"{stage}/accuracy"]
         accuracy.update(logits, labels)
-        self.log(
-            f"{stage}/loss",
-            loss,
-            on_epoch=True,
-            on_step=False,
-            batch_size=len(labels),
-            sync_dist=stage != "train",
-        )
-        self.log(
-            f"{stage}/accuracy",
-            accuracy,
+        self.log_dict(
+            {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy},
             on_epoch=True,
             on_step=False,
             batch_size=len(labels),
             prog_bar=True,
+            sync_dist=stage != "train",
         )
         return loss

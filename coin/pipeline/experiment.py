@@ -140,7 +140,7 @@ class Experiment:
         return {**self.config, "seeds": seeds}
 
     def check(self) -> None:
-        """Raise CoinError, before anything is downloaded, if options do not fit the network, or own data lack anything.
+        """Raise CoinError, before anything is downloaded, if options do not fit the network.
 
         A pattern of ``trainable`` that matches nothing does not fit.
         """
@@ -162,8 +162,6 @@ class Experiment:
                 num_classes=2,
                 trainable=recipe.trainable,
             )
-        for task in self._all_tasks().values():
-            task.check_files()
 
     def fetch_experts(self) -> None:
         """Download what is missing of imported experts; other weights come where they are read."""

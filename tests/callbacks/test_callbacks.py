@@ -93,7 +93,7 @@ class Started(Callback):
             "found no best checkpoint; add a ModelCheckpoint with a mon",
         ),
         (FisherEstimator(8, weights="best"), ConfigurationError, "found no best checkpoint"),
-        (FisherEstimator(1000), DataError, r"1000 calibration samples asked of Synthetic.* to 32 or less"),
+        (FisherEstimator(1000), DataError, "1000 calibration samples of Synthetic, expected at most 32"),
     ],
 )
 def test_what_could_not_be_written_is_refused_before_the_training(fit, callback, error, message):

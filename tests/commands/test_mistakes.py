@@ -135,10 +135,10 @@ RUN = {
     "an option of no replica": (["--replicas=[{bit: 3}]"], "bits and base_"),
     "too few for a promise": (
         ["--calibration.promise_samples=4000"],
-        "4000 promise samples asked of the task",
+        "found 4000 promise samples of",
     ),
-    "too few samples": (["--calibration.samples_per_task=4000"], "4000 calibration samples asked of the task 'digits'"),
-    "a method's own": ([f"--methods={LARGER}"], "4000 calibration samples asked of the task 'digits' (Digits)"),
+    "too few samples": (["--calibration.samples_per_task=4000"], "found 4000 calibration samples of digits, expected"),
+    "a method's own": ([f"--methods={LARGER}"], "found 4000 calibration samples of digits, expected"),
     "one label for two policies": ([f"--methods={POLICIES}"], "found method mine twice; leave one out, or give one"),
     "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
     "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coin.data import ImageFolder, image_folder
+from coin.data import ImageFolder, image_folder, image_io
 from coin.data.image_io import to_square
 from coin.data.tasks import Tasks, task_with
 from coin.errors import DataError
@@ -72,7 +72,7 @@ def test_the_seeds_and_uses_of_tasks_decode_once(root, tmp_path_factory, monkeyp
 
         monkeypatch.setattr(owner, name, count)
 
-    counted(image_folder, "to_square", counts["decoded"])
+    counted(image_io, "to_square", counts["decoded"])
     counted(Path, "stat", counts["stats"])
     given = {"a": ImageFolder(str(root), image_size=16), "b": ImageFolder(str(other), image_size=16)}
     keys = set()
@@ -129,7 +129,7 @@ def test_grey_palette_and_jpeg_images_become_rgb_and_deep_pixels_are_refused(roo
 )
 def test_a_folder_that_lacks_something_is_told_before_any_image_is_read(root, change, message):
     change(root)
-    for use in (ImageFolder.check_files, ImageFolder.setup):
+    for use in (ImageFolder.content_key, ImageFolder.setup):
         with pytest.raises(DataError, match=message):
             use(ImageFolder(str(root)))
 

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from coin.data import Augmentation, TextFile
+from coin.data import TextFile
 from coin.data.tasks import Tasks, task_with
+from coin.distillation import Distillation
 from coin.errors import ConfigurationError, DataError
+from coin.pipeline.steps.merge import Training
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
 
@@ -72,8 +74,6 @@ def test_calibration_yields_tokens_pools_and_tokenises_anew(table, synthetic) ->
     calibration = tasks.calibration()
     assert [tuple(batch.shape) for batch in calibration] == [(5, 5), (5, 5), (2, 5)]
     assert torch.cat(list(calibration)).equal(calibration.inputs())
-    positions, inputs = next(iter(tasks.train_dataloader()))
-    assert inputs.equal(calibration.inputs(positions))
     tasks.resize(64)  # of images
     assert tasks.calibration().inputs().shape == (12, 5)
     mixed = Tasks({"a": table(image_size=16), "b": synthetic()}, samples_per_task=4)
@@ -81,15 +81,14 @@ def test_calibration_yields_tokens_pools_and_tokenises_anew(table, synthetic) ->
         mixed.calibration().inputs()
 
 
-def test_texts_are_not_augmented(table) -> None:
+def test_texts_are_not_augmented(table, tmp_path) -> None:
     with pytest.raises(
         ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples are texts, expected none"
     ):
         table(augmentation="shift")
-    tasks = Tasks({"a": table()}, samples_per_task=6)
-    tasks.augmentation = Augmentation.crop
+    training = Training(Tasks({"a": table()}, samples_per_task=6), tmp_path, seed=0)
     with pytest.raises(ConfigurationError, match="found augmentation 'crop' for TextFile"):
-        tasks.train_dataloader()
+        training.calibration(Distillation(augmentation="crop"))
 
 
 @pytest.mark.parametrize(
@@ -105,10 +104,9 @@ def test_texts_are_not_augmented(table) -> None:
 def test_bad_tables_are_one_line(table, change, message) -> None:
     task = table()
     change(task)
-    for use in (task.setup,) if "tokenizer" in message else (task.check_files, task.setup):
-        with pytest.raises(DataError, match=message) as caught:
-            use()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=message) as caught:
+        task.setup()
+    assert "\n" not in str(caught.value)
 
 
 def test_clinc_is_written_as_tables(tmp_path: Path, tokenizer: str) -> None:

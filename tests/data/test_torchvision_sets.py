@@ -176,7 +176,6 @@ def write_eurosat(root):
 def test_sets_of_image_files(tmp_path, task_class, write, sizes):
     write(tmp_path)
     task = task_class(root=str(tmp_path), image_size=24, validation_share=0.0)
-    task.check_files()
     task.prepare_data()
     splits = task.splits
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [*sizes]
@@ -206,7 +205,6 @@ def test_missing_files_are_one_line_with_path_and_way_out_and_nothing_is_substit
     assert "route to host" in str(caught.value)
     assert str(place) in str(caught.value)
     task = task_class(root=str(tmp_path), download=False)
-    task.prepare_data()
-    for read in (task.check_files, task.setup):
+    for read in (task.prepare_data, task.setup):
         with pytest.raises(DataError, match=f"{name}: there are no usable files in {place}"):
             read()

@@ -9,10 +9,11 @@ from coin.callbacks import ExpertExport, FisherEstimator
 from coin.coding import DecoderKind
 from coin.coding.metrics import DecodingAccuracy
 from coin.core.devices import multiplies_in_bfloat16
-from coin.distillation import Distillation
+from coin.data import Augmentation
+from coin.data.loading import Batches
 from coin.errors import ConfigurationError
 from coin.merging.expert_sources import ExpertFiles
-from coin.modules import DecodingEvaluator, Expert
+from coin.modules import DecodingEvaluator, DistillationModule, Expert
 from coin.networks import load_network
 from coin.statistics.files import open_statistic
 
@@ -88,11 +89,11 @@ def test_torch_s_newer_settings_of_precision_are_taken_and_left():
 
 def test_distillation_in_bf16_has_losses_in_full(make_trainer, write_experts, tasks_of):
     source = ExpertFiles({task: Path(path) for task, path in write_experts([3, 2]).items()})
-    teachers = nn.ModuleList(source.each_network())
-    method = Distillation(lr=1e-3, steps=4, batch_size=8)
-    module = method.module([0.5, 0.5], source.empty_model().eval(), teachers)
+    tasks = tasks_of([3, 2])
+    tasks.setup()
+    module = DistillationModule(source.empty_model().eval(), [*source.each_network()], [0.5, 0.5], lr=1e-3, steps=4)
     trainer = make_trainer(precision="bf16-mixed", max_steps=4, max_epochs=-1)
-    trainer.fit(module, datamodule=tasks_of([3, 2]))
+    trainer.fit(module, Batches(tasks.calibration(), 8, trainer, 0, Augmentation.none))
     loss = trainer.callback_metrics["train/loss"]
     assert loss.dtype == torch.float32
     assert bool(torch.isfinite(loss))

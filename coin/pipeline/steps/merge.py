@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
@@ -18,7 +17,7 @@ from coin.coding import Code, convex
 from coin.coding.decoder_config import REPLICA
 from coin.core.devices import has_float64
 from coin.core.processes import is_rank_zero
-from coin.data import TaskData
+from coin.data import Augmentation, Calibration, TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import hashes, link
@@ -35,7 +34,7 @@ from coin.reporting.results import as_json
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
-from coin.trainer import estimate_over_tasks, make_trainer
+from coin.trainer import Trainer, estimate_over_tasks, make_trainer
 
 T = TypeVar("T")
 ExpertStep = TrainNetwork | ImportExpert
@@ -123,7 +122,7 @@ def merging_device(folder: Path, trainer: Mapping[str, Any]) -> torch.device:
 
 @dataclass
 class Training:
-    """Trains coded models, in place of `coin.distillation.method.fit_in_memory`."""
+    """What methods that train get of an experiment: their calibration samples and their Trainer."""
 
     tasks: Tasks
     folder: Path
@@ -131,30 +130,19 @@ class Training:
     options: Mapping[str, Any] = field(default_factory=dict)  # the experiment's ``trainer`` section
     loggers: Sequence[Logger] = ()  # of the final run
 
-    def run_options(self, method: Any) -> dict[str, Any]:
-        """Return the experiment's number of samples and seed unless the method sets them."""
-        return {
-            "samples_per_task": method.samples_per_task or self.tasks.samples_per_task,
-            "seed": self.seed if method.seed is None else method.seed,
-        }
+    def calibration(self, method: Any) -> list[Calibration]:
+        """Return each task's samples, as many as the method or else the experiment says; the same for the seed."""
+        samples = method.samples_per_task or self.tasks.samples_per_task
+        seed = self.seed if method.seed is None else method.seed
+        for task in self.tasks.tasks.values():
+            task.check_augmentation(Augmentation(method.augmentation))
+        tasks = Tasks(self.tasks.tasks, samples, method.batch_size, seed=seed)
+        return list(tasks.calibrations().values())
 
-    def fit(
-        self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]
-    ) -> None:
-        """Run the experiment's Trainer."""
-        seed = module.hparams["seed"]
-        data = Tasks(
-            self.tasks.tasks,
-            module.hparams["samples_per_task"],
-            module.hparams["batch_size"],
-            held_out,
-            seed,
-        )
-        is_final = not held_out
+    def trainer(self, *, is_final: bool, **options: Any) -> Trainer:
+        """Return the experiment's Trainer with some options; it logs the final run."""
         loggers = list(self.loggers) if is_final else []
-        trainer = make_trainer(self.folder, self.options, logger=loggers or False, **options)
-        seed_everything(seed, workers=True, verbose=False)
-        trainer.fit(module, datamodule=data)
+        return make_trainer(self.folder, self.options, logger=loggers or False, **options)
 
 
 def make_coded_models(
