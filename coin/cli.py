@@ -78,9 +78,8 @@ def _interruption(stop: BaseException) -> int | None:
         return _received[0]
     if isinstance(stop, KeyboardInterrupt):
         return _INTERRUPTED
-    # By SIGTERM while steps run elsewhere, and while Ray starts, which has a handler of its own.
-    if isinstance(stop, SystemExit) and stop.code in (_TERMINATED, int(signal.SIGTERM)):
-        return _TERMINATED
+    if isinstance(stop, SystemExit) and stop.code == signal.SIGTERM:
+        return _TERMINATED  # while Ray starts, which has a handler of its own
     return None
 
 

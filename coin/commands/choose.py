@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from coin.commands.parser import add_json_argument, command_parser, parse
+from coin.commands.parser import command_parser, parse
 from coin.reporting.choice import choose
-from coin.reporting.results import as_json
 from coin.reporting.tables import print_table, standin_table
 
 
@@ -12,13 +11,8 @@ def main(arguments: Sequence[str]) -> None:
     """Choose, and print the stand-ins that meet the wishes and the reason."""
     parser = command_parser("choose")
     parser.add_function_arguments(choose, as_positional=True)
-    add_json_argument(parser)
-    options = parser.instantiate(parse(parser, arguments)).as_dict()
-    as_document = options.pop("json")
-    rows, sentence = choose(**options)
-    if as_document:
-        print(as_json({"rows": rows, "sentence": sentence}))
-        return
+    options = parser.instantiate(parse(parser, arguments))
+    rows, sentence = choose(**options.as_dict())
     if len(rows):
         print_table(standin_table(rows))
     print(sentence)

@@ -7,9 +7,9 @@ from coin.pipeline.steps.merge import compress_file
 
 
 def compress_network(
-    network: str,
-    base: str | None = None,
-    output: str | None = None,
+    network: Path,
+    base: Path | None = None,
+    output: Path | None = None,
     bits: int | None = None,
     base_bits: int = 32,
 ) -> Path:
@@ -25,10 +25,6 @@ def compress_network(
             delta is taken from it; 0: not at all, the network itself is rounded.
     """
     compression = Compression.of({"bits": bits, "base_bits": base_bits})
-    source = Path(network)
-    path = source.with_name(f"{source.stem}-{compression.name}.safetensors")
-    if output is not None:
-        path = Path(output)
-    base_path = None if base is None else Path(base)
-    compress_file(source, path, base_path, compression)
+    path = output or network.with_name(f"{network.stem}-{compression.name}.safetensors")
+    compress_file(network, path, base, compression)
     return path

@@ -14,90 +14,55 @@ from coin.networks.hub import HuggingFace
 
 
 def export(
-    network: str,
-    output: str | None = None,
-    experts: dict[str, str] | None = None,
-    expert: str | None = None,
-    peft: bool = False,
+    network: Path, output: Path | None = None, expert: str | None = None, peft: bool = False
 ) -> Path:
     """Write one expert of a body with adapters, or a network of Hugging Face's.
 
     The expert's is body, adapter and its own head in one: of Hugging Face's a folder that transformers loads, else a
-    safetensors file of ``coin``. With ``peft`` its adapter is a folder that peft loads, with the body beside it; those
-    of all experts without ``expert``.
+    safetensors file of ``coin``. With ``peft`` the adapter of every expert is a folder that peft loads, with the body
+    beside it.
 
     Args:
-        network: The network's safetensors file, which may be a compressed one.
+        network: The network's safetensors file, which may be a compressed one. A body's lies in a run's ``coded/``,
+            beside which are its experts.
         output: The folder, or an expert's file; by default beside `network`, with its name.
-        experts: The experts' files by task, for the head of an expert; by default those of the run whose
-            ``coded/`` the file lies in.
         expert: Of a body with adapters, the task whose expert is written, of whatever network.
-        peft: Whether that is written as an adapter of peft's, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``: of all
-            experts, or of that one. It is plain LoRA: adapters must have been fitted with ``scales: false``.
+        peft: Whether adapters are written for peft, ``OUTPUT/TASK``, for the body, ``OUTPUT/body``. They are plain
+            LoRA: adapters must have been fitted with ``scales: false``.
     """
-    file = load_network(Path(network))
-    if experts:
-        files = {task: Path(path) for task, path in experts.items()}
-    else:
-        run = file.path.absolute().parent.parent
-        paths = sorted(run.glob("experts/*/expert.safetensors"))
-        files = {path.parent.name: path for path in paths}
-    if file.adapters or expert is not None or peft:
-        return _export_expert(file, expert, files, output, peft)
-    source = file.config.source
-    if not isinstance(source, HuggingFace):
-        found = (
-            f"found '{network}', a {file.config.name}, expected a network of Hugging Face's (hf/…)"
-        )
+    file = load_network(network)
+    own = "peft" if peft else expert
+    name = file.path.stem if own is None else f"{file.path.stem}-{own}"
+    path = output or network.with_name(name)
+    tasks: list[str] = file.provenance["tasks"] if file.adapters else []
+    if peft and tasks:
+        return _export_peft(file, tasks, path)
+    if expert is not None and expert in tasks:
+        return _export_expert(file, tasks.index(expert), expert, path)
+    if own is not None or tasks or not isinstance(file.config.source, HuggingFace):
         raise ConfigurationError(
-            f"{found}; others are plain safetensors already, under the network's own names"
+            f"found a {file.config.name} in '{network}' with experts {tasks}, expected one of these, or without "
+            "--expert and --peft a network of Hugging Face's (hf/…)"
         )
-    folder = file.path.with_suffix("") if output is None else Path(output)
-    source.save(file.network, folder, _classes(file))
-    return folder
+    file.config.source.save(file.network, path, _classes(file))
+    return path
 
 
-def _export_expert(
-    file: NetworkFile, expert: str | None, files: dict[str, Path], output: str | None, peft: bool
-) -> Path:
-    tasks = list(file.provenance.get("tasks", ())) if file.adapters else []
-    wanted = tasks if peft and expert is None else [str(expert)]
-    for each in wanted or [str(expert)]:
-        if each not in tasks or each not in files:
-            known = (
-                f"one of {', '.join(tasks)}, whose files lie in experts/ or are given"
-                if tasks
-                else "none: no adapters"
-            )
-            raise ConfigurationError(f"found expert {each} for '{file.path}', expected {known}")
-    path = file.path.with_name(f"{file.path.stem}-{'peft' if peft else expert}")
-    if output is not None:
-        path = Path(output)
-    if peft:
-        return _export_peft(file, {task: files[task] for task in wanted}, path)
-    (task,) = wanted
-    own = load_network(files[task])
+def _export_expert(file: NetworkFile, place: int, task: str, path: Path) -> Path:
+    own = _expert(file, task)
     head = own.network.get_submodule(head_name(own.network))
-    adapter = file.adapters[tasks.index(task)]
-    made = adapter.applied_to(file.network, head)
-    return _write(made, file, own.num_classes, path, expert, _classes(own))
+    network = file.adapters[place].applied_to(file.network, head)
+    return _write(network, file, own.num_classes, path, task, _classes(own))
 
 
-def _classes(file: NetworkFile) -> Sequence[str]:
-    """Return the names of an expert's classes in the order of its outputs; none where its file does not say."""
-    return file.provenance.get("classes") or ()
-
-
-def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> Path:
-    """Write these experts' adapters for peft, and then the body, and return where that is."""
-    source = file.config.source
-    is_text = isinstance(source, HuggingFace) and source.reads == "texts"
+def _export_peft(file: NetworkFile, tasks: Sequence[str], folder: Path) -> Path:
+    """Write experts' adapters for peft, and then the body, and return where that is."""
+    is_text = isinstance(file.config.source, HuggingFace) and file.config.reads == "texts"
     is_sequence = is_text and head_name(file.network) in SEQUENCE_HEADS
-    tasks = file.provenance["tasks"]
-    for task, path in experts.items():
-        own = load_network(path)
+    for adapter, task in zip(file.adapters, tasks, strict=True):
+        own = _expert(file, task)
         save_peft(
-            file.adapters[tasks.index(task)],
+            adapter,
             file.network,
             linear_head(own.network).state_dict(),
             folder / task,
@@ -108,12 +73,23 @@ def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> P
     return _write(file.network, file, file.num_classes, folder / "body", None)
 
 
+def _expert(body: NetworkFile, task: str) -> NetworkFile:
+    """Return the file of an expert of the run that a body is of."""
+    run = body.path.absolute().parent.parent
+    return load_network(run / "experts" / task / "expert.safetensors")
+
+
+def _classes(file: NetworkFile) -> Sequence[str]:
+    """Return the names of an expert's classes in the order of its outputs; none where its file does not say."""
+    return file.provenance.get("classes") or ()
+
+
 def _write(
     network: nn.Module,
     file: NetworkFile,
     num_classes: int,
     path: Path,
-    expert: str | None,
+    task: str | None,
     classes: Sequence[str] = (),
 ) -> Path:
     """Write a plain network like a file's, as a folder of transformers' or as coin's file, and return where."""
@@ -122,7 +98,6 @@ def _write(
         return path
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    save_network(
-        path, network, file.config, num_classes, {"made_by": "coin export", "task": expert}
-    )
+    made = {"made_by": "coin export", "task": task}
+    save_network(path, network, file.config, num_classes, made)
     return path

@@ -1,5 +1,6 @@
 """``coin merge``: experts and statistics from files in, coded models as files out."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 def merge(
-    experts: dict[str, str],
+    experts: dict[str, Path],
     method: Method,
-    output: str,
+    output: Path,
     code: list[list[float]] | int | None = None,
-    fisher: dict[str, str] | None = None,
-    gram: dict[str, str] | None = None,
-    initial: str | None = None,
+    fisher: dict[str, Path] | None = None,
+    gram: dict[str, Path] | None = None,
+    initial: Path | None = None,
     tasks: dict[str, TaskData] | None = None,
     samples_per_task: int = 200,
     batch_size: int = 64,
@@ -48,16 +49,14 @@ def merge(
     """
     statistics: dict[Statistic, dict[str, Path]] = {}
     samples: int | None = None  # P, as the statistics' files say
-    for kind, given in ((StatisticKind.fisher, fisher), (StatisticKind.gram, gram)):
-        if given:
-            files = {task: Path(path) for task, path in given.items()}
-            which, described = _described(kind, files)
-            statistics[which] = files
-            samples = samples or described
-    folder = Path(output)
-    device = merging_device(folder, trainer or {"accelerator": "cpu"})
-    paths = {task: Path(path) for task, path in experts.items()}
-    opened = ExpertFiles(paths, Path(initial) if initial else None, device)
+    for kind, files in ((StatisticKind.fisher, fisher), (StatisticKind.gram, gram)):
+        for task, path in (files or {}).items():
+            made = load_provenance(path)
+            samples = samples or made.get("samples_per_task")
+            which = _statistic(kind, made, path)
+            statistics.setdefault(which, {})[task] = path
+    device = merging_device(output, trainer or {"accelerator": "cpu"})
+    opened = ExpertFiles(experts, initial, device)
     calibration = None
     train = None
     if tasks is not None:
@@ -67,13 +66,13 @@ def merge(
             )
         data = Tasks(tasks, samples_per_task, batch_size, seed=seed)
         data.resize(opened.config.image_size)
-        for task in data.tasks.values():
-            opened.config.check_content(task.content, task.vocabulary)
+        for each in data.tasks.values():
+            opened.config.check_content(each.content, each.vocabulary)
         data.prepare_data()
         data.setup()
         calibration = list(data.calibrations().values())
         samples = samples_per_task
-        train = Training(data, folder, seed, trainer or {})
+        train = Training(data, output, seed, trainer or {})
     elif method.is_trained:
         raise ConfigurationError(
             "found no tasks, expected them: distillation trains on their calibration samples"
@@ -83,23 +82,15 @@ def merge(
             if which.name is needed.name:
                 method = method.with_defaults(which.kind or FisherKind.exact, which.data)
     stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
-    return make_coded_models(method, read_code(code, len(experts)), stored, folder, samples)
+    return make_coded_models(method, read_code(code, len(experts)), stored, output, samples)
 
 
-def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
-    """Return the kind and data that all files of a statistic name, and P if a file names it."""
-    found: set[Statistic] = set()
-    samples: int | None = None
-    for path in files.values():
-        made = load_provenance(path)
-        if "data" not in made or (name is StatisticKind.fisher and "kind" not in made):
-            raise FileError(
-                f"'{path}' does not say what {name} it holds of what; make it with coin fisher"
-            )
+def _statistic(name: StatisticKind, made: Mapping[str, Any], path: Path) -> Statistic:
+    """Return the statistic that a file holds, by its metadata."""
+    try:
         kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
-        found.add(Statistic(name, DataChoice(made["data"]), kind))
-        samples = samples or made.get("samples_per_task")
-    if len(found) > 1:
-        kinds = " and ".join(map(str, found))
-        raise ConfigurationError(f"found {name} files of {kinds}, expected one kind of them")
-    return found.pop(), samples
+        return Statistic(name, DataChoice(made["data"]), kind)
+    except KeyError as error:
+        raise FileError(
+            f"'{path}' does not say what {name} it holds of what; make it with coin fisher"
+        ) from error

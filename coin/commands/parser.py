@@ -24,13 +24,6 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def add_json_argument(parser: ArgumentParser) -> None:
-    """Add the option ``--json``, which prints the summary as JSON."""
-    parser.add_argument(
-        "--json", action="store_true", help="Print one JSON document, and nothing else, on stdout."
-    )
-
-
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Return a command's options as they are given; the parser's ``instantiate`` makes their objects."""
     options = parser.parse_args(apply_common_options(arguments))

@@ -3,16 +3,16 @@
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import check_number
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import ConfigurationError
+from coin.files.safetensors import load_provenance
 from coin.modules import Coded
-from coin.reporting.choice import in_words, recommended, weakness
+from coin.reporting.choice import recommended
 from coin.reporting.standins import standins
-from coin.reporting.summary import REFERENCES, read_run, seed_folders
+from coin.reporting.summary import read_run, seed_folders
 from coin.serving.policies import POLICIES, PolicyKind
 from coin.serving.ray_app import RayOptions, check_port, start
 from coin.serving.system import System
@@ -63,9 +63,21 @@ def read_system(
     check_number("quantile", quantile, low=0, high=1)
     run = Path(folder)
     if method is None and decoder is None and policy is None:
-        method = served_by_default(run)
+        method = recommended_copies(run)
     if method is not None and method.startswith(f"{REPLICA}-"):
-        return _system_of_copies(run, method, decoder, policy or PolicyKind.replica, quantile)
+        policy = policy or PolicyKind.replica
+        if decoder is not None or POLICIES[policy][0] != "replica":
+            raise ConfigurationError(
+                f"found method '{method}' with policy {policy} and decoder {decoder}, "
+                "expected policy replica or replica_proactive and no decoder; leave them out"
+            )
+        coded = Coded.from_run(run)
+        how = method.removeprefix(f"{REPLICA}-")
+        place = seed_folders(run)[0] / "replicas"
+        copies = [place / f"{task}.{how}.safetensors" for task in coded.names]
+        for path in copies:
+            load_provenance(path)  # a FileError where it is not there
+        return System.of(coded, policy, quantile, method, copies)
     # Whether the decoder reads survivors; nobody and replicas have none.
     reads_survivors = {"coded": False, "everyone": True}
     survivors = reads_survivors.get(POLICIES[policy][0]) if policy else None
@@ -75,44 +87,9 @@ def read_system(
     return System.of(coded, policy or default, quantile, f"{coded.method}, {kind}")
 
 
-def _system_of_copies(
-    run: Path, method: str, decoder: str | None, policy: PolicyKind, quantile: float
-) -> System:
-    """Return a system whose replicas hold the experts' compressed copies, such as ``replica-3bit-int8base``."""
-    which, _ = POLICIES[policy]
-    if decoder is not None or which != "replica":
-        raise ConfigurationError(
-            f"found method '{method}' with policy {policy} and decoder {decoder}, "
-            "expected policy replica or replica_proactive and no decoder; leave them out"
-        )
-    coded = Coded.from_run(run)
-    how = method.removeprefix(f"{REPLICA}-")
-    folder = seed_folders(run)[0] / "replicas"
-    copies = [folder / f"{task}.{how}.safetensors" for task in coded.names]
-    for path in copies:
-        if not path.is_file():
-            message = f"found no compressed copies '{method}' of the experts, expected '{path}'"
-            raise ConfigurationError(
-                f"{message}; add them to the experiment's replicas and run it again"
-            )
-    return System.of(coded, policy, quantile, method, copies)
-
-
-def served_by_default(folder: Path) -> str | None:
-    """Return the name of the compressed copies that are recommended of a run; None where another stand-in is.
-
-    That is the one that `coin.Coded.from_run` takes. The survivors alone need no server more: then the next best is
-    served, and a warning says so.
-    """
+def recommended_copies(folder: Path) -> str | None:
+    """Return the name of the compressed copies that are recommended of a run, else None, for `coin.Coded.from_run`."""
     kept = standins(read_run(folder)[1])
-    if kept.empty:
+    if kept.empty or recommended(kept).decoder != REPLICA:
         return None
-    row = recommended(kept)
-    if weakness(row):
-        warnings.warn(f"nothing can be recommended: {weakness(row)}", CoinWarning, stacklevel=2)
-    if row["method"] == REFERENCES[0]:
-        message = f"{in_words(row)} would do, and need no server more; serving the recommended one of the others"
-        warnings.warn(message, CoinWarning, stacklevel=2)
-    if row["decoder"] != REPLICA:
-        return None
-    return str(row["method"])
+    return str(recommended(kept).method)

@@ -14,8 +14,6 @@ import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands.arguments import apply_common_options
 from coin.core.lightning import silence_lightning
-from coin.errors import ConfigurationError
-from coin.files.safetensors import load_provenance
 from coin.modules import Expert
 from coin.networks.registry import check_imported
 from coin.networks.weights import read_checkpoint
@@ -58,12 +56,8 @@ class TrainerCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path is None or subcommand in ("fit", "evaluate"):
             return
-        if not str(path).endswith(".ckpt"):
-            if subcommand == "fisher":  # an expert's file, which says what it is
-                return
-            raise ConfigurationError(
-                f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}"
-            )
+        if subcommand == "fisher" and not path.endswith(".ckpt"):
+            return  # an expert's file, which says what it is
         found = read_checkpoint(Path(path), ["state_dict", "hyper_parameters"])["hyper_parameters"]
         init_args = options["model"]["init_args"]
         named = found.get("network")
@@ -102,26 +96,20 @@ class TrainerCLI(LightningCLI):
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
     def after_fit(self) -> None:
-        """Print what the training has reached, and the file of the expert or of the checkpoint."""
+        """Print what the training has reached, and the file of the expert or the folder."""
         trainer = self.trainer
-        file = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        file: Path | str = trainer.default_root_dir
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ExpertExport):
                 file = callback.file(trainer)
-        reached = "trained"
-        for name in ("train/loss", "val/loss", "val/accuracy"):
-            if name in trainer.callback_metrics:
-                reached = f"{name} {float(trainer.callback_metrics[name]):.4g}"
-        self._say(
-            f"{reached} after {trainer.current_epoch} epochs", file or trainer.default_root_dir
-        )
+        metrics = trainer.callback_metrics.items()
+        reached = [f"{name} {float(value):.4g}" for name, value in metrics]
+        self._say(", ".join(reached), file)
 
     def after_fisher(self) -> None:
-        """Print what the statistic is of, and its file."""
-        statistic = self.config.fisher.statistic
-        file = Path(self.trainer.default_root_dir) / f"expert.{statistic}.safetensors"
-        made = load_provenance(file)
-        self._say(f"{statistic} of {made['samples']} samples in {made['seconds']:.1f} s", file)
+        """Print the statistic's file."""
+        file = f"expert.{self.config.fisher.statistic}.safetensors"
+        self._say("computed", Path(self.trainer.default_root_dir) / file)
 
     def after_evaluate(self) -> None:
         """Print the table of the results, and their file."""

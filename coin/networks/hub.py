@@ -125,13 +125,6 @@ class HuggingFace(NetworkSource):
         found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
 
-    def classes(self, place: str) -> list[str]:
-        """Return the classes of another folder's or ID's head in the order of its outputs; [] where it names none."""
-        names = getattr(_configuration(place, f"{PREFIX}{place}"), "id2label", None) or {}
-        found = [str(names[index]) for index in sorted(names)]
-        unnamed = [f"LABEL_{index}" for index in range(len(found))]
-        return [] if found == unnamed else found
-
     def save(self, network: nn.Module, folder: Path, classes: Sequence[str] = ()) -> None:
         """Write a network that was built here as a folder that transformers loads.
 

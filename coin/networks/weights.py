@@ -127,9 +127,6 @@ def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[
     return dict(state)
 
 
-TO_GO_ON = ("state_dict", "loops", "optimizer_states")  # what a training needs of a checkpoint
-
-
 def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
     """Return these parts of a Lightning checkpoint; a FileError where it has not all of them."""
     try:

@@ -16,7 +16,7 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.files.downloads import fetch_from_hub
 from coin.merging import Method
-from coin.modules import Expert
+from coin.modules.recipe import trainable_names
 from coin.networks import Compression, NetworkConfig
 from coin.networks.hub import PREFIX, HuggingFace, local_place
 from coin.networks.registry import empty_network
@@ -25,9 +25,19 @@ from coin.pipeline.steps.imported import check_places
 from coin.pipeline.steps.merge import read_code, variant_files
 from coin.pipeline.steps.train import TrainingConfig
 from coin.statistics import FisherKind
+from coin.tracking.settings import check_connection
 
 _SEEDS = range(2**32)
 """What NumPy takes for a seed."""
+_SET_BY_STEPS = {
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "logger",
+    "max_epochs",
+    "max_steps",
+}
+"""Options of the Trainer."""
 
 
 class Experiment:
@@ -144,24 +154,21 @@ class Experiment:
 
         A pattern of ``trainable`` that matches nothing does not fit.
         """
+        check_connection()
+        fixed = sorted(_SET_BY_STEPS & self.trainer.keys())
+        if fixed:
+            advice = "leave it out, and set output or expert.epochs"
+            raise ConfigurationError(
+                f"found trainer.{fixed[0]}, which each step sets itself; {advice}"
+            )
         check_places(self.expert.checkpoints)
-        empty_network(replace(self.network, weights=None), 2)  # which checks its name and options
-        recipes: list[TrainingConfig] = [
-            self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints
-        ]
+        network = empty_network(replace(self.network, weights=None), 2)  # checks name and options
+        own = [task for task in self.tasks if task not in self.expert.checkpoints]
+        recipes: list[TrainingConfig] = [self.expert.of(task) for task in own]
         if self.base is not None:
             recipes.append(self.base)
-        different = {str(recipe.trainable): recipe for recipe in recipes}
-        for recipe in different.values():
-            Expert(
-                self.network.name,
-                self.network.image_size,
-                options=self.network.options,
-                mean=self.network.mean,
-                std=self.network.std,
-                num_classes=2,
-                trainable=recipe.trainable,
-            )
+        for recipe in recipes:
+            trainable_names(network, recipe.trainable)
 
     def fetch_experts(self) -> None:
         """Download what is missing of imported experts; other weights come where they are read."""
@@ -196,7 +203,7 @@ def _check_names(name: str, tasks: Mapping[str, TaskData], expert: ExpertConfig)
     if len(tasks) < 2:
         raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two; add tasks")
     for task in tasks:
-        if not is_folder_name(task) or "+" in task or "|" in task or task in ("mean", "none"):
+        if not is_folder_name(task) or {"+", "|"} & {*task} or task in ("mean", "none"):
             expected = (
                 "expected one without + / | \\, no dot at its start, and not 'mean' or 'none'"
             )

@@ -20,22 +20,18 @@ Config = Mapping[str, Any]
 _ON_PROCESSES = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Options of how many processes a step runs on, and their defaults."""
 
-_WITHOUT_EFFECT = (
-    *(
-        "accelerator",
-        "barebones",
-        "detect_anomaly",
-        "enable_autolog_hparams",
-        "enable_model_summary",
-    ),
-    *(
-        "enable_progress_bar",
-        "inference_mode",
-        "log_every_n_steps",
-        "num_sanity_val_steps",
-        "profiler",
-    ),
-)
+_WITHOUT_EFFECT = {
+    "accelerator",
+    "barebones",
+    "detect_anomaly",
+    "enable_autolog_hparams",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "inference_mode",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+    "profiler",
+}
 """Options of the Trainer that change no result."""
 _USUAL_PRECISION = (32, "32", "32-true")
 _AS_MANY_AS_THERE_ARE = ("auto", -1, "-1")
@@ -55,11 +51,12 @@ def result_options(trainer: Config, *, training: bool) -> dict[str, Any]:
     }
     if kept.get("precision") in _USUAL_PRECISION:
         del kept["precision"]
-    if not training:
-        return {name: value for name, value in kept.items() if name not in _ON_PROCESSES}
     if kept.get("devices") in _AS_MANY_AS_THERE_ARE:
         kept["devices"] = _device_count(trainer.get("accelerator", "auto"))
-    return {name: value for name, value in kept.items() if value != _ON_PROCESSES.get(name)}
+    for name, usual in _ON_PROCESSES.items():
+        if not training or kept.get(name) == usual:
+            kept.pop(name, None)
+    return kept
 
 
 @cache

@@ -1,18 +1,22 @@
 """The plan of an experiment: its steps in ``runs/.steps``, and where in ``runs/NAME`` a person sees what they make."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coin.data.tasks import task_with
-from coin.files.atomic import link
-from coin.files.downloads import hub_weights
 from coin.merging import Method
 from coin.networks import Compression
-from coin.networks.hub import PREFIX, local_place
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.options import method_config, network_config, result_options, task_config
+from coin.pipeline.options import (
+    Config,
+    method_config,
+    network_config,
+    result_options,
+    task_config,
+)
 from coin.pipeline.step import STORE, Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.pipeline.steps.imported import ImportExpert, place_config
@@ -28,47 +32,32 @@ _ELSEWHERE = ("task", "checkpoint", "seed", "overrides", "checkpoints")
 """Options of the sections ``base`` and ``expert`` that are no part of a training's recipe."""
 
 
-@dataclass(frozen=True, eq=False)
-class Planned:
-    """A step, what it makes in words, an experiment that has it, and where a person sees its files.
-
-    `place` is a link to `target`, a file or folder of the step's; without one it is a folder of links to all its files.
-    """
-
-    step: Step
-    what: str
-    experiment: Experiment
-    place: Path
-    target: Path | None = None
-
-    def publish(self) -> None:
-        """Link the finished step's files."""
-        if self.target is not None:
-            link(self.place, self.target)
-            return
-        for path in self.step.shown:
-            link(self.place / path.name, path)
-
-
-def plan(experiment: Experiment) -> list[Planned]:
+def plan(experiment: Experiment) -> list[Step]:
     """Return the steps of an experiment in an order in which they can run; seeds may share some, which come twice."""
     shared = _Shared(experiment)
     evaluations = {}
     for seed in experiment.seeds:
         evaluations[seed] = _Seed(shared, seed).evaluate()
-    shared.report("report", experiment.folder, evaluations)
+    place = experiment.folder
+    shared.add(Report, name="report", what="report", place=place, evaluations=evaluations)
     return shared.steps
 
 
-def remove_old_links(experiment: Experiment, steps: Sequence[Planned]) -> None:
-    """Remove the links in seeds' folders to files that are not of the experiment's plan any more."""
-    planned = {each.step.folder.name for each in steps}
+def publish(experiment: Experiment, steps: Iterable[Step], planned: Iterable[Step]) -> None:
+    """Show the files of steps that have been run, and in seeds' folders none of what is not of the plan any more.
+
+    All at once when everything is done: what a person sees is of one plan, whenever a run with other options is killed.
+    """
+    for step in steps:
+        step.publish()
+    current = {step.folder.name for step in planned}
     for seed in experiment.seeds:
         folder = experiment.folder / f"seed-{seed}"
         for path in (*folder.glob("*"), *folder.glob("*/*")):
-            parts = path.readlink().parts if path.is_symlink() else ()
-            if STORE in parts and (not path.exists() or planned.isdisjoint(parts)):
-                path.unlink()
+            with suppress(OSError):  # it is no link, or another process has removed it
+                parts = path.readlink().parts
+                if STORE in parts and (not path.exists() or current.isdisjoint(parts)):
+                    path.unlink()
 
 
 class _Shared:
@@ -79,96 +68,89 @@ class _Shared:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.steps: list[Planned] = []
-        self.store = experiment.folder.parent / STORE
+        self.steps: list[Step] = []
         self.network = network_config(experiment.config["network"], experiment.network)
         self.base = self._base()
-        counts = {task.num_classes for task in experiment.tasks.values()}
-        self.widest = self._initial(max(counts), None)
-        self.initial = {max(counts): self.widest}
-        for count in sorted(counts - self.initial.keys(), reverse=True):
+        counts = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
+        self.widest = self._initial(counts[0], None)
+        self.initial = {counts[0]: self.widest}
+        for count in counts[1:]:
             self.initial[count] = self._initial(count, self.widest)
 
-    def add(self, step: S, what: str, place: Path, target: Path | None = None) -> S:
-        """Add a step to the plan."""
-        self.steps.append(Planned(step, what, self.experiment, place, target))
+    def add(self, kind: type[S], **fields: Any) -> S:
+        """Add a step."""
+        step = kind(store=self.experiment.folder.parent / STORE, **fields)
+        self.steps.append(step)
         return step
 
-    def report(self, what: str, folder: Path, evaluations: dict[int, Evaluate]) -> None:
-        """Add the report of one seed's evaluation, or of all seeds'."""
-        self.add(Report(name="report", store=self.store, evaluations=evaluations), what, folder)
-
-    def recipe(self, section: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a training's key has of the section ``base`` or ``expert`` and of the Trainer's options."""
+    def train(self, section: Config, config: Config, **fields: Any) -> TrainNetwork:
+        """Add a training by the options of a section, ``base`` or ``expert``; `config` is what else decides it."""
         recipe = {name: value for name, value in section.items() if name not in _ELSEWHERE}
         trainer = result_options(self.experiment.trainer, training=True)
-        return {"network": self.network, "recipe": recipe, "trainer": trainer}
+        return self.add(
+            TrainNetwork,
+            config={"network": self.network, "recipe": recipe, "trainer": trainer, **config},
+            network=self.experiment.network,
+            trainer=self.experiment.trainer,
+            **fields,
+        )
 
-    def log(self, seed: int | None, kind: str, name: str, *tags: str) -> RunLog:
+    def log(self, seed: int | None, kind: str, name: str, subject: str) -> RunLog:
         """Return where a training or an evaluation logs to; the base's has no seed."""
         experiment = self.experiment
-        folder = experiment.folder / ("base" if seed is None else f"seed-{seed}")
+        place = "base" if seed is None else f"seed-{seed}"
+        called = name if seed is None else f"{place}-{name}"
         config = {
             "experiment": experiment.of_seeds(experiment.seeds if seed is None else [seed]),
             "network": experiment.network.name,
             "seed": seed,
-            "method" if kind == "method" else "task": name,
+            "method" if kind == "method" else "task": subject,
             "samples_per_task": experiment.calibration.samples_per_task,
             "num_experts": len(experiment.tasks),
             "num_coded": experiment.code.num_coded,
         }
-        if seed is None:
-            called = name
-        elif kind == "expert":
-            called = f"seed-{seed}-expert-{name}"
-        else:
-            called = f"seed-{seed}-{name}"
-        every_tag = (*tags, experiment.network.name, *experiment.wandb.tags)
         return RunLog(
-            folder, experiment.name, kind, f"{experiment.name}-{called}", every_tag, config
+            experiment.folder / place,
+            group=experiment.name,
+            type=kind,
+            name=f"{experiment.name}-{called}",
+            tags=(subject, experiment.network.name, *experiment.wandb.tags),
+            config=config,
         )
 
     def _base(self) -> TrainNetwork | None:
-        experiment = self.experiment
-        base = experiment.base
+        base = self.experiment.base
         if base is None or base.task is None:
             return None
-        section = experiment.config["base"]
-        config = {
-            **self.recipe(section),
-            "task": task_config(section["task"], base.task, with_tests=False),
-            "seed": base.seed,
-        }
-        step = TrainNetwork(
+        section = self.experiment.config["base"]
+        task = task_config(section["task"], base.task, with_tests=False)
+        return self.train(
+            section,
+            {"task": task, "seed": base.seed},
             name="base",
-            store=self.store,
-            config=config,
-            network=experiment.network,
+            what="base",
+            place=self.experiment.folder / "base/base.safetensors",
+            linked=TrainNetwork.file,
             recipe=base,
-            task=base.task,
-            trainer=experiment.trainer,
+            tasks={"base": base.task},
             log=self.log(None, "expert", "base", "base"),
         )
-        return self.add(step, "base", experiment.folder / "base/base.safetensors", step.output)
 
     def _initial(self, count: int, wider: WriteInitial | None) -> WriteInitial:
         experiment = self.experiment
         checkpoint = None if experiment.base is None else experiment.base.checkpoint
-        config = {
-            "network": self.network,
-            "classes": count,
-            "checkpoint": None if checkpoint is None else Path(checkpoint),
-        }
-        step = WriteInitial(
+        own = None if checkpoint is None else Path(checkpoint)
+        return self.add(
+            WriteInitial,
             name=f"initial-{count}",
-            store=self.store,
-            config=config,
+            what=f"initialisation for {count} classes",
+            place=experiment.folder / f"base/initial-{count}.safetensors",
+            linked=WriteInitial.file,
+            config={"network": self.network, "classes": count, "checkpoint": own},
             network=experiment.network,
             base=self.base,
             wider=wider,
         )
-        place = experiment.folder / f"base/initial-{count}.safetensors"
-        return self.add(step, f"initialisation for {count} classes", place, step.output)
 
 
 class _Seed:
@@ -194,38 +176,46 @@ class _Seed:
         """Add the seed's steps, and return the evaluation."""
         experiment = self.experiment
         calibration = experiment.calibration
-        config = {
-            "experiment": experiment.name,
-            "code": experiment.code.matrix.tolist(),
-            "decoders": experiment.config.get("decoders"),
-            "tasks": self._tasks(self.tasks, with_tests=True),
-            **self.samples,
-            "promise_samples": calibration.promise_samples,
-            "promise_alpha": calibration.promise_alpha,
-            "promise_confidence": calibration.promise_confidence,
-            "trainer": result_options(experiment.trainer, training=False),
-        }
         configs = experiment.config["methods"]
-        step = Evaluate(
+        merges = list(map(self._merge, experiment.methods, configs))
+        replicas = [self._copies(how) for how in experiment.replicas]
+        step = self.shared.add(
+            Evaluate,
             name="evaluate",
-            store=self.shared.store,
-            config=config,
+            **self._shown("evaluation"),
+            config={
+                "experiment": experiment.name,
+                "code": experiment.code.matrix.tolist(),
+                "decoders": experiment.config.get("decoders"),
+                "tasks": self._configs(self.tasks, with_tests=True),
+                **self.samples,
+                "promise_samples": calibration.promise_samples,
+                "promise_alpha": calibration.promise_alpha,
+                "promise_confidence": calibration.promise_confidence,
+                "trainer": result_options(experiment.trainer, training=False),
+            },
             experts=self.experts,
-            merges=list(map(self._merge, experiment.methods, configs)),
-            replicas=[self._copies(how) for how in experiment.replicas],
+            merges=merges,
+            replicas=replicas,
             tasks=self.tasks,
             trainer=experiment.trainer,
             experiment=experiment.of_seeds([self.seed]),
-            log=self.shared.log(self.seed, "evaluate", "evaluate"),
+            log=self.shared.log(self.seed, "evaluate", "evaluate", "evaluate"),
         )
-        self._add(step, "evaluation", self.folder)
-        self.shared.report(f"seed {self.seed}: report", self.folder, {self.seed: step})
+        self.shared.add(
+            Report, name="report", **self._shown("report"), evaluations={self.seed: step}
+        )
         return step
 
-    def _add(self, step: S, what: str, place: Path, target: Path | None = None) -> S:
-        return self.shared.add(step, f"seed {self.seed}: {what}", place, target)
+    def _shown(self, what: str, place: str = "", linked: str | None = None) -> dict[str, Any]:
+        """Return the fields by which a person finds a step's files, in the seed's folder."""
+        return {
+            "what": f"seed {self.seed}: {what}",
+            "place": self.folder / place,
+            "linked": linked,
+        }
 
-    def _tasks(self, names: Mapping[str, Any], *, with_tests: bool) -> list[Any]:
+    def _configs(self, names: Iterable[str], *, with_tests: bool) -> list[Any]:
         """Return the configuration of tasks, in their order, which decides which rows of the code are whose."""
         found = []
         for name in names:
@@ -238,59 +228,43 @@ class _Seed:
         places = self.experiment.expert.checkpoints
         made: dict[str, ExpertStep] = {}
         for name, place in places.items():
-            step = self._imported(name, place)
-            made[name] = self._add(step, f"expert {name}", self._place(name), step.folder)
+            made[name] = self._imported(name, place)
         for name in self.tasks:
             if name not in places:
-                trained = self._trained(name)
-                made[name] = self._add(trained, f"expert {name}", self._place(name), trained.folder)
+                made[name] = self._trained(name)
         return {name: made[name] for name in self.tasks}
 
-    def _place(self, task: str) -> Path:
-        return self.folder / "experts" / task
-
-    def _imported(self, name: str, place: str) -> ImportExpert:
+    def _imported(self, name: str, source: str) -> ImportExpert:
         task = self.tasks[name]
-        files = hub_weights(local_place(place)) if place.startswith(PREFIX) else [Path(place)]
-        config = {
-            "network": self.shared.network,
-            "task_name": name,
-            "classes": list(task.classes),
-            "place": place_config(place),
-            "files": files,
-        }
-        return ImportExpert(
+        return self.shared.add(
+            ImportExpert,
             name=f"expert-{name}",
-            store=self.shared.store,
-            config=config,
+            **self._shown(f"expert {name}", f"experts/{name}", linked=""),
+            config={
+                "network": self.shared.network,
+                "classes": list(task.classes),
+                **place_config(source),
+            },
             network=self.experiment.network,
             initial=self.shared.initial[task.num_classes],
-            place=place,
-            task=task,
+            source=source,
+            tasks={name: task},
         )
 
     def _trained(self, name: str) -> TrainNetwork:
-        experiment = self.experiment
-        section = experiment.config["expert"]
+        section = self.experiment.config["expert"]
         own = section["overrides"].get(name, {})
-        recipe = experiment.expert.of(name)
         task = self.tasks[name]
-        config = {
-            **self.shared.recipe({**section, **own}),
-            "task_name": name,
-            "task": task_config(experiment.config["tasks"][name], task, with_tests=False),
-            "seed": self.seed,
-        }
-        return TrainNetwork(
+        ((_, config),) = self._configs([name], with_tests=False)
+        return self.shared.train(
+            {**section, **own},
+            {"task": config, "seed": self.seed},
             name=f"expert-{name}",
-            store=self.shared.store,
-            config=config,
-            network=experiment.network,
-            recipe=recipe,
-            task=task,
-            trainer=experiment.trainer,
+            **self._shown(f"expert {name}", f"experts/{name}", linked=""),
+            recipe=self.experiment.expert.of(name),
+            tasks={name: task},
             initial=self.shared.initial[task.num_classes],
-            log=self.shared.log(self.seed, "expert", name, name),
+            log=self.shared.log(self.seed, "expert", f"expert-{name}", name),
         )
 
     def _statistic(self, which: Statistic) -> dict[str, EstimateStatistic]:
@@ -303,64 +277,62 @@ class _Seed:
         calibration = self.experiment.calibration
         fisher = calibration.options_of(which)
         tasks = self.tasks if which.data is DataChoice.pooled else {name: self.tasks[name]}
-        config = {
-            "statistic": which.name,
-            "kind": which.kind,
-            "data": which.data,
-            "mc_samples": None if fisher is None else fisher.mc_samples,
-            "task_name": name,
-            "tasks": self._tasks(tasks, with_tests=False),
-            **self.samples,
-        }
-        step = EstimateStatistic(
+        usual_kind = which.kind and calibration.fisher_kind  # Gram matrices have no kinds
+        usual = Statistic(which.name, calibration.fisher_data, usual_kind)
+        parts = [which.name] if which == usual else [which.name, which.kind, which.data]
+        file = "-".join(filter(None, parts))
+        place = f"statistics/{name}.{file}.safetensors"
+        return self.shared.add(
+            EstimateStatistic,
             name=f"{which.name}-{name}",
-            store=self.shared.store,
-            config=config,
+            **self._shown(f"{which} of {name}", place, EstimateStatistic.file),
+            config={
+                "statistic": which.name,
+                "kind": which.kind,
+                "data": which.data,
+                "mc_samples": None if fisher is None else fisher.mc_samples,
+                "tasks": self._configs(tasks, with_tests=False),
+                **self.samples,
+            },
             expert=self.experts[name],
             fisher=fisher,
             tasks=tasks,
             trainer=self.experiment.trainer,
         )
-        file = str(which.name)
-        is_usual_kind = which.kind in (None, calibration.fisher_kind)
-        if which.data != calibration.fisher_data or not is_usual_kind:
-            file = "-".join(str(part) for part in (which.name, which.kind, which.data) if part)
-        place = self.folder / f"statistics/{name}.{file}.safetensors"
-        return self._add(step, f"{which} of {name}", place, step.output)
 
-    def _merge(self, method: Method, section: Mapping[str, Any]) -> Merge:
+    def _merge(self, method: Method, section: Config) -> Merge:
         experiment = self.experiment
         trainer = None
         if method.is_trained:
             trainer = result_options(experiment.trainer, training=True)
-        config = {
-            "method": method_config(section, method),
-            "code": experiment.code.matrix.tolist(),
-            "tasks": self._tasks(self.tasks, with_tests=False),
-            **self.samples,
-            "trainer": trainer,
-        }
-        step = Merge(
+        statistics = {which: self._statistic(which) for which in method.statistics()}
+        return self.shared.add(
+            Merge,
             name=f"coded-{method.label}",
-            store=self.shared.store,
-            config=config,
+            **self._shown(method.label, "coded"),
+            config={
+                "method": method_config(section, method),
+                "code": experiment.code.matrix.tolist(),
+                "tasks": self._configs(self.tasks, with_tests=False),
+                **self.samples,
+                "trainer": trainer,
+            },
             method=method,
             experts=self.experts,
-            statistics={which: self._statistic(which) for which in method.statistics()},
+            statistics=statistics,
             initial=self.shared.widest if method.reads_initial else None,
             tasks=self.tasks,
             trainer=experiment.trainer,
             log=self.shared.log(self.seed, "method", method.label, method.label),
         )
-        return self._add(step, method.label, self.folder / "coded")
 
     def _copies(self, how: Compression) -> CompressExperts:
-        step = CompressExperts(
+        return self.shared.add(
+            CompressExperts,
             name=f"replicas-{how.name}",
-            store=self.shared.store,
+            **self._shown(f"replicas of {how.name}", "replicas"),
             config={"compression": asdict(how), "tasks": list(self.tasks)},
             compression=how,
             experts=self.experts,
             initial=self.shared.widest,
         )
-        return self._add(step, f"replicas of {how.name}", self.folder / "replicas")

@@ -12,10 +12,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,12 +24,12 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from coin.core.choices import check_integer
-from coin.core.processes import cores, rank_zero_info
+from coin.core.processes import cores, process_count, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
-from coin.pipeline.plan import Planned
-from coin.pipeline.step import JOB
+from coin.pipeline.experiment import Experiment
+from coin.pipeline.step import JOB, Step
 
 _LONG = 7 * 24 * 60  # minutes; submitit ends a job on this machine after two
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
@@ -64,9 +65,6 @@ class Launch:
         if self.workers > 1 and self.cluster is None:
             found = f"found launch.workers={self.workers} and no launch.cluster"
             raise ConfigurationError(f"{found}; set launch.cluster to local or slurm")
-        if self.slurm and self.cluster is not Cluster.slurm:
-            found = f"found launch.slurm and launch.cluster={self.cluster}"
-            raise ConfigurationError(f"{found}; set launch.cluster=slurm")
 
 
 class JobsFailedError(CoinError):
@@ -100,15 +98,14 @@ class Job:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def stages(steps: Sequence[Planned]) -> list[list[Planned]]:
+def stages(steps: Iterable[Step]) -> list[list[Step]]:
     """Return the remote steps that are to do, in stages: each needs no others than the earlier ones.
 
     What is not remote is made by the first job that needs it.
     """
-    found: list[list[Planned]] = []
+    found: list[list[Step]] = []
     ready: dict[str, int] = {}  # after how many stages what needs a step can run
-    for planned in steps:
-        step = planned.step
+    for step in steps:
         if step.is_done or step.key in ready:
             continue
         stage = max((ready.get(need.key, 0) for need in step.needs), default=0)
@@ -116,25 +113,27 @@ def stages(steps: Sequence[Planned]) -> list[list[Planned]]:
         if step.remote:
             ready[step.key] = stage + 1
             found += [[] for _ in range(stage + 1 - len(found))]
-            found[stage].append(planned)
+            found[stage].append(step)
     return found
 
 
-def run_as_jobs(steps: Sequence[Planned], launch: Launch, run: RunStep) -> None:
+def run_as_jobs(
+    experiment: Experiment, steps: Iterable[Step], launch: Launch, run: RunStep
+) -> None:
     """Run the remote steps that are to do as jobs, and wait for these.
 
     Raises JobsFailedError where some are not done then, ConfigurationError where submitit or SLURM refuses an option.
     """
     waiting = stages(steps)
-    every = [planned for stage in waiting for planned in stage]
+    every = list(chain(*waiting))
     if not every:
         return
-    jobs = _Jobs(launch, every[0], run)
+    jobs = _Jobs(experiment, every[0].store / ".jobs", launch, run)
     if launch.cluster is Cluster.slurm:
         jobs.submit(waiting)
     else:
         jobs.run_here(waiting)
-    failed = [planned for planned in every if not planned.step.is_done]
+    failed = [step for step in every if not step.is_done]
     if failed:
         why = jobs.why(failed[0])
         raise JobsFailedError(
@@ -145,8 +144,12 @@ def run_as_jobs(steps: Sequence[Planned], launch: Launch, run: RunStep) -> None:
 
 def check_launch(launch: Launch, store: Path) -> None:
     """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
-    if launch.cluster is not None:
-        _executor(launch, store / ".jobs")
+    if launch.cluster is None:
+        return
+    if process_count() > 1:
+        found = f"found {process_count()} processes that share every training"
+        raise ConfigurationError(f"{found}, and a launch section; leave out one")
+    _executor(launch, store / ".jobs")
 
 
 def _executor(launch: Launch, folder: Path) -> Any:
@@ -181,48 +184,45 @@ def _refusals(launch: Launch) -> Iterator[None]:
 class _Jobs:
     """The jobs of an experiment; a step's folder has the number of its job."""
 
-    def __init__(self, launch: Launch, first: Planned, run: RunStep) -> None:
-        experiment = first.experiment
+    def __init__(self, experiment: Experiment, folder: Path, launch: Launch, run: RunStep) -> None:
         text = yaml.safe_dump(experiment.of_seeds(experiment.seeds), sort_keys=False)
         digest = sha256(text.encode()).hexdigest()
         self.launch = launch
-        self.folder = first.step.store / ".jobs"
-        self.file = self.folder / f"{experiment.name}-{digest[:12]}.yaml"
+        self.folder = folder
+        self.file = folder / f"{experiment.name}-{digest[:12]}.yaml"
         write_text(self.file, text)
         self.run = run
-        self.executor = _executor(launch, self.folder)
+        self.executor = _executor(launch, folder)
 
-    def run_here(self, waiting: Sequence[Sequence[Planned]]) -> None:
-        """Run stages on this machine, one after the other, until one has failed."""
-        threads = max(1, cores() // self.launch.workers)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the jobs
-        for stage in waiting:
-            self._run_stage(stage)
-            if not all(planned.step.is_done for planned in stage):
-                return
-
-    def _run_stage(self, stage: Sequence[Planned]) -> None:
-        """Run a stage by several workers; their jobs end with this process."""
+    def run_here(self, waiting: Sequence[Sequence[Step]]) -> None:
+        """Run stages on this machine, one after the other, until one has failed; jobs end with this process."""
         workers = self.launch.workers
+        threads = max(1, cores() // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the jobs
         gpus = _gpus()
+        if len(gpus) < workers:  # several jobs have one
+            gpus = (gpus * workers)[:workers]
         jobs = []
         try:
-            for worker in range(min(workers, len(stage))):
-                share = _share(gpus, worker, workers)
-                self.executor.update_parameters(gpus_per_node=len(share), visible_gpus=share)
-                own = stage[worker::workers]
-                job = self.executor.submit(self._job(own))
-                jobs.append(job)
-                self._note(job, own)
-            for job in jobs:
-                job.wait()
+            for stage in waiting:
+                for worker in range(min(workers, len(stage))):
+                    own = gpus[worker::workers]
+                    self.executor.update_parameters(gpus_per_node=len(own), visible_gpus=own)
+                    share = stage[worker::workers]
+                    job = self.executor.submit(self._job(share))
+                    jobs.append(job)
+                    self._note(job, share)
+                for job in jobs:
+                    job.wait()
+                if not all(step.is_done for step in stage):
+                    return
         finally:
             for job in jobs:
                 if not job.done():
                     # The SIGINT that its cancel() sends is ignored in a shell's background.
                     os.kill(int(job.job_id), signal.SIGTERM)
 
-    def submit(self, waiting: Sequence[Sequence[Planned]]) -> None:
+    def submit(self, waiting: Sequence[Sequence[Step]]) -> None:
         """Submit stages to SLURM, each as an array that depends on the earlier ones, and wait for all.
 
         A step whose job is still in the queue is not submitted again.
@@ -237,38 +237,35 @@ class _Jobs:
                     # Otherwise it would wait for ever where an earlier one has failed.
                     slurm_additional_parameters={**given, "kill-on-invalid-dep": "yes"},
                 )
-            jobs += [self._number(planned) for planned in stage if self._number(planned) in queued]
-            new = [planned for planned in stage if self._number(planned) not in queued]
-            if not new:
-                continue
-            with _refusals(self.launch):
-                submitted = self.executor.submit_array([self._job([planned]) for planned in new])
-            for job, planned in zip(submitted, new, strict=True):
-                self._note(job, [planned])
-                jobs.append(str(job.job_id))
+            new = [step for step in stage if self._number(step) not in queued]
+            if new:
+                with _refusals(self.launch):
+                    submitted = self.executor.submit_array([self._job([step]) for step in new])
+                for job, step in zip(submitted, new, strict=True):
+                    self._note(job, [step])
+            jobs += map(self._number, stage)
         while not _queued().isdisjoint(jobs):
             time.sleep(_QUEUE_SECONDS)
 
-    def why(self, planned: Planned) -> str:
+    def why(self, step: Step) -> str:
         """Return the last line of a step's job, with its log; a job may be cancelled or killed before it writes."""
-        job = self._number(planned)
+        job = self._number(step)
         log = self.folder / f"{job}_0_log.err"
-        lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
-        said = [line for line in lines if line.strip()]
-        last = said[-1] if said else "cancelled or killed"
+        said = log.read_text(encoding="utf-8").strip() if log.is_file() else ""
+        last = said.rpartition("\n")[2] or "cancelled or killed"
         return f"job {job}: {last} (see {log})"
 
-    def _job(self, steps: Sequence[Planned]) -> Job:
-        return Job(self.run, self.file, [planned.step.folder.name for planned in steps])
+    def _job(self, steps: Sequence[Step]) -> Job:
+        return Job(self.run, self.file, [step.folder.name for step in steps])
 
-    def _note(self, job: Any, steps: Sequence[Planned]) -> None:
-        for planned in steps:
-            write_text(planned.step.folder / JOB, str(job.job_id))
-            rank_zero_info(f"job {job.job_id}: {planned.what}")
+    def _note(self, job: Any, steps: Sequence[Step]) -> None:
+        for step in steps:
+            write_text(step.folder / JOB, str(job.job_id))
+            rank_zero_info(f"job {job.job_id}: {step.what}")
 
-    def _number(self, planned: Planned) -> str:
+    def _number(self, step: Step) -> str:
         """Return the number of a step's job; "" without one."""
-        file = planned.step.folder / JOB
+        file = step.folder / JOB
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
@@ -278,13 +275,6 @@ def _gpus() -> list[int]:
     if given:
         return [int(number) for number in given.split(",")]
     return list(range(torch.cuda.device_count()))
-
-
-def _share(gpus: list[int], worker: int, workers: int) -> list[int]:
-    """Return a worker's GPUs; with fewer GPUs than workers, several have one."""
-    if worker < len(gpus):
-        return gpus[worker::workers]
-    return [gpus[worker % len(gpus)]] if gpus else []
 
 
 def _queued() -> set[str]:

@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from torch.utils._pytree import tree_leaves
 
 from coin.core.versions import versions
+from coin.data import TaskData
 from coin.errors import CoinWarning, FileError
-from coin.files.atomic import sha256_of, write_text
+from coin.files.atomic import link, sha256_of, write_text
 from coin.pipeline.options import with_sources
 
 STORE = ".steps"
@@ -39,7 +40,9 @@ class Step(ABC):
     """One step. What decides its results is its `config`, as in the experiment's file, and the steps among its fields.
 
     `name` is unique in an experiment's seed. A class has a `version`, raised when the numbers that it makes change. A
-    `collective` step is run by all processes together, another by the first one; a `remote` one is worth a job.
+    `collective` step is run by all processes together, another by the first one; a `remote` one is worth a job. A
+    person reads `what` it makes, and finds it at `place`: a link to what its folder has of the name `linked` ("" is the
+    folder), or with None a folder of links to all its files.
     """
 
     version: ClassVar[int] = 1
@@ -51,6 +54,10 @@ class Step(ABC):
     name: str
     store: Path
     config: Mapping[str, Any] = field(default_factory=dict)  # a file that a user named is a `Path`
+    what: str = ""
+    place: Path = Path()
+    linked: str | None = None
+    tasks: Mapping[str, TaskData] = field(default_factory=dict)  # whose data it reads
 
     @abstractmethod
     def run(self) -> None:
@@ -103,21 +110,25 @@ class Step(ABC):
         every = sorted(self.folder.iterdir())
         return [path for path in every if path.name not in _OWN and not path.name.startswith(".")]
 
+    def publish(self) -> None:
+        """Link the finished step's files."""
+        if self.linked is not None:
+            link(self.place, self.folder / self.linked)
+            return
+        for path in self.shown:
+            link(self.place / path.name, path)
+
     @property
     def is_done(self) -> bool:
         """Whether its folder is finished."""
         return (self.folder / DONE).is_file()
 
-    @property
-    def other_versions(self) -> str:
-        """The versions of coin and torch that made a finished step, where they are not those of now; or ''."""
-        if not self.is_done:
-            return ""
-        made_by = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
+    def made_by(self) -> str:
+        """Return by which versions of coin and torch it was made, in brackets, if they are not those of now; or ""."""
+        made = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["versions"]
         current = versions()
-        return ", ".join(
-            f"{name} {made_by[name]}" for name in _COMPARED if made_by[name] != current[name]
-        )
+        others = [f"{name} {made[name]}" for name in _COMPARED if made[name] != current[name]]
+        return f" (made by {', '.join(others)})" if others else ""
 
     def finish(self, seconds: float) -> None:
         """Mark its folder as finished, with its options, the versions and the seconds that it took."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from coin.coding.decoder_config import REPLICA
-from coin.core.choices import check_integer, check_number
+from coin.core.choices import check_number
 from coin.reporting.standins import as_printed, standins
 from coin.reporting.summary import REFERENCES, read_run
 
@@ -36,7 +36,7 @@ def _most_accurate(kept: pd.DataFrame) -> "pd.Series[Any]":
     return kept.iloc[best]
 
 
-def weakness(row: "pd.Series[Any]") -> str:
+def _weakness(row: "pd.Series[Any]") -> str:
     """Return what is wrong with the experts of a row of `standins`, so that nothing can be recommended; "" if nothing.
 
     One is hardly more often right than chance, or all are so weak that the row is far above them.
@@ -52,18 +52,17 @@ def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     costs = ["memory_mib", "resident_mib", "forwards"]
     goods = kept[["nda_mean", "losses", *costs]].apply(as_printed)
     goods[costs] = -goods[costs]
-    is_beaten = []
-    for own in goods.to_numpy():
-        is_as_good = (goods >= own).all(axis=1)
-        is_better = (goods > own).any(axis=1)
-        is_beaten.append((is_as_good & is_better).any())
-    return ~pd.Series(is_beaten, index=kept.index, dtype=bool)
+    own = goods.to_numpy()
+    others = own[:, None]  # [S, 1, 5] beside own [S, 5]
+    is_as_good = (others >= own).all(axis=2)
+    is_better = (others > own).any(axis=2)
+    is_beaten = (is_as_good & is_better).any(axis=0)
+    is_known = goods.notna().all(axis=1)
+    return is_known & ~pd.Series(is_beaten, index=kept.index)
 
 
 def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `standins` to look at first: every method's best decoder, and the `recommended` one."""
-    if kept.empty:
-        return pd.Series(dtype=bool)
+    """Return which of some `standins` to look at first: every method's best decoder, and the `recommended` one."""
     best = kept.groupby("method")["nda_mean"].idxmax()
     is_first = kept.index.isin([*best, recommended(kept).name])
     return pd.Series(is_first, index=kept.index)
@@ -97,15 +96,10 @@ def choose(
     coin.errors.FileError: found neither 'results.csv' nor 'seed-*/results.csv' in 'runs/nowhere', expected ...
     """
     _, frame = read_run(Path(folder))
-    num_lost = frame.task.nunique() if losses == "all" else losses
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
-    check_integer("losses", num_lost, 1)
-    limits = []
+    num_lost = frame.task.nunique() if losses == "all" else losses
     most = {"memory_mib": memory_mib, "resident_mib": resident_mib, "forwards": forwards}
-    for column, limit in most.items():
-        if limit is not None:
-            check_number(column, limit, low=0)
-            limits.append(f"{column} <= {float(limit)}")
+    limits = [f"{name} <= {float(limit)}" for name, limit in most.items() if limit is not None]
     return choose_from(standins(frame), accuracy, limits, num_lost)
 
 
@@ -118,7 +112,7 @@ def choose_from(
     """Do what `choose` does with rows of `standins`; `limits` are conditions on its columns."""
     if kept.empty:
         return kept, "Nothing can be recommended: no stand-in has a known NDA and memory."
-    found = weakness(recommended(kept))
+    found = _weakness(recommended(kept))
     if found:
         return kept[:0], f"Nothing can be recommended: {found}."
 
@@ -141,7 +135,7 @@ def choose_from(
     return rows, f"{nearest}."
 
 
-def in_words(row: "pd.Series[Any]") -> str:
+def _in_words(row: "pd.Series[Any]") -> str:
     """Return what a row of `standins` is called in a sentence, with its decoder if it has one."""
     name = "the survivors alone" if row.method == REFERENCES[0] else row.method
     return f"{name} with {row.decoder}".removesuffix(f" with {REPLICA}")
@@ -151,4 +145,4 @@ def _described(row: "pd.Series[Any]") -> str:
     accuracy = f"{100 * row.nda_worst:.2f} % of the lost expert's accuracy on the worst task, {row.worst_task}"
     memory = f"{row.memory_mib:.3g} MiB, {row.resident_mib:.3g} MiB resident"
     costs = f"forwards {row.forwards:g}; up to {row.losses:g} lost at once"
-    return f"{in_words(row)} ({accuracy}; {memory}; {costs})"
+    return f"{_in_words(row)} ({accuracy}; {memory}; {costs})"

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, FileSystemLoader
 
 from coin.files.atomic import atomic_path, write_text
 from coin.reporting.choice import choose_from, shortlist
 from coin.reporting.figures import as_png, nda_against_memory
-from coin.reporting.results import as_json, read_document
+from coin.reporting.results import read_document
 from coin.reporting.standins import standins
 from coin.reporting.summary import read_run
 from coin.reporting.tables import BEST, LEGEND, experts_line, standin_table
@@ -23,15 +24,14 @@ PLOT = "plots/nda_against_memory.png"
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write ``report.html`` and ``plots/*.png`` from the files of an experiment alone, and return the page's path.
 
-    The page needs no network and no second file. Raises FileError where the folder holds no results, a file is damaged,
-    or results are of other experts than those there.
+    The page needs no network and no second file. Raises FileError where the folder holds no results, or a file is
+    damaged.
 
     Args:
         folder: An experiment (``runs/NAME``) or a single seed (``runs/NAME/seed-0``).
-        output: The HTML file, or a folder for ``report.html``; by default `folder`.
+        output: The HTML file; by default ``report.html`` in `folder`.
     """
-    place = output or folder
-    path = place if place.suffix == ".html" and output else place / REPORT_HTML
+    path = output or folder / REPORT_HTML
     seeds, frame = read_run(folder)
     kept = standins(frame)
     document = read_document(seeds[0])
@@ -43,19 +43,17 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         with atomic_path(path.parent / PLOT) as temporary:
             temporary.write_bytes(png)
 
-    config = seeds[0] / "config.yaml"
-    options = config.read_text(encoding="utf-8") if config.is_file() else as_json(configuration)
     versions = [f"{package} {version}" for package, version in document["versions"].items()]
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("report.html.jinja").render(
         name=str(frame["experiment"].iloc[0]),
         sentence=choose_from(kept)[1],
         experts=experts_line(frame),
-        table=_html(standin_table(kept)),
+        table=_html(standin_table(standins(frame, oracle=True))),
         legend=LEGEND,
         image=base64.b64encode(png).decode(),
         made=", ".join([document["date"], document["machine"], *versions]),
-        options=options,
+        options=yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True),
     )
     write_text(path, page)
     return path

@@ -118,8 +118,6 @@ def write_results(
     configuration: Mapping[str, Any],
     confusions: Mapping[str, Counts] | None = None,
     methods: Sequence[Mapping[str, Any]] = (),
-    classes: Mapping[str, Sequence[str]] | None = None,
-    wandb_url: str | None = None,
 ) -> None:
     """Write ``results.csv``, ``results.json`` (with versions, date and machine) and, of confusions, ``confusion.npz``.
 
@@ -129,16 +127,10 @@ def write_results(
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
         methods: The metadata of every coded model: its label, its BatchNorm policy, and the choices made.
-        classes: The names of every task's classes.
-        wandb_url: The address of the evaluation's W&B run; None where it is not online.
 
-    Raises ConfigurationError where two rows measure the same thing, or a task is called ``mean``.
+    Raises ConfigurationError where two rows measure the same thing.
     """
-    frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
-    if (frame["task"] == "mean").any():
-        raise ConfigurationError(
-            "found a task called 'mean', the name of the mean over tasks; rename the task"
-        )
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
     twice = frame[frame.duplicated(["seed", "method", "decoder", "erased", "task"])]
     if len(twice):
         first = twice.iloc[0]
@@ -150,11 +142,9 @@ def write_results(
         "rows": frame,
         "methods": list(methods),
         "configuration": dict(configuration),
-        "classes": classes or {},
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "wandb": wandb_url,
     }
     text = as_json(document)
     if confusions is not None:
@@ -188,29 +178,19 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 def read_document(folder: Path) -> dict[str, Any]:
     """Return ``results.json``: configuration, methods, versions …; FileError where it is missing or damaged."""
-    return _read_json(folder / RESULTS_JSON)
-
-
-def check_current(seed_folder: Path) -> None:
-    """Raise FileError where a seed's results are of other experts than those in its folder.
-
-    ``experts`` in the configuration of ``results.json`` has the key of every task's expert, and so has
-    ``experts/TASK/done.json``. Where one of them does not say it, nothing is checked.
-    """
-    recorded = read_document(seed_folder)["configuration"].get("experts") or {}
-    for task, key in recorded.items():
-        path = seed_folder / "experts" / task / "done.json"
-        if path.is_file() and _read_json(path).get("key") != key:
-            raise FileError(
-                f"the results in '{seed_folder}' are of another expert '{task}' than the one in its folder; "
-                "run `coin run` again"
-            )
+    path = folder / RESULTS_JSON
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}"
+        ) from error
+    return document
 
 
 def confusion_key(row: Row) -> str:
-    """Return a row's name in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``, with the requested policy."""
-    policy = requested_policy(row.batchnorm)
-    return "|".join([row.method, policy, row.decoder, row.erased, row.task])
+    """Return a row's name in ``confusion.npz``: ``method|decoder|erased|task``."""
+    return "|".join([row.method, row.decoder, row.erased, row.task])
 
 
 def write_promises(folder: Path, promises: pd.DataFrame) -> None:
@@ -245,17 +225,3 @@ def as_json(document: Any) -> str:
     text = json.dumps(document, default=plain)
     finite = json.loads(text, parse_constant=lambda name: None)
     return json.dumps(finite, indent=1, allow_nan=False, ensure_ascii=False)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(
-            f"found no file '{path}', expected an evaluated run; make it with `coin run`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise FileError(
-            f"'{path}' cannot be read as JSON ({first_line(error)}); {how_to_redo(path)}"
-        ) from error
-    return document

@@ -1,21 +1,16 @@
 """An experiment's seeds and their rows, and ``summary.csv``: mean and spread over the seeds."""
 
 import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from coin.errors import CoinWarning, FileError
-from coin.files.atomic import write_text
+from coin.errors import FileError
 from coin.reporting.results import (
     KEYS,
     NUMBERS,
     RESULTS_CSV,
-    check_current,
-    read_document,
     read_results,
     requested_policy,
     write_frame,
@@ -62,8 +57,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 def write_summary(folder: Path) -> pd.DataFrame:
     """Write and return ``summary.csv`` of an experiment's ``seed-*/results.csv``; FileError where one is unreadable."""
-    _, frame = read_run(folder)
-    summary = summarise(frame)
+    summary = summarise(read_run(folder)[1])
     write_frame(folder / SUMMARY_CSV, summary)
     return summary
 
@@ -71,61 +65,27 @@ def write_summary(folder: Path) -> pd.DataFrame:
 def seed_folders(folder: Path) -> list[Path]:
     """Return an experiment's folders ``seed-*`` that hold results, by increasing seed, or the one seed's that is given.
 
-    They are the seeds of its last whole run (`write_seeds`), or all where none has ended. Seeds with other options than
-    the latest one would spoil a mean: they are left out, with a warning that names them.
-    Raises FileError where there are no results.
+    They are the seeds of its last whole run (``seeds.json``): the folder may hold others, of other options; all where
+    none has ended. Raises FileError where there are no results.
     """
     if (folder / RESULTS_CSV).is_file():
         return [folder]
     found = [path.parent for path in folder.glob(f"seed-*/{RESULTS_CSV}")]
+    if (folder / SEEDS_JSON).is_file():
+        seeds = json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))["seeds"]
+        found = [path for path in found if path.name in [f"seed-{seed}" for seed in seeds]]
     if not found:
         raise FileError(
             f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
             "experiment or of one seed; make it with `coin run`"
         )
-    found.sort(key=lambda seed: (len(seed.name), seed.name))
-    if (folder / SEEDS_JSON).is_file():
-        last_run = json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))
-        names = [f"seed-{seed}" for seed in last_run["seeds"]]
-        found = [seed for seed in found if seed.name in names] or found
-    documents = [read_document(seed) for seed in found]
-    latest = max(documents, key=lambda document: str(document["date"]))
-    kept = []
-    others = []
-    for seed, document in zip(found, documents, strict=True):
-        if _options(document) == _options(latest):
-            kept.append(seed)
-        else:
-            others.append(seed.name)
-    if others:
-        told = f"left out {', '.join(others)}: measured with other options than the latest seed"
-        warnings.warn(told, CoinWarning, stacklevel=2)
-    return kept
-
-
-def _options(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of ``results.json`` without what the seeds of one experiment differ in."""
-    of_seed = ("seed", "seeds", "experts")
-    configuration = document["configuration"]
-    return {name: value for name, value in configuration.items() if name not in of_seed}
-
-
-def write_seeds(folder: Path, seeds: Sequence[int]) -> None:
-    """Record the seeds of an experiment's run that has ended: the folder may hold others, of other options."""
-    text = json.dumps({"seeds": list(seeds)})
-    path = folder / SEEDS_JSON
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    return sorted(found, key=lambda seed: (len(seed.name), seed.name))
 
 
 def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:
     """Return the seeds' folders of an experiment (or the one seed's folder that is given), and all their rows.
 
-    Raises FileError where there are no results, a file is damaged, or results are of other experts than those there.
+    Raises FileError where there are no results, or a file is damaged.
     """
     seeds = seed_folders(folder)
-    frames = []
-    for seed in seeds:
-        check_current(seed)
-        frames.append(read_results(seed))
-    return seeds, pd.concat(frames, ignore_index=True)
+    return seeds, pd.concat(map(read_results, seeds), ignore_index=True)

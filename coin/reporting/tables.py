@@ -25,27 +25,25 @@ def standin_table(kept: pd.DataFrame) -> pd.DataFrame:
     table = {"method": kept.method, "decoder": kept.decoder, "NDA": ndas + stars}
     for column in map(str, kept.filter(regex=r"^nda_\d+_lost$")):
         table[column.replace("nda", "NDA").replace("_", " ")] = kept[column].map(percent)
-    return pd.DataFrame(
-        table
-        | {
-            "worst task": kept.nda_worst.map(percent),
-            "memory MiB": kept.memory_mib.map(mebibytes),
-            "resident MiB": kept.resident_mib.map(mebibytes),
-            "forwards": kept.forwards.map("{:g}".format),
-            "lost": kept.losses.map("{:g}".format),
-            "agreement": kept.agreement.map(percent),
-            "merge s": kept.merge_seconds.map("{:,.1f}".format),
-            "merge passes": kept.merge_passes.map("{:,.0f}".format),
-        }
-    )
+    table |= {
+        "worst task": kept.nda_worst.map(percent),
+        "memory MiB": kept.memory_mib.map(mebibytes),
+        "resident MiB": kept.resident_mib.map(mebibytes),
+        "forwards": kept.forwards.map("{:g}".format),
+        "lost": kept.losses.map("{:g}".format),
+        "agreement": kept.agreement.map(percent),
+        "merge s": kept.merge_seconds.map("{:,.1f}".format),
+        "merge passes": kept.merge_passes.map("{:,.0f}".format),
+    }
+    return pd.DataFrame(table).replace("nan", "–")  # the oracle keeps nothing
 
 
-def percent(mean: float, spread: float = math.nan, digits: int = 2) -> str:
+def percent(mean: float, spread: float = math.nan) -> str:
     """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
     if math.isnan(mean):
         return "–"
-    text = f"{100 * mean:.{digits}f}"
-    return text if math.isnan(spread) else f"{text} ± {100 * spread:.{digits}f}"
+    text = f"{100 * mean:.2f}"
+    return text if math.isnan(spread) else f"{text} ± {100 * spread:.2f}"
 
 
 def percents(means: "pd.Series[float]", spreads: "pd.Series[float]") -> "pd.Series[str]":

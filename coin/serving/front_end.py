@@ -3,29 +3,16 @@
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
 from coin.serving.breaker import Breaker, Call
 from coin.serving.hedge import HedgeTimer
 from coin.serving.limits import Limits
-from coin.serving.servers import Reply
-from coin.serving.system import Decoded, System
+from coin.serving.system import Answer, System
 
 # The requests of a query's inputs, by server and the expert that it is asked as.
 Shared = dict[tuple[str, int], asyncio.Future[Any]]
-
-
-class Answer(NamedTuple):
-    """The answer for one expert: its server's reply, a replica's, or what was decoded from the others'."""
-
-    reply: Reply | Decoded
-    answered_by: tuple[str, ...]
-
-    @property
-    def decoded(self) -> bool:
-        """Whether it was decoded."""
-        return isinstance(self.reply, Decoded)
 
 
 class FrontEnd:
@@ -191,10 +178,10 @@ class _Query:
         is_whole = self._own in replies or self._stand_ins.which == "replica"
         if replies and is_whole:
             name = self._own if self._own in replies else next(iter(replies))
-            return Answer(replies[name], (name,))
+            return Answer(replies[name].logits, (name,))
         if not self._stand_ins.suffice(self._expert, replies):
             return None
-        return Answer(self._front.system.decode(self._expert, replies), tuple(replies))
+        return self._front.system.decode(self._expert, replies)
 
     def _failure(self) -> ServingError:
         """Return why there is no answer."""

@@ -21,9 +21,8 @@ from torch import Tensor
 from coin.coding.promise import answer_score
 from coin.data.image_io import DAMAGE, to_square
 from coin.errors import DataError, first_line
-from coin.serving.front_end import Answer
 from coin.serving.limits import Limits
-from coin.serving.system import Decoded, System
+from coin.serving.system import Answer, System
 
 ALL = "all"  # the model that answers for every task
 
@@ -68,22 +67,16 @@ class InferRequest(BaseModel, strict=True):
     outputs: Annotated[list[RequestedOutput], Field(max_length=1000)] = []
 
 
-def outputs_of(system: System, model: str, task: str) -> dict[str, dict[str, Any]]:
-    """Return the names, types and shapes of a task's outputs in a model, by what they are."""
-    found = {}
-    for kind, datatype in DATATYPES.items():
-        name = f"{task}.{kind}" if model == ALL else kind
-        shape = [-1, len(system.classes[task])] if kind == "probabilities" else [-1]
-        if kind != "accepted" or system.promise:
-            found[kind] = {"name": name, "datatype": datatype, "shape": shape}
-    return found
-
-
-def outputs(system: System, model: str) -> list[dict[str, Any]]:
-    """Return the names, types and shapes of a model's outputs."""
-    found: list[dict[str, Any]] = []
+def outputs(system: System, model: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return a model's outputs: the task and what of it, with their names, types and shapes."""
+    found = []
     for task in _tasks(system, model):
-        found += outputs_of(system, model, task).values()
+        for kind, datatype in DATATYPES.items():
+            if kind == "accepted" and not system.promise:
+                continue
+            name = f"{task}.{kind}" if model == ALL else kind
+            shape = [-1, len(system.classes[task])] if kind == "probabilities" else [-1]
+            found.append((task, kind, {"name": name, "datatype": datatype, "shape": shape}))
     return found
 
 
@@ -100,7 +93,7 @@ def metadata(system: System, model: str) -> dict[str, Any]:
         "platform": f"coin ({system.stand_ins.policy}, {system.variant})",
         "parameters": parameters,
         "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}],
-        "outputs": outputs(system, model),
+        "outputs": [output for _, _, output in outputs(system, model)],
     }
 
 
@@ -109,14 +102,15 @@ def response(
 ) -> dict[str, Any]:
     """Return the response to a request, whose answers took so many seconds."""
     requested = {output.name for output in request.outputs}
+    by_task = dict(zip(_tasks(system, model), answers, strict=True))
+    data = {task: _data(system.classes[task], answer) for task, answer in by_task.items()}
     found = []
-    for task, answer in zip(_tasks(system, model), answers, strict=True):
-        data = _data(system.classes[task], answer)
-        for kind, output in outputs_of(system, model, task).items():
-            if not requested or output["name"] in requested:
-                shape = [len(answer.reply.logits), *output["shape"][1:]]
-                own = {"shape": shape, "data": data[kind], "parameters": _parameters([answer])}
-                found.append(output | own)
+    for task, kind, output in outputs(system, model):
+        if not requested or output["name"] in requested:
+            shape = [len(by_task[task].logits), *output["shape"][1:]]
+            parameters = _parameters([by_task[task]])
+            own = {"shape": shape, "data": data[task][kind], "parameters": parameters}
+            found.append(output | own)
     named = {"model_name": model, "model_version": "1"}
     if request.id is not None:
         named["id"] = request.id
@@ -129,11 +123,11 @@ def _tasks(system: System, model: str) -> list[str]:
 
 def _data(classes: Sequence[str], answer: Answer) -> dict[str, list[Any]]:
     """Return the data of an answer's outputs, by name."""
-    logits = answer.reply.logits[:, : len(classes)]  # [B, C] without what pads them
+    logits = answer.logits[:, : len(classes)]  # [B, C] without what pads them
     predicted = logits.argmax(1).tolist()
     accepted = [True] * len(logits)  # a promise covers the expert's own answers
-    if isinstance(answer.reply, Decoded):
-        accepted = answer.reply.accepted.tolist()
+    if answer.accepted is not None:
+        accepted = answer.accepted.tolist()
     return {
         "probabilities": logits.softmax(1).flatten().tolist(),
         "class": predicted,
@@ -160,7 +154,7 @@ def parse(body: bytes, model: str, system: System, limits: Limits) -> tuple[Infe
         where = ".".join(map(str, first["loc"])) or "the body"
         message = f"found a request that is wrong at {where} ({first['msg']}), expected plain JSON (binary_data=False)"
         raise DataError(message) from error
-    known = [output["name"] for output in outputs(system, model)]
+    known = [output["name"] for _, _, output in outputs(system, model)]
     for output in request.outputs:
         if output.name not in known:
             raise DataError(f"found output '{output.name}', expected some of {', '.join(known)}")
@@ -183,21 +177,22 @@ def read_images(files: Sequence[bytes], image_size: int, most_pixels: int = 2**2
     Square images of one smaller size keep that size; others are centre-cropped. Raises `DataError` if a file is no PNG
     or JPEG image of 8 bits a channel, is damaged, all have too many pixels, or small ones differ in size.
     """
-    images = [_opened(file) for file in files]
-    pixels = sum(image.width * image.height for image in images)
-    if pixels > most_pixels:
-        raise RefusedError(
-            f"found {pixels} pixels, expected at most {most_pixels} a query; shrink the images", 413
-        )
-    squares = []
     try:
-        for image in images:
-            is_small = image.width == image.height <= image_size
-            side = image.width if is_small else image_size
-            squares.append(to_square(image, side))
+        images = [Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) for file in files]
+        pixels = sum(image.width * image.height for image in images)
+        if pixels > most_pixels:
+            raise RefusedError(
+                f"found {pixels} pixels, expected at most {most_pixels} a query; shrink the images",
+                413,
+            )
+        squares = [_square(image, image_size) for image in images]
+    except DataError:  # which is a ValueError
+        raise
     except DAMAGE as error:
         reason = first_line(error)
-        raise DataError(f"found a damaged image ({reason}), expected PNG or JPEG") from error
+        raise DataError(
+            f"found no whole image ({reason}), expected PNG or JPEG files in base64"
+        ) from error
     if len({square.shape for square in squares}) > 1:
         raise DataError(
             f"found small images of different sizes, expected one; resize them to {image_size} pixels"
@@ -205,19 +200,11 @@ def read_images(files: Sequence[bytes], image_size: int, most_pixels: int = 2**2
     return torch.stack(squares)
 
 
-def _opened(file: bytes) -> Image.Image:
-    """Open a PNG or JPEG file without decoding it; raises `DataError` if it is none."""
-    try:
-        image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
-    except Image.DecompressionBombError as error:  # PIL's own limit, which is far above ours
-        reason = first_line(error)
-        raise RefusedError(
-            f"found an image that is too large ({reason}); shrink it", 413
-        ) from error
-    except DAMAGE as error:
-        raise DataError("found no image, expected a PNG or JPEG file in base64") from error
+def _square(image: Image.Image, image_size: int) -> Tensor:
+    """Return an image as `read_images` does, decoded."""
     if image.mode.startswith(("I", "F")):
         raise DataError(
             f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
         )
-    return image
+    is_small = image.width == image.height <= image_size
+    return to_square(image, image.width if is_small else image_size)

@@ -49,7 +49,6 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         check_number("port", self.port, low=1, high=65536)
-        check_number("gpus", self.gpus, low=0)
 
 
 class ModelProcess:

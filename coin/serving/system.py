@@ -20,11 +20,17 @@ from coin.serving.policies import PolicyKind, StandIns
 from coin.serving.servers import NetworkServer, Reply
 
 
-class Decoded(NamedTuple):
-    """A decoded answer's logits ``[B, C]``, and whether a promise covers it, bool ``[B]``."""
+class Answer(NamedTuple):
+    """The answer for one expert: its server's, a replica's, or what was decoded from the others'."""
 
-    logits: Tensor
-    accepted: Tensor
+    logits: Tensor  # [B, C]
+    answered_by: tuple[str, ...]
+    accepted: Tensor | None = None  # of a decoded answer: whether a promise covers it, bool [B]
+
+    @property
+    def decoded(self) -> bool:
+        """Whether it was decoded."""
+        return self.accepted is not None
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class System:
         most = 1 if self.holds_copies else None  # an expert's own server has one file
         return lru_cache(maxsize=most)(partial(self.network, device=device))
 
-    def decode(self, expert: int, replies: Mapping[str, Reply]) -> Decoded:
+    def decode(self, expert: int, replies: Mapping[str, Reply]) -> Answer:
         """Return an expert's answer from the replies of servers that stand in for it.
 
         By the decoder of the missing experts; without one, or without all coded models, by the code's equations.
@@ -121,9 +127,9 @@ class System:
             present = [place for place in range(len(experts)) if place not in missing]
             matrix = self.stand_ins.code.matrix[rows]
             lost = decode_linear(matrix, answers.coded[rows], answers.experts[present], missing)
-            return Decoded(lost[missing.index(expert)], accepted)
+            return Answer(lost[missing.index(expert)], tuple(replies), accepted)
         logits = decoder.decode(answers)[missing.index(expert)]
         if expert in decoder.promises:
             names = list(self.classes.values())[expert]
             accepted = decoder.accepted(expert, answer_score(logits[:, : len(names)]))
-        return Decoded(logits, accepted)
+        return Answer(logits, tuple(replies), accepted)

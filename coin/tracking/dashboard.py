@@ -24,8 +24,6 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
     Returns its address. Raises ConfigurationError where that cannot be: offline, or there is no run of an evaluation.
     """
     entity, _, called = project.rpartition("/")
-    if not called or "/" in entity:
-        raise ConfigurationError(f"found project '{project}', expected ENTITY/PROJECT or PROJECT")
     mode = os.environ.get("WANDB_MODE")
     if mode in OFFLINE_MODES:
         raise ConfigurationError(

@@ -1,19 +1,17 @@
 """A seed's evaluation in W&B: numbers in the summary of its run, one table of all rows, few pictures."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import wandb
-from PIL import Image
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.choice import shortlist
-from coin.reporting.figures import as_png, nda_against_memory
+from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
-from coin.reporting.standins import standins
+from coin.reporting.standins import STAND_IN, standins
 from coin.reporting.summary import REFERENCES
 
 
@@ -30,19 +28,15 @@ def log_evaluation(
     ``best_resident_mib``. The table ``results`` has all rows; ``confusion/TASK`` is a chart of the best method's counts
     ``[C, C]``.
     """
-    frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
     cells: Any = frame.astype(object).where(frame.notna(), None)  # W&B's charts stumble over NaN
     logged: dict[str, Any] = {"results": wandb.Table(dataframe=cells)}
     kept = standins(frame)
     if len(kept):
-        png = as_png(nda_against_memory(kept[shortlist(kept)]), dpi=110)
-        logged["nda_against_memory"] = wandb.Image(Image.open(io.BytesIO(png)))
+        logged["nda_against_memory"] = wandb.Image(nda_against_memory(kept[shortlist(kept)]))
     alone = frame[frame["erased"] == frame["task"]]
-    pairs = alone.groupby(["method", "decoder"], sort=False)["nda"]
-    means = pairs.mean(skipna=False).dropna().reset_index()
-    numbers: dict[str, Any] = {}
-    for pair in means.itertuples():
-        numbers[f"nda/{pair.method}/{pair.decoder}"] = pair.nda
+    means: Any = alone.groupby(STAND_IN, sort=False)["nda"].mean(skipna=False).dropna()
+    numbers = {f"nda/{method}/{decoder}": nda for (method, decoder), nda in means.items()}
 
     coded = kept[~kept["method"].isin(REFERENCES) & (kept["decoder"] != REPLICA)]
     if len(coded):
@@ -50,7 +44,7 @@ def log_evaluation(
         numbers["nda_mean_best"] = best["nda_mean"]
         for name in ("method", "decoder", "memory_mib", "resident_mib"):
             numbers[f"best_{name}"] = best[name]
-        is_best = (alone["method"] == best["method"]) & (alone["decoder"] == best["decoder"])
+        is_best = (alone[STAND_IN] == best[STAND_IN]).all(axis=1)
         for place in alone.index[is_best]:
             row = rows[place]
             title = f"{row.method}, {row.decoder}: expert (actual) against decoded, {row.task} lost"

@@ -37,24 +37,22 @@ def record_evaluation(
     rows = [_row(each, name, tasks) for each in model.measurements]
     pairs = list(zip(rows, model.measurements, strict=True))
     confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
-    classes = {task: data.classes for task, data in tasks.tasks.items()}
-    runs = [each.experiment for each in trainer.loggers if isinstance(each, WandbLogger)]
-    urls = [run.url for run in runs if isinstance(run.url, str)]
     made = {
         "tasks": list(model.tasks),
         "code": model.code.matrix.tolist(),
         "network_mib": model.network_nbytes / 2**20,
         **configuration,
     }
-    url = urls[0] if urls else None
-    write_results(folder, rows, made, confusions, _methods(model), classes, url)
+    write_results(folder, rows, made, confusions, _methods(model))
     model.save_systems(folder / "systems")
     write_promises(folder, _promises(pairs))
-    for run in runs:
-        from coin.tracking.evaluation import log_evaluation  # imports wandb
+    classes = {task: data.classes for task, data in tasks.tasks.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            from coin.tracking.evaluation import log_evaluation  # imports wandb
 
-        with logging_only("the evaluation"):
-            log_evaluation(run, rows, confusions, classes)
+            with logging_only("the evaluation"):
+                log_evaluation(logger.experiment, rows, confusions, classes)
 
 
 def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:

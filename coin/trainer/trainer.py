@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from coin.callbacks import estimate_statistic
-from coin.core.choices import parse_enum
 from coin.core.lightning import leave_out_anonymous, silence_lightning
 from coin.core.processes import leave_processes_at_exit
 from coin.core.progress import progress_bar
@@ -80,7 +79,7 @@ class Trainer(pl.Trainer):
     def fisher(
         self,
         model: LightningModule,
-        datamodule: LightningDataModule,
+        datamodule: TaskData | Tasks,
         ckpt_path: str | None = None,
         samples_per_task: int = 200,
         kind: FisherKind = FisherKind.exact,
@@ -103,27 +102,20 @@ class Trainer(pl.Trainer):
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        statistic = parse_enum(StatisticKind, "statistic", statistic)
         options = None
         if statistic is StatisticKind.fisher:
             options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)
         network, config = _network(model, ckpt_path)
-        if isinstance(datamodule, Tasks):
-            data = "pooled"
-            members = datamodule.tasks
-        elif isinstance(datamodule, TaskData):
-            data = "own"
-            members = {"task": datamodule}
-        else:
-            raise ConfigurationError(
-                f"found data of {type(datamodule).__name__}, expected a task or Tasks"
-            )
+        is_pooled = isinstance(datamodule, Tasks)
+        members = datamodule.tasks if isinstance(datamodule, Tasks) else {"task": datamodule}
         tasks = Tasks(members, samples_per_task)
         for task in members.values():
             config.check_content(task.content, task.vocabulary)
         tasks.resize(config.image_size)
         path = Path(self.default_root_dir) / f"expert.{statistic}.safetensors"
-        estimate_over_tasks(self, network, tasks, options, path, data=data)
+        estimate_over_tasks(
+            self, network, tasks, options, path, data="pooled" if is_pooled else "own"
+        )
 
     def evaluate(
         self,

@@ -114,7 +114,7 @@ def test_what_is_exported_answers_with_classes_of_its_own(kind, tmp_path):
     path = tmp_path / "coded/body.safetensors"
     save_network(path, body, described, 4, {"tasks": list(tasks)}, adapted.adapters)
 
-    folder = export(str(path), peft=True).parent
+    folder = export(path, peft=True).parent
     auto = transformers.AutoModelForSequenceClassification
     model = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "body"), folder / "a", adapter_name="a")
     model.load_adapter(folder / "b", adapter_name="b")
@@ -135,7 +135,7 @@ def test_what_is_exported_answers_with_classes_of_its_own(kind, tmp_path):
         for own, wanted in zip(mixed.split(60), expected, strict=True):
             torch.testing.assert_close(own[:, : wanted.shape[1]], wanted, rtol=1e-4, atol=1e-4)
 
-    alone = auto.from_pretrained(export(str(path), expert="b"))
+    alone = auto.from_pretrained(export(path, expert="b"))
     assert list(alone.config.id2label.values()) == tasks["b"]
     with torch.no_grad():
         torch.testing.assert_close(alone.eval()(input_ids=batches[1]).logits, expected[1], rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from coin.pipeline.steps.train import WriteInitial
 
 def make_initial(experiment: Experiment) -> list[Path]:
     """Make the shared initialisation, and return its files, that with the most classes first."""
-    steps = [each.step for each in plan(experiment) if each.step.name == "base" or "initial" in each.step.name]
+    steps = [step for step in plan(experiment) if step.name == "base" or "initial" in step.name]
     for step in steps:
         execute(step, step.name)
     return [step.output for step in steps if isinstance(step, WriteInitial)]

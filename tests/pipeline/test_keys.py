@@ -87,7 +87,7 @@ def resolved(config: Path) -> dict[str, Any]:
 
 def keys(config: dict[str, Any], file: Path) -> list[str]:
     file.write_text(yaml.safe_dump(config, sort_keys=False))
-    return [planned.step.key for planned in plan(read_experiment(["-c", str(file)])[0])]
+    return [step.key for step in plan(read_experiment(["-c", str(file)])[0])]
 
 
 def test_every_option_changes_a_key_or_is_known_to_change_nothing(resolved: dict[str, Any], tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_order_of_tasks_is_in_the_keys_of_what_depends_on_it(resolved: dict[
     def by_name(config: dict[str, Any]) -> dict[str, str]:
         keys(config, tmp_path / "x.yaml")
         steps = plan(read_experiment(["-c", str(tmp_path / "x.yaml")])[0])
-        return {planned.step.name: planned.step.key for planned in steps}
+        return {step.name: step.key for step in steps}
 
     before = by_name(resolved)
     after = by_name({**resolved, "tasks": dict(reversed(resolved["tasks"].items()))})

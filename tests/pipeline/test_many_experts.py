@@ -37,10 +37,10 @@ METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coi
 @pytest.fixture
 def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkConfig, tmp_path: Path) -> dict[str, Any]:
     """Experts with statistics of their own, and a shared initialisation, as `coin merge` is given them."""
-    experts = write_experts(COUNTS)
+    experts = {task: Path(path) for task, path in write_experts(COUNTS).items()}
     fisher, gram = {}, {}
     for index, (task, path) in enumerate(experts.items()):
-        network = load_network(Path(path)).network
+        network = load_network(path).network
         inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(index))
         made = {
             "weights": fingerprint(network.state_dict()),
@@ -49,13 +49,13 @@ def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkCon
             "seconds": 0.0,
             "passes": 0.0,
         }
-        fisher[task], gram[task] = (str(tmp_path / f"{task}.{name}.safetensors") for name in ("fisher", "gram"))
+        fisher[task], gram[task] = (tmp_path / f"{task}.{name}.safetensors" for name in ("fisher", "gram"))
         values = fisher_diagonal(network, [inputs], kind="categorical")
-        save_state(Path(fisher[task]), values, {"statistic": "fisher", "kind": "categorical", **made})
-        save_state(Path(gram[task]), gram_sums(network, [inputs]).mean(), {"statistic": "gram", **made})
+        save_state(fisher[task], values, {"statistic": "fisher", "kind": "categorical", **made})
+        save_state(gram[task], gram_sums(network, [inputs]).mean(), {"statistic": "gram", **made})
     initial = tmp_path / "initial.safetensors"
     save_network(initial, build_network(small_config, 3, seed=9), small_config, 3, {"made_by": "a test"})
-    return {"experts": experts, "fisher": fisher, "gram": gram, "initial": str(initial)}
+    return {"experts": experts, "fisher": fisher, "gram": gram, "initial": initial}
 
 
 class Living:
@@ -77,16 +77,16 @@ class Living:
 def test_a_merge_from_files_keeps_few_tensors_and_one_network(
     method: MergeMethod, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = [load_network(Path(path)) for path in files["experts"].values()]
+    loaded = [load_network(path) for path in files["experts"].values()]
     networks = [pad_head(file.network, 3) for file in loaded]
-    fishers = [load_state(Path(path))[0] for path in files["fisher"].values()]
+    fishers = [load_state(path)[0] for path in files["fisher"].values()]
     wanted = merge_networks(
         method,
         networks,
         Code(ROWS),
         fishers=[{**state, **padded_rows(state, "fc", 3)} for state in fishers],
-        grams=[load_state(Path(path))[0] for path in files["gram"].values()],
-        initial=load_network(Path(files["initial"])).network,
+        grams=[load_state(path)[0] for path in files["gram"].values()],
+        initial=load_network(files["initial"]).network,
     )[0]
     del loaded, networks, fishers
     gc.collect()
@@ -107,7 +107,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
 
     monkeypatch.setattr(StateFile, "__getitem__", read)
     monkeypatch.setattr(coin.merging.expert_sources, "build_network", build)
-    (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
+    (path,) = merge(method=method, output=tmp_path / "coded", code=ROWS, **files)
     assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
     assert tensors.most <= 4
     assert built.most <= 2

@@ -10,8 +10,9 @@ from coin.commands.run import read_experiment
 from coin.data import TaskData
 from coin.errors import FileError
 from coin.files.downloads import folder_contents
-from coin.pipeline.plan import Planned, plan, remove_old_links
-from coin.pipeline.run import checked_plan
+from coin.pipeline.plan import plan, publish
+from coin.pipeline.pool import Launch
+from coin.pipeline.run import run_experiment
 from coin.pipeline.step import Step
 from coin.pipeline.steps.imported import place_config
 
@@ -24,28 +25,28 @@ BASE = {"base", "initial-10", "initial-6"}
 
 
 @pytest.fixture
-def planned(config: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
+def planned(config: Path, tmp_path: Path) -> Callable[..., list[Step]]:
     """Return a function that plans the small experiment with options."""
 
-    def make(*options: str) -> list[Planned]:
+    def make(*options: str) -> list[Step]:
         arguments = ["-c", str(config), f"--output={tmp_path}", "--replicas=[{bits: 3}]", *options]
         return plan(read_experiment(arguments)[0])
 
     return make
 
 
-def keys(steps: list[Planned]) -> dict[str, str]:
-    return {each.step.name: each.step.key for each in steps}
+def keys(steps: list[Step]) -> dict[str, str]:
+    return {step.name: step.key for step in steps}
 
 
-def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
+def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[Step]], tmp_path: Path) -> None:
     steps = planned()
     assert set(keys(steps)) == BASE | EXPERTS | AFTER_EXPERTS
     done: set[str] = set()
-    for each in steps:
-        assert {need.key for need in each.step.needs} <= done
-        done.add(each.step.key)
-    assert {step.name for step in steps[-1].step.closure.values()} == BASE | EXPERTS | AFTER_EXPERTS
+    for step in steps:
+        assert {need.key for need in step.needs} <= done
+        done.add(step.key)
+    assert {step.name for step in steps[-1].closure.values()} == BASE | EXPERTS | AFTER_EXPERTS
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
@@ -81,7 +82,7 @@ def test_a_plan_has_every_step_after_what_it_needs(planned: Callable[..., list[P
     ],
 )
 def test_an_option_changes_the_keys_of_what_it_changes(
-    option: str, changed: set[str], planned: Callable[..., list[Planned]]
+    option: str, changed: set[str], planned: Callable[..., list[Step]]
 ) -> None:
     before, after = keys(planned()), keys(planned(option))
     assert {name for name, key in after.items() if before.get(name) != key} == changed
@@ -95,11 +96,11 @@ def test_an_edited_folder_of_hugging_face_s_changes_its_key(tmp_path: Path) -> N
     assert place_config(f"hf/{tmp_path}") != before
     assert folder_contents(str(tmp_path), weights=True).keys() == {"config.json", "model.safetensors"}
     assert folder_contents(str(tmp_path), weights=True) != weighed
-    assert place_config("hf/some/id") == "hf/some/id"
-    assert place_config("weights.pth") is None
+    assert place_config("hf/some/id") == {"place": "hf/some/id", "contents": {}, "files": []}
+    assert place_config("weights.pth") == {"files": [Path("weights.pth")]}
 
 
-def test_seeds_and_experiments_share_what_has_one_key(planned: Callable[..., list[Planned]]) -> None:
+def test_seeds_and_experiments_share_what_has_one_key(planned: Callable[..., list[Step]]) -> None:
     both = planned("--seeds=[0,1]")
     assert len(both) == len(BASE) + 2 * len(EXPERTS | AFTER_EXPERTS) + 1  # and the report of both
     first, other = (keys(planned(*options)) for options in (["--name=p1"], ["--name=p2", "--seeds=[1]"]))
@@ -123,7 +124,7 @@ class Middle(coin.Average):
 
 
 def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
-    planned: Callable[..., list[Planned]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., list[Step]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "code"
     (folder / "parts").mkdir(parents=True)
@@ -151,7 +152,7 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
         assert changed_by(option, "own_classes.py", "# a comment") == set()
 
 
-def test_imported_experts_are_known_by_their_contents(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
+def test_imported_experts_are_known_by_their_contents(planned: Callable[..., list[Step]], tmp_path: Path) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         path.write_bytes(b"weights")
@@ -165,14 +166,14 @@ def test_imported_experts_are_known_by_their_contents(planned: Callable[..., lis
 
 
 def test_links_lead_to_the_latest_and_leave_what_was_made_before(
-    planned: Callable[..., list[Planned]], tmp_path: Path
+    planned: Callable[..., list[Step]], tmp_path: Path
 ) -> None:
-    def made(steps: list[Planned]) -> Step:
-        each = next(each for each in steps if each.step.name == "expert-digits")
-        each.step.folder.mkdir(parents=True)
-        (each.step.folder / "expert.safetensors").write_text(each.step.key)
-        each.publish()
-        return each.step
+    def made(steps: list[Step]) -> Step:
+        step = next(step for step in steps if step.name == "expert-digits")
+        step.folder.mkdir(parents=True)
+        (step.folder / "expert.safetensors").write_text(step.key)
+        step.publish()
+        return step
 
     place = tmp_path / "tiny/seed-0/experts/digits/expert.safetensors"
     first = made(planned())
@@ -183,32 +184,30 @@ def test_links_lead_to_the_latest_and_leave_what_was_made_before(
     assert not Path(place.parent.readlink()).is_absolute()
 
 
-def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[Planned]], tmp_path: Path) -> None:
+def test_a_folder_of_somebody_elses_is_not_replaced(planned: Callable[..., list[Step]], tmp_path: Path) -> None:
     (tmp_path / "tiny/seed-0/experts/digits").mkdir(parents=True)
-    expert = next(each for each in planned() if each.step.name == "expert-digits")
-    expert.step.folder.mkdir(parents=True)
+    expert = next(step for step in planned() if step.name == "expert-digits")
+    expert.folder.mkdir(parents=True)
     with pytest.raises(FileError, match=r"found the folder .*digits', expected coin's own link or nothing"):
         expert.publish()
 
 
-def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(
-    planned: Callable[..., list[Planned]], tmp_path: Path
-) -> None:
-    def publish(option: str, **files: str) -> None:
-        steps = planned(option)
-        (evaluation,) = (each for each in steps if each.step.name == "evaluate")
+def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(config: Path, tmp_path: Path) -> None:
+    def show(option: str, **files: str) -> None:
+        experiment = read_experiment(["-c", str(config), f"--output={tmp_path}", option])[0]
+        steps = plan(experiment)
+        (evaluation,) = (step for step in steps if step.name == "evaluate")
         for name, text in files.items():
-            path = evaluation.step.folder / f"{name}.csv"
+            path = evaluation.folder / f"{name}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        evaluation.publish()
-        remove_old_links(evaluation.experiment, steps)
+        publish(experiment, [evaluation], steps)
 
     seed = tmp_path / "tiny/seed-0"
-    publish("--decoders=[linear]", results="1", promise="2")
+    show("--decoders=[linear]", results="1", promise="2")
     assert (seed / "promise.csv").read_text() == "2"
     (seed / "mine.csv").write_text("mine")
-    publish("--decoders=[ridge]", results="3")
+    show("--decoders=[ridge]", results="3")
     assert {path.name: path.read_text() for path in seed.iterdir()} == {"results.csv": "3", "mine.csv": "mine"}
 
 
@@ -217,10 +216,13 @@ def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
 ) -> None:
     experiment = read_experiment(["-c", str(config), f"--output={tmp_path}"])[0]
     read: list[str] = []
+    run: list[str] = []
     monkeypatch.setattr(TaskData, "prepare_data", lambda task: read.append(type(task).__name__))
     monkeypatch.setattr(TaskData, "calibration", lambda task, *_, **__: read.append(type(task).__name__))
-    steps = checked_plan(experiment, only="digits")
-    assert [each.step.name for each in steps] == ["base", "initial-10", "expert-digits"]
+    monkeypatch.setattr("coin.pipeline.run.execute", lambda step, _: run.append(step.name))
+    monkeypatch.setattr("coin.pipeline.run.publish", lambda *_: None)
+    run_experiment(experiment, Launch(), lambda *_: None, only="digits")
+    assert run == ["base", "initial-10", "expert-digits"]
     assert read == ["Digits", "Digits"]
-    checked_plan(experiment, only="coded-average")
+    run_experiment(experiment, Launch(), lambda *_: None, only="coded-average")
     assert set(read) == {"Digits", "Glyphs"}

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +18,7 @@ import torch
 import coin.files.safetensors
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
-from coin.pipeline.plan import Planned
 from coin.pipeline.pool import Cluster, Job, JobsFailedError, Launch, check_launch, run_as_jobs, stages
-from coin.pipeline.run import run_steps
 from coin.pipeline.step import Step
 from tests.pipeline.jobs import finish
 
@@ -45,14 +42,19 @@ class Touch(Step):
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> list[Planned]:
+def planned(tmp_path: Path) -> list[Step]:
     """A step here, then three elsewhere, the second of which fails, then one that needs all and one that needs two."""
-    make = partial(Touch, store=tmp_path / ".steps")
+    store = tmp_path / ".steps"
+
+    def make(name: str, **fields: Any) -> Touch:
+        return Touch(name=name, what=name, store=store, **fields)
+
     first = make(name="first", here=True)
     a, wrong, c = (make(name=name, parts=(first,)) for name in ("a", "wrong", "c"))
-    steps = [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
-    experiment: Any = SimpleNamespace(name="x", seeds=[0], of_seeds=lambda _: {})
-    return [Planned(step, step.name, experiment, tmp_path / step.name) for step in steps]
+    return [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
+
+
+EXPERIMENT: Any = SimpleNamespace(name="x", seeds=[0], of_seeds=lambda _: {})
 
 
 @pytest.fixture
@@ -62,16 +64,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
-def names(every: list[list[Planned]]) -> list[list[str]]:
-    return [[planned.step.name for planned in stage] for stage in every]
+def names(every: list[list[Step]]) -> list[list[str]]:
+    return [[step.name for step in stage] for stage in every]
 
 
-def test_a_stage_needs_earlier_ones_alone(planned: list[Planned]) -> None:
+def test_a_stage_needs_earlier_ones_alone(planned: list[Step]) -> None:
     assert names(stages(planned)) == [["a", "wrong", "c"], ["all"]]
-    last = Touch(name="last", store=planned[0].step.store, parts=(planned[5].step,))  # by way of one that is not remote
-    more = [*planned, Planned(last, "last", planned[0].experiment, Path())]
-    assert names(stages(more)) == [["a", "wrong", "c"], ["all", "last"]]
-    step = planned[2].step
+    last = Touch(name="last", store=planned[0].store, parts=(planned[5],))  # by way of one that is not remote
+    assert names(stages([*planned, last])) == [["a", "wrong", "c"], ["all", "last"]]
+    step = planned[2]
     step.folder.mkdir(parents=True)
     step.finish(1.0)
     assert names(stages(planned)) == [["a", "c"], ["all"]]
@@ -79,25 +80,17 @@ def test_a_stage_needs_earlier_ones_alone(planned: list[Planned]) -> None:
 
 @pytest.mark.usefixtures("jobs")
 def test_jobs_that_have_failed_are_told_of_and_stop_the_next_stage(
-    planned: list[Planned], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planned: list[Step], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
     told = r"2 of 4 steps are not done, the first of them wrong: job \d+: ValueError: the last word of wrong-.* \(see "
     with pytest.raises(JobsFailedError, match=told):
-        run_as_jobs(planned, LOCAL, finish)
-    assert [each.step.name for each in planned if each.step.is_done] == ["a", "c"]
-    (made,) = planned[1].step.store.glob("a-*/threads")
+        run_as_jobs(EXPERIMENT, planned, LOCAL, finish)
+    assert [step.name for step in planned if step.is_done] == ["a", "c"]
+    (made,) = planned[1].store.glob("a-*/threads")
     assert made.read_text() == "3"  # the share of one worker of two
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["a", "c", "wrong"]
-
-
-def test_an_error_in_this_process_ends_the_run(planned: list[Planned], monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    monkeypatch.setattr(Planned, "publish", lambda each: done.append(each.step.name))
-    with pytest.raises(CoinError, match=r"^it is wrong; fix it$"):
-        run_steps(planned)
-    assert done == ["first", "a"]
 
 
 class Inline:
@@ -121,7 +114,7 @@ class Inline:
     [(None, 3, [[0], [1], [0]]), ("5,7", 2, [[5], [7]]), ("5,7", 1, [[5, 7]]), ("", 2, [[], []])],
 )
 def test_workers_share_the_gpus(
-    visible: str | None, workers: int, shares: list[list[int]], planned: list[Planned], monkeypatch: pytest.MonkeyPatch
+    visible: str | None, workers: int, shares: list[list[int]], planned: list[Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_SECONDS", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if visible == "" else 2)
@@ -130,9 +123,9 @@ def test_workers_share_the_gpus(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     executor = Inline()
     monkeypatch.setattr("coin.pipeline.pool._executor", lambda *_: executor)
-    right = [each for each in planned if each.step.name in ("first", "a", "c")]
-    third = Touch(name="d", store=right[0].step.store)
-    run_as_jobs([*right, Planned(third, "d", right[0].experiment, Path())], Launch(Cluster.local, workers), finish)
+    right = [step for step in planned if step.name in ("first", "a", "c")]
+    third = Touch(name="d", store=right[0].store)
+    run_as_jobs(EXPERIMENT, [*right, third], Launch(Cluster.local, workers), finish)
     assert executor.had == shares
 
 
@@ -166,7 +159,7 @@ def is_alive(process: int) -> bool:
 
 @pytest.mark.usefixtures("jobs")
 def test_jobs_of_this_machine_end_with_the_command(
-    planned: list[Planned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: list[Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOB_SECONDS", "600")
 
@@ -180,7 +173,7 @@ def test_jobs_of_this_machine_end_with_the_command(
 
     monkeypatch.setattr("submitit.core.core.Job.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_as_jobs(planned, LOCAL, finish)
+        run_as_jobs(EXPERIMENT, planned, LOCAL, finish)
     deadline = time.monotonic() + 30
     while any(map(is_alive, processes())):
         assert time.monotonic() < deadline
@@ -203,8 +196,6 @@ def test_what_does_not_fit_is_one_line(
         Launch(workers=0)
     with pytest.raises(ConfigurationError, match=r"launch\.workers=2 and no launch\.cluster; set .* local or slurm"):
         Launch(workers=2)
-    with pytest.raises(ConfigurationError, match=r"launch\.slurm and launch\.cluster=local; set .*cluster=slurm"):
-        Launch(Cluster.local, slurm={"timeout_min": 3})
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(Launch(Cluster.slurm), r"found no srun .*cluster=local runs jobs here")
     (tmp_path / "srun").touch(mode=0o755)

@@ -17,7 +17,7 @@ def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
     def stop(*_: object) -> None:
         raise ConfigurationError("stopped")
 
-    monkeypatch.setattr("coin.pipeline.run.run_steps", stop)
+    monkeypatch.setattr("coin.pipeline.run.execute", stop)
     options = yaml.safe_load(config.read_text()) | {"output": str(tmp_path)}
     options["calibration"] |= {"promise_samples": samples, "promise_alpha": alpha}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from coin.cli import main
-from coin.errors import FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
@@ -168,9 +167,10 @@ def test_what_auto_chose_stands_in_the_results_and_other_statistics_in_files_of_
 def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Return the names of the steps that a dry run says are to do."""
     capsys.readouterr()
-    assert main(["run", *arguments, "--dry-run", "--json"]) == 0
-    steps = json.loads(capsys.readouterr().out)["steps"]
-    return {step["name"].rpartition("-")[0] for step in steps if step["state"] == "to do"}
+    assert main(["run", *arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folders = [line.rpartition("(")[2] for line in lines if line.startswith("to do")]
+    return {folder.rpartition("-")[0] for folder in folders}
 
 
 MERGES = {"coded-average", "coded-coin", "coded-coin-recalibrate", "coded-coin-keep", "coded-distillation"}
@@ -189,7 +189,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(
     assert main(["run", *command, "--dry-run", "--decoders=[linear]"]) == 0
     told = capsys.readouterr().out
     assert "tiny: 3 of 15 steps to do\n" in told
-    assert "to do  seed 0: evaluation" in told
+    assert "to do  seed 0: evaluation  (evaluate-" in told
     wrong = [*command, "--dry-run", "--expert.trainable=[nothing]"]  # what a run refuses, a dry run refuses
     assert main(["run", *wrong]) == 2
     assert "matches no parameter" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_one_step_runs_with_what_it_needs_and_nothing_else(
     found, _ = load_state(tmp_path / "tiny/seed-0/statistics/letters.fisher.safetensors")
     assert all(found[name].equal(wanted[name]) for name in wanted)
     assert main(["run", "-c", str(config), "--only=nothing", f"--output={tmp_path}"]) == 2
-    assert "found no task or step 'nothing', expected one of digits, letters" in capsys.readouterr().err
+    assert "found no task or step 'nothing', expected one of base, initial-10, initial-6" in capsys.readouterr().err
 
 
 def written(folder: Path) -> dict[Path, int]:
@@ -216,20 +216,16 @@ def written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
+def test_second_run_does_nothing_again_and_prints_the_table(
     copied: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = written(copied.parent)
-    command = ["run", "-c", str(config), f"--output={copied.parent}", "--json"]
-    assert main(command) == 0
+    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
     after = written(copied.parent)
     assert after == before
-    document = json.loads(capsys.readouterr().out)
-    assert document["report"] == str(copied / "report.html")
-    summary = pd.read_csv(copied / "summary.csv")
-    assert [row["nda_mean"] for row in document["summary"]] == summary["nda_mean"].tolist()
-    assert document["summary"][0]["nda_std"] is None  # one seed
-    assert "json" not in (copied / "seed-0/config.yaml").read_text()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("Experts, own accuracy in %: digits ")
+    assert f"report: {copied / 'report.html'}" in told
 
 
 @pytest.mark.usefixtures("no_reports")
@@ -269,23 +265,34 @@ def test_what_was_just_run_is_summarised_and_what_it_has_not_is_shown_no_more(co
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_an_interrupted_change_leaves_the_finished_expert_and_its_results_are_refused(
+def test_an_interrupted_change_leaves_what_is_shown_as_it_was(
     copied: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished_expert = (copied / "seed-0/experts/digits").resolve()
-    monkeypatch.setattr("coin.pipeline.steps.merge.EstimateStatistic.run", interrupt)
-    assert main(["run", "-c", str(config), f"--output={copied.parent}", "--expert.lr=0.3"]) == 130
-    assert (finished_expert / "expert.safetensors").is_file()
-    assert (copied / "seed-0/experts/digits").resolve() != finished_expert
-    capsys.readouterr()
-    for command in ("report", "choose"):
-        assert main([command, str(copied)]) == 2
-        assert "are of another expert 'digits'" in capsys.readouterr().err
-    with pytest.raises(FileError, match="are of another expert 'digits'"):
-        Coded.from_run(copied)  # what coin serve reads
-    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
-    assert (copied / "seed-0/experts/digits").resolve() == finished_expert
+    def shown() -> dict[str, str]:
+        links = {path: path.readlink() for path in copied.rglob("*") if path.is_symlink()}
+        return {str(path): str(target) for path, target in links.items() if ".steps" in target.parts}
+
+    before = shown()
+    assert before
+    command = ["run", "-c", str(config), f"--output={copied.parent}", "--expert.lr=0.3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("coin.pipeline.steps.merge.EstimateStatistic.run", interrupt)
+        assert main(command) == 130
+    assert len(list((copied.parent / ".steps").glob("expert-digits-*/done.json"))) == 2
+    assert shown() == before
     assert main(["choose", str(copied)]) == 0
+    Coded.from_run(copied)  # what coin serve reads
+    # A part of the changed experiment is shown, and no more what was measured with the others.
+    finished_expert = (copied / "seed-0/experts/digits").resolve()
+    assert main([*command, "--only=digits"]) == 0
+    assert (copied / "seed-0/experts/digits").resolve() != finished_expert
+    assert not (copied / "seed-0/results.csv").exists()
+    capsys.readouterr()
+    for reads in ("report", "choose"):
+        assert main([reads, str(copied)]) == 2
+        assert "expected the folder of an experiment or of one seed" in capsys.readouterr().err
+    assert main(["run", "-c", str(config), f"--output={copied.parent}"]) == 0
+    assert shown() == before
 
 
 def interrupt(_: object) -> None:

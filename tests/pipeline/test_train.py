@@ -44,7 +44,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
             config={"seed": 3},
             network=small_config,
             recipe=ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights),
-            task=task,
+            tasks={"mine": task},
             trainer={"accelerator": "cpu", "num_sanity_val_steps": 0},
             log=RunLog(tmp_path / folder, "group", "expert", "name", (), {}),
         )

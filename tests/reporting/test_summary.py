@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from coin.errors import CoinWarning
 from coin.reporting import experts, standins, summarise
 from coin.reporting.results import Row, write_results
 from coin.reporting.summary import seed_folders, write_summary
@@ -85,15 +84,13 @@ def test_seeds_that_chose_differently_are_one_variant():
     assert standins(frame(*rows))["nda_mean"].tolist() == [pytest.approx(0.85)]
 
 
-def test_seeds_of_other_options_than_the_latest_are_left_out_with_a_warning(tmp_path: Path):
-    for seed, lr in ((0, 0.1), (1, 0.2), (2, 0.2)):
-        options = {"seed": seed, "expert": {"lr": lr}, "experts": {"a": f"key-{seed}"}}
-        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], options)
-    path = tmp_path / "seed-0" / "results.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"date": "2020-01-01"}))
-    with pytest.warns(CoinWarning, match="left out seed-0: measured with other options"):
-        assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-1", "seed-2"]
+def test_the_seeds_of_the_last_run_are_read_or_all_where_none_has_ended(tmp_path: Path):
+    for seed in (10, 2, 0):
+        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], {})
+    assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-0", "seed-2", "seed-10"]
+    (tmp_path / "seeds.json").write_text(json.dumps({"seeds": [10, 2]}))
+    assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-2", "seed-10"]
+    assert seed_folders(tmp_path / "seed-0") == [tmp_path / "seed-0"]
 
 
 def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
@@ -103,3 +100,5 @@ def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
     (kept,) = standins(frame(*rows, *oracle)).to_dict("records")
     assert (kept["worst_task"], kept["memory_mib"], kept["resident_mib"]) == ("a", 2.0, 5.0)
     assert (kept["nda_worst"], kept["nda_mean"]) == (pytest.approx(0.8), pytest.approx(0.85))
+    every = standins(frame(*rows, *oracle), oracle=True)
+    assert every["method"].tolist() == ["coin", "oracle"]

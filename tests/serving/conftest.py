@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from coin.coding import Code, make_decoder
-from coin.serving.front_end import Answer, FrontEnd
+from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind, StandIns
 from coin.serving.servers import Reply, check_finite
-from coin.serving.system import System
+from coin.serving.system import Answer, System
 
 OUTPUTS = 3
 

@@ -167,7 +167,7 @@ MISTAKES = {
     "path": ("/nothing", GOOD, 404, "Not Found"),
     "method": ("/v2/health/live", GOOD, 405, "Method Not Allowed"),
     "model": ("/v2/models/magic/infer", GOOD, 404, "expected one of colours, lights & darks, all"),
-    "no image": (INFER, {"json": files("aGVsbG8=")}, 400, "found no image"),
+    "no image": (INFER, {"json": files("aGVsbG8=")}, 400, "found no whole image"),
     "too many": (INFER, {"json": files(*["aGVsbG8="] * 5)}, 413, "at most 4"),
     "too large": (INFER, {"json": files("A" * 9000)}, 413, "expected at most 5000"),
     "no length": (INFER, {"content": iter([b"{", b"}"])}, 400, "wrong at inputs"),

@@ -13,7 +13,7 @@ from coin.errors import ConfigurationError, DeadlineError, LostError, Overloaded
 from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind, StandIns
 from coin.serving.servers import Reply
-from coin.serving.system import System
+from coin.serving.system import Answer, System
 from tests.serving.conftest import LinearSystem, VirtualLoop, ask_all, ask_one, run_virtually, timed, virtually
 
 X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_limits_are_positive(name: str) -> None:
         Limits(**{name: 0})
 
 
-def exact(found: Reply, wanted: torch.Tensor) -> bool:
+def exact(found: Answer, wanted: torch.Tensor) -> bool:
     return torch.allclose(found.logits, wanted, rtol=0, atol=1e-12)
 
 
@@ -100,7 +100,7 @@ async def test_own_answer_in_time(policy: str) -> None:
     it = World([after(0.1), after(0.2), after(0.3), after(0.35)], policy)
     for expert in (1, 2):
         answer, seconds = await timed(ask_one(it.front, X, expert))
-        assert exact(answer.reply, it.truth(expert, X))
+        assert exact(answer, it.truth(expert, X))
         assert (answer.decoded, answer.answered_by) == (False, (f"e{expert}",))
         assert seconds == pytest.approx([0.0, 0.2, 0.3][expert])
         await asyncio.sleep(1.0)  # no server has anything left to do
@@ -127,7 +127,7 @@ async def test_who_is_asked_for_a_late_expert_and_when(policy: str) -> None:
     by, wanted, asked = LATE[policy]
     it = World([after(1.0), after(0.1), after(0.2), after(0.3)], policy)
     answer, seconds = await timed(ask_one(it.front, X, 0))
-    assert exact(answer.reply, it.truth(0, X))
+    assert exact(answer, it.truth(0, X))
     assert answer.answered_by == tuple(by.split())
     assert answer.decoded == ("coded" in by)
     assert seconds == pytest.approx(wanted)
@@ -163,7 +163,7 @@ async def test_garbage_is_lost_and_made_up_for(behaviour: Behaviour, policy: str
     it = World([behaviour, after(0.1), after(0.1), after(0.1)], policy, timeout=0.3)
     answer, seconds = await timed(ask_one(it.front, X, 0))
     assert answer.answered_by != ("e0",)
-    assert exact(answer.reply, it.truth(0, X))
+    assert exact(answer, it.truth(0, X))
     waited = (0.3 if behaviour is hangs else 0.0) + (0.0 if "proactive" in policy and behaviour is hangs else 0.1)
     assert seconds == pytest.approx(waited)
     assert it.front.servers["e0"].is_lost
@@ -175,11 +175,11 @@ async def test_a_coded_server_stands_in_alone_for_any_number_of_experts() -> Non
     late, lost = await timed(ask_one(it.front, X, 0)), await timed(ask_one(it.front, X, 1))
     for expert, (answer, seconds), wanted in ((0, late, 0.5 + 0.3), (1, lost, 0.3)):
         assert (answer.decoded, answer.answered_by) == (True, ("coded-0",))
-        assert exact(answer.reply, it.truth(expert, X))
+        assert exact(answer, it.truth(expert, X))
         assert seconds == pytest.approx(wanted)
     every = await ask_all(it.front, X)
     assert [answer.decoded for answer in every] == [True, True, False]
-    assert all(exact(answer.reply, it.truth(expert, X)) for expert, answer in enumerate(every))
+    assert all(exact(answer, it.truth(expert, X)) for expert, answer in enumerate(every))
     assert it.front.is_ready([0, 1, 2])
     assert (it.asked["e2"], it.asked["coded-0"]) == (1, 3)  # no survivor was asked for them
 
@@ -198,7 +198,7 @@ async def test_every_server_is_asked_once_for_all_experts() -> None:
     it = World([after(0.1), after(7.0), after(0.2), after(0.1)])
     answers = await ask_all(it.front, X)
     assert [answer.decoded for answer in answers] == [False, True, False]
-    assert all(exact(answer.reply, it.truth(expert, X)) for expert, answer in enumerate(answers))
+    assert all(exact(answer, it.truth(expert, X)) for expert, answer in enumerate(answers))
     assert set(it.asked.values()) == {1}
 
 

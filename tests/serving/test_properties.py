@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
-from coin.serving.front_end import Answer
 from coin.serving.hedge import EXPERIENCE, REMEMBERED, SLOW, HedgeTimer
 from coin.serving.limits import Limits
 from coin.serving.policies import POLICIES, PolicyKind
 from coin.serving.servers import Reply
+from coin.serving.system import Answer
 from tests.serving.conftest import LinearSystem, ask_all, run_virtually, virtually
 
 CODES = ([[0.5, 0.5]], [[0.5, 0.3, 0.2]], [[0.6, 0.4, 0.0], [0.0, 0.4, 0.6]], [[0.4, 0.3, 0.2, 0.1]])
@@ -133,7 +133,7 @@ class Schedule:
 
     def check_answers(self, query: Asked, answers: list[Answer]) -> None:
         for expert, answer in zip(query.experts, answers, strict=True):
-            assert torch.allclose(answer.reply.logits, self.it.truth(expert, query.inputs), rtol=0, atol=1e-9)
+            assert torch.allclose(answer.logits, self.it.truth(expert, query.inputs), rtol=0, atol=1e-9)
             used, own = set(answer.answered_by), self.it.stand_ins.experts[expert]
             assert used <= query.valid
             if answer.decoded:

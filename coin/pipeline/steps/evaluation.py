@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import yaml  # type: ignore[import-untyped]
 
 from coin.core.processes import is_rank_zero, rank_zero_info
-from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.files.atomic import write_text
 from coin.merging import Experts
@@ -14,11 +13,7 @@ from coin.merging.expert_sources import FAR, ExpertFiles, spread
 from coin.modules import DecodingEvaluator
 from coin.networks import head_name
 from coin.pipeline.step import Step
-from coin.pipeline.steps.merge import (
-    CompressExperts,
-    ExpertStep,
-    Merge,
-)
+from coin.pipeline.steps.merge import CompressExperts, ExpertStep, Merge
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
 
@@ -44,7 +39,6 @@ class Evaluate(Step):
     experts: dict[str, ExpertStep]
     merges: list[Merge]
     replicas: list[CompressExperts]
-    tasks: dict[str, TaskData]
     trainer: dict[str, Any]
     experiment: dict[str, Any]  # the configuration that repeats the seed
     log: RunLog
@@ -67,7 +61,6 @@ class Evaluate(Step):
         if is_rank_zero():
             text = yaml.safe_dump(self.experiment, sort_keys=False, allow_unicode=True)
             write_text(self.folder / "config.yaml", text)
-        keys = {task: step.key for task, step in self.experts.items()}
         data = Tasks(
             self.tasks,
             config["samples_per_task"],
@@ -76,8 +69,6 @@ class Evaluate(Step):
         )
         with self.log.open(self.folder) as loggers:
             trainer = make_trainer(self.folder, self.trainer, logger=loggers)
-            trainer.evaluate(
-                model, data, config["experiment"], {**self.experiment, "experts": keys}
-            )
+            trainer.evaluate(model, data, config["experiment"], self.experiment)
         for task in self.tasks.values():
             task.release()

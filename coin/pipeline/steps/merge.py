@@ -17,7 +17,7 @@ from coin.coding import Code, convex
 from coin.coding.decoder_config import REPLICA
 from coin.core.devices import has_float64
 from coin.core.processes import is_rank_zero
-from coin.data import Augmentation, Calibration, TaskData
+from coin.data import Augmentation, Calibration
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import hashes, link
@@ -50,18 +50,18 @@ class EstimateStatistic(Step):
 
     expert: ExpertStep
     fisher: FisherOptions | None  # none for Gram matrices
-    tasks: dict[str, TaskData]
     trainer: dict[str, Any]
 
     def run(self) -> None:
         """Compute it, and write its file; every process takes part."""
+        (task,) = self.expert.tasks
         estimate_over_tasks(
             make_trainer(self.folder, self.trainer),
             load_network(self.expert.output).network,
             Tasks(self.tasks, self.config["samples_per_task"], self.config["batch_size"]),
             self.fisher,
             self.output,
-            task=self.config["task_name"],
+            task=task,
             data=self.config["data"],
         )
 
@@ -76,7 +76,6 @@ class Merge(Step):
     experts: dict[str, ExpertStep]
     statistics: dict[Statistic, dict[str, EstimateStatistic]]
     initial: WriteInitial | None  # for methods that read it
-    tasks: dict[str, TaskData]
     trainer: dict[str, Any]
     log: RunLog
 

@@ -1,14 +1,15 @@
 """The step that draws the tables and figures of evaluations."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from coin.files.atomic import link
+from coin.files.atomic import link, write_text
 from coin.pipeline.step import Step
 from coin.pipeline.steps.evaluation import Evaluate
 from coin.reporting import write_report
-from coin.reporting.summary import write_seeds, write_summary
+from coin.reporting.summary import SEEDS_JSON, write_summary
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,6 +33,6 @@ class Report(Step):
         """Write the files."""
         for seed, evaluation in self.evaluations.items():
             link(self.folder / f"seed-{seed}", evaluation.folder)
-        write_seeds(self.folder, list(self.evaluations))
+        write_text(self.folder / SEEDS_JSON, json.dumps({"seeds": list(self.evaluations)}))
         write_summary(self.folder)
         write_report(self.folder)

@@ -1,6 +1,5 @@
 """The steps to the experts: the shared initialisation, and the training of a network on one task."""
 
-import errno
 import sys
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,15 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from coin.callbacks import ExpertExport, Weights
 from coin.core.choices import check_integer, parse_enum
 from coin.core.processes import on_rank_zero, rank_zero_info
-from coin.data import Augmentation, TaskData
+from coin.data import Augmentation
 from coin.data.tasks import task_with
-from coin.errors import FileError, first_line
 from coin.files.atomic import hashes, sha256_of
 from coin.modules import Expert
 from coin.modules.recipe import Recipe
 from coin.networks import NetworkConfig, save_network
 from coin.networks.files import initial_network
-from coin.networks.weights import TO_GO_ON, read_checkpoint
 from coin.pipeline.step import Step
 from coin.tracking.runs import RunLog
 from coin.trainer import make_trainer
@@ -93,7 +90,6 @@ class TrainNetwork(Step):
 
     network: NetworkConfig
     recipe: TrainingConfig
-    task: TaskData
     trainer: dict[str, Any]
     initial: WriteInitial | None = None
     log: RunLog
@@ -103,14 +99,12 @@ class TrainNetwork(Step):
         recipe = self.recipe
         seed = self.config["seed"]
         checkpoints = self.folder / "checkpoints"
-        on_rank_zero(self.task.prepare_data)
+        ((name, task),) = self.tasks.items()
+        on_rank_zero(task.prepare_data)
         weights = getattr(recipe, "weights", Weights.last)
         last = on_rank_zero(partial(_last_checkpoint, checkpoints))
         data = task_with(
-            self.task,
-            seed=seed,
-            batch_size=recipe.batch_size,
-            augmentation=recipe.augmentation,
+            task, seed=seed, batch_size=recipe.batch_size, augmentation=recipe.augmentation
         )
         module = Expert(
             network=self.network.name,
@@ -124,33 +118,29 @@ class TrainNetwork(Step):
             seed=seed,
             **{option.name: getattr(recipe, option.name) for option in fields(Recipe)},
         )
-        export = ExpertExport(str(self.output), weights, self.config.get("task_name"))
+        export = ExpertExport(str(self.output), weights, name)
         callbacks: list[Callback] = [export]
         if weights == Weights.best:
             callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
         # Lightning's save_last would write only where another checkpoint is written: where none is the best, nowhere.
         callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
-        fixed = {"max_epochs": recipe.epochs, "callbacks": callbacks, "enable_checkpointing": True}
         with self.log.open(self.folder) as loggers:
-            options = {"enable_progress_bar": sys.stdout.isatty(), **self.trainer}
             trainer = make_trainer(
-                checkpoints, options, logger=loggers, log_every_n_steps=10, **fixed
+                checkpoints,
+                {"enable_progress_bar": sys.stdout.isatty(), **self.trainer},
+                logger=loggers,
+                log_every_n_steps=10,
+                max_epochs=recipe.epochs,
+                callbacks=callbacks,
+                enable_checkpointing=True,
             )
             seed_everything(seed, workers=True, verbose=False)
-            try:
-                trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                advice = "free some space and run it again, which goes on at the last whole epoch"
-                raise FileError(
-                    f"cannot write a checkpoint in '{checkpoints}': {error.strerror}; {advice}"
-                ) from error
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
             if not on_rank_zero(self.output.is_file):
                 # The checkpoint was of a finished training: Lightning restores it and trains nothing.
                 export.on_train_end(trainer, module)
         if self.initial is None:
-            self.task.release()  # the base's task is not read again
+            task.release()  # the base's task is not read again
 
     def finish(self, seconds: float) -> None:
         """Mark it as finished, and remove the checkpoints that an interrupted training would have gone on from."""
@@ -162,31 +152,15 @@ class TrainNetwork(Step):
 def _last_checkpoint(checkpoints: Path) -> str | None:
     """Return the checkpoint that an interrupted training goes on from, if any; a torn one is set aside.
 
-    Raises FileError where it is whole and cannot be read: epochs of training are not thrown away for that.
+    Lightning copies it across file systems, and may be killed at that: then it ends too early.
     """
     last = checkpoints / "last.ckpt"
     if not last.exists():
         return None
-    if _is_torn(last):
-        aside = last.with_name("last.ckpt.torn")
-        last.replace(aside)
-        rank_zero_info(
-            f"found a torn checkpoint; moved it to '{aside}', and the training begins anew"
-        )
-        return None
-    try:
-        read_checkpoint(last, TO_GO_ON)
-    except FileError as error:
-        cause = first_line(error.__cause__ or error)[:160]
-        problem = f"cannot read '{last}', from which the training goes on ({cause})"
-        raise FileError(f"{problem}; run it again, or remove the file to train anew") from error
-    return str(last)
-
-
-def _is_torn(path: Path) -> bool:
-    """Return whether a checkpoint ends too early: Lightning copies it across file systems, and may be killed at that.
-
-    Raises FileError where the disk does not give the file.
-    """
-    sha256_of(path)  # reads it to its end; is_zipfile would call a failing read no archive
-    return not is_zipfile(path)
+    sha256_of(last)  # reads it to its end: is_zipfile would call a failing read no archive
+    if is_zipfile(last):
+        return str(last)
+    aside = last.with_name("last.ckpt.torn")
+    last.replace(aside)
+    rank_zero_info(f"found a torn checkpoint; moved it to '{aside}', and the training begins anew")
+    return None
