@@ -40,10 +40,11 @@ def record_evaluation(
     classes = {task: data.classes for task, data in tasks.tasks.items()}
     runs = [each.experiment for each in trainer.loggers if isinstance(each, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
+    whole = model.experts.skeleton.state_dict()
     made = {
-        "tasks": list(model.tasks),
+        "tasks": list(model.experts.paths),
         "code": model.code.matrix.tolist(),
-        "network_mib": model.network_nbytes / 2**20,
+        "network_mib": sum(tensor.nbytes for tensor in whole.values()) / 2**20,
         **configuration,
     }
     url = urls[0] if urls else None
@@ -66,9 +67,9 @@ def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
 
 def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
     """Return what ``results.json`` says of every coded model and of every kind of compressed copies."""
-    replicas = {replica.variant.method: replica.variant for replica in model.replicas}
+    by_label = {variant.method: variant for variant in model.variants}
     found = []
-    for each in [*model.variants, *replicas.values()]:
+    for each in by_label.values():
         made = {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm}
         for row, chosen in enumerate(each.chosen):
             found.append({**made, "row": row, "chosen": chosen})

@@ -162,5 +162,5 @@ def test_what_is_missing_or_does_not_fit_is_named(experts, tasks, synthetic, mak
         make_trainer(max_epochs=1).fit(module_of(experts, lr=1e-3), datamodule=synthetic())
     config = NetworkConfig("small_resnet", 16, None, {"width": 8})
     save_network(tmp_path / "other.safetensors", build_network(config, 3), config, 3, {})
-    with pytest.raises(StateError, match=r"'expert 1' has tensor '[\w.]+' of shape \[8, 3, 3, 3\], expected \[4, "):
+    with pytest.raises(StateError, match=r"other\.safetensors' has .+ of shape \[8, 3, 3, 3\], expected \[4, "):
         begun([experts[0], str(tmp_path / "other.safetensors")], tasks(), make_trainer)
