@@ -21,10 +21,9 @@ from jsonargparse import ArgumentParser
 from coin.coding import Answers, make_decoder
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.evaluation.scores import server_answers
 from coin.files.yaml import read_yaml
 from coin.modules import Coded
-from coin.networks import load_network
+from coin.networks import load_network, run_network
 from coin.networks.heads import of_one_width, pad_head
 
 
@@ -116,7 +115,10 @@ def measure(folder, method, sizes, samples):
 
     def answered(batches, experts, coded):
         servers = [*experts, *coded]
-        parts = [server_answers(servers, len(experts), batch, features=True) for batch in batches]
+        parts = []
+        for batch in batches:
+            outputs = [run_network(server, batch, features=True) for server in servers]
+            parts.append(Answers.of_servers(outputs, len(experts)))
         return Answers.concatenate(parts)
 
     fit_on = answered(data.calibration(), experts, coded)

@@ -78,11 +78,12 @@ class Decoder:
         largest = self.code.matrix.argmax(0).tolist()
         return {expert: largest[expert] for expert in self.erased}
 
-    def rows(self, num_coded: int) -> tuple[int, ...]:
-        """Return the coded models whose answers `decode` reads."""
+    def servers(self, num_coded: int) -> set[int]:
+        """Return the places of the servers whose answers `decode` reads: experts come first, then coded models."""
+        rows = set(range(num_coded))
         if self.kind is DecoderKind.expert_head:
-            return tuple(sorted(set(self.row_of.values())))
-        return tuple(range(num_coded))
+            rows = set(self.row_of.values())
+        return {*self.survivors, *(self.code.num_experts + row for row in rows)}
 
     @property
     def nbytes(self) -> int:

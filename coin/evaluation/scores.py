@@ -1,16 +1,16 @@
-"""The evaluation of coded systems on the servers' answers: decoders are fitted, and what they decode is scored."""
+"""The evaluation of coded systems: networks run, decoders are fitted to their answers, what they decode is scored."""
 
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import (
     Answers,
@@ -18,6 +18,7 @@ from coin.coding import (
     DecoderKind,
     Promise,
     answer_score,
+    distinct_decoders,
     make_decoder,
 )
 from coin.coding.decoder import Head
@@ -26,82 +27,85 @@ from coin.coding.metrics import DecodingAccuracy, Residual
 from coin.core.batches import Batch
 from coin.core.devices import disable_tf32
 from coin.core.progress import progress_bar
-from coin.errors import CoinWarning, HeadError
-from coin.evaluation.variants import NONE, ORACLE, Replica, Variant
+from coin.errors import CoinWarning, ConfigurationError, HeadError
+from coin.evaluation.variants import NONE, ORACLE, Variant
 from coin.networks import linear_heads, run_network
 
-
-def server_answers(
-    servers: Sequence[nn.Module | None],
-    num_experts: int,
-    inputs: Batch,
-    features: bool,
-    tasks: int | Tensor | None = None,
-) -> Answers:
-    """Run every server once, experts first, then coded models; None is one that does not answer (`Coded.answers`)."""
-    outputs = [
-        None if server is None else run_network(server, inputs, features, tasks)
-        for server in servers
-    ]
-    return Answers.of_servers(outputs, num_experts)
+Networks = Callable[[Collection[int]], Mapping[int, nn.Module]]
+"""Returns the networks at some places: first the experts, then the coded models and the copies."""
 
 
-def with_heads(
-    decoders: list[DecoderKind], experts: Iterable[nn.Module], inputs: Batch, needed: bool
-) -> tuple[list[DecoderKind], list[Head] | None]:
-    """Return the decoders, and the heads if one needs these; expert_head, unless needed, only if heads are linear."""
-    others: list[DecoderKind] = [kind for kind in decoders if kind is not DecoderKind.expert_head]
-    if len(others) == len(decoders):
-        return decoders, None
-    try:
-        heads = linear_heads(experts, inputs)
-    except HeadError as error:
-        if needed:
-            raise
-        warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
-        return others, None
-    return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in heads]
+class Scores(DecodingAccuracy):
+    """`DecodingAccuracy` of one lost expert, and ``confusion``, counts of its own class by the answered one."""
 
-
-class Scores:
-    """`DecodingAccuracy` of one lost expert, and counts of its own class by the answered one."""
+    confusion: Tensor
 
     def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.accuracy = DecodingAccuracy(num_classes)
-        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)  # [C_j, C_j]
+        super().__init__(num_classes)
+        counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.add_state("confusion", counts, dist_reduce_fx="sum")
 
     def update(
         self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None
     ) -> None:
-        """Add a batch of logits ``[B, C]`` with C ≥ C_j (`DecodingAccuracy`); NaN is counted for no class."""
-        self.accuracy.update(decoded, expert, labels, accepted)
-        answered = decoded[:, : self.num_classes]
-        own = expert[:, : self.num_classes]
+        """Add a batch, see `DecodingAccuracy`; NaN is counted for no class."""
+        super().update(decoded, expert, labels, accepted)
+        classes = len(self.confusion)
+        answered = decoded[:, :classes]
         is_finite = torch.isfinite(answered).all(1)
-        self.confusion.update(answered[is_finite].argmax(1), own[is_finite].argmax(1))
+        own = expert[is_finite, :classes].argmax(1)
+        pairs = classes * own + answered[is_finite].argmax(1)
+        counts = torch.bincount(pairs, minlength=classes**2)
+        self.confusion += counts.view(classes, classes).to(self.confusion.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the numbers, and ``confusion`` ``[C_j, C_j]``."""
+        return {**super().compute(), "confusion": self.confusion}
 
 
 @dataclass(eq=False)
 class FittedDecoder:
-    """A decoder of a variant, its scores by lost expert, and the wall time of its fit."""
+    """What answers for lost experts in a variant, a decoder or, for None, a copy; with its scores by lost expert."""
 
     variant: Variant
-    decoder: Decoder
+    decoder: Decoder | None
+    erasures: Sequence[tuple[int, ...]]  # that it is measured for
     scores: dict[int, Scores]
-    seconds: float = 0.0
+    seconds: float = 0.0  # that its fit took
 
-    def decodes(self, erased: Sequence[int]) -> bool:
-        """Return whether this is the decoder for the loss of these experts."""
-        if self.decoder.kind.reads_survivors:
-            return self.decoder.erased == tuple(erased)
-        return True
+    @property
+    def name(self) -> str:
+        """What results have as the decoder."""
+        return REPLICA if self.decoder is None else self.decoder.kind.name
 
-    def decode(self, task: int, seen: Answers, num_classes: int) -> Tensor:
-        """Return a lost expert's logits of its own classes ``[B, C_j]`` from the answers in the variant's system."""
-        place = self.decoder.erased.index(task)
-        decoded = self.decoder.decode(seen)  # [|erased|, B, C]
-        return decoded[place, :, :num_classes]
+    @property
+    def needs_fit(self) -> bool:
+        """Whether it is fitted to calibration answers."""
+        return self.decoder is not None and self.decoder.kind.needs_fit
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are kept to decode."""
+        return 0 if self.decoder is None else self.decoder.nbytes
+
+    @property
+    def promises(self) -> dict[int, Promise]:
+        """The promises by lost expert."""
+        return {} if self.decoder is None else self.decoder.promises
+
+    def reads(self) -> set[int]:
+        """Return the places of the networks whose answers it decodes."""
+        num_experts = self.variant.code.num_experts
+        if self.variant.method == ORACLE:
+            return set(range(num_experts))
+        places = {num_experts + network for network in self.variant.networks}
+        return places if self.decoder is None else places | set(self.decoder.survivors)
+
+    def decode(self, task: int, seen: Answers) -> Tensor:
+        """Return a lost expert's logits ``[B, C]`` from the answers in the variant's system."""
+        if self.decoder is None:
+            return seen.coded[0]
+        return self.decoder.decode(seen)[self.decoder.erased.index(task)]
 
 
 @dataclass(frozen=True)
@@ -118,98 +122,186 @@ class Measurement:
 
 
 class Evaluation:
-    """Variants with the decoders that apply, one for every erasure; without survivors one for all experts at once."""
+    """Measures how well lost experts are decoded in several variants, by every decoder that applies to them.
+
+    Without survivors one decoder is for all experts at once; else there is one for every erasure. A network runs once a
+    batch, where its answers are read.
+
+    Args:
+        networks: What returns the networks that run.
+        variants: The variants.
+        decoders: The decoders' kinds; by default all, but expert_head only if head and features give the experts'
+            logits. Bodies with adapters add it, the only one that reads them.
+        class_counts: The experts' numbers of classes.
+        inputs: Inputs that show whether they do.
+
+    Raises ConfigurationError where no decoder applies to any variant, HeadError where expert_head is asked for.
+    """
 
     def __init__(
         self,
+        networks: Networks,
         variants: Sequence[Variant],
-        kinds: Sequence[DecoderKind],
+        decoders: Sequence[DecoderKind | str] | None,
         class_counts: Sequence[int],
-        heads: Sequence[Head] | None = None,
-        replicas: Sequence[Replica] = (),
+        inputs: Batch,
     ) -> None:
-        self.variants = list(variants)
-        self.kinds = list(kinds)
-        self.class_counts = list(class_counts)
+        self._networks = networks
+        self.variants = variants
+        self.class_counts = class_counts
+        kinds = distinct_decoders(decoders)
+        expert_head = DecoderKind.expert_head
+        if expert_head not in kinds and any(each.adapted for each in variants):
+            kinds.append(expert_head)
+        heads = None
+        if expert_head in kinds:
+            heads = self._heads(inputs, is_asked=decoders is not None)
+            kinds = [kind for kind in kinds if heads or kind is not expert_head]
+        self.kinds = kinds
         everyone = tuple(range(len(class_counts)))
         self.fitted: list[FittedDecoder] = []
-        for variant in variants:
-            for kind in variant.decoders(kinds):
-                erasures = variant.erasures() if kind.reads_survivors else [everyone]
-                for erased in erasures:
-                    decoder = make_decoder(kind, variant.code, erased, heads)
-                    scores = {expert: Scores(class_counts[expert]) for expert in erased}
-                    self.fitted.append(FittedDecoder(variant, decoder, scores))
         self.residuals: dict[Variant, list[Residual]] = {}
         for variant in variants:
+            erasures = variant.erasures()
+            applying = variant.decoders(kinds)
+            for kind in applying:
+                if kind is None:
+                    self._add(variant, None, erasures[0], erasures)
+                elif kind.reads_survivors:
+                    for erased in erasures:
+                        decoder = make_decoder(kind, variant.code, erased)
+                        self._add(variant, decoder, erased, [erased])
+                else:
+                    decoder = make_decoder(kind, variant.code, everyone, heads)
+                    self._add(variant, decoder, everyone, erasures)
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
-            has_output = variant.method != NONE and not variant.adapted
-            of_sum = [
-                kind for kind in variant.decoders(kinds) if kind is not DecoderKind.expert_head
-            ]
-            if has_output and of_sum:  # the sum takes every expert's answers
+            of_sum = [kind for kind in applying if kind not in (None, expert_head)]
+            if of_sum and variant.method != NONE:  # the sum takes every expert's answers
                 self.residuals[variant] = [Residual() for _ in class_counts]
-        self.replicas = [(replica, Scores(class_counts[replica.task])) for replica in replicas]
-        self.network_seconds = 0.0
+        if not self.fitted:
+            names = ", ".join(kind.name for kind in kinds)
+            raise ConfigurationError(
+                f"found nothing that the decoders {names} can measure, expected coded models, replicas, or a decoder "
+                "that reads survivors"
+            )
+        self.network_seconds = 0.0  # of one network for one calibration sample
 
+    def _heads(self, inputs: Batch, is_asked: bool) -> list[Head] | None:
+        """Return the experts' heads; none, with a warning, where one is not linear and they are not asked for."""
+        experts = (self._networks([place])[place] for place in range(len(self.class_counts)))
+        try:
+            heads = linear_heads(experts, inputs)
+        except HeadError as error:
+            if is_asked:
+                raise
+            warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=4)
+            return None
+        return [(weight.cpu(), bias.cpu()) for weight, bias in heads]
+
+    def _add(
+        self,
+        variant: Variant,
+        decoder: Decoder | None,
+        erased: Sequence[int],
+        erasures: Sequence[tuple[int, ...]],
+    ) -> None:
+        """Add a decoder for these lost experts, or a copy of one."""
+        scores = {expert: Scores(self.class_counts[expert]) for expert in erased}
+        self.fitted.append(FittedDecoder(variant, decoder, erasures, scores))
+
+    @property
     def to_fit(self) -> list[FittedDecoder]:
-        """Return the decoders that need a fit."""
-        return [each for each in self.fitted if each.decoder.kind.needs_fit]
+        """The decoders that need a fit."""
+        return [each for each in self.fitted if each.needs_fit]
 
-    def read_by_fit(self) -> set[int]:
-        """Return the places of the servers whose answers to calibration inputs `fit` reads (`server_answers`)."""
-        places: set[int] = set()
-        for each in self.to_fit():
-            places |= {*each.decoder.erased, *self._read(each)}
-        return places
+    @property
+    def to_promise(self) -> list[FittedDecoder]:
+        """The decoders of whose answers something can be promised: not copies."""
+        return [each for each in self.fitted if each.decoder is not None]
 
-    def read_of_task(self, task: int) -> set[int]:
-        """Return the places of the servers whose answers to a task's test set `update` reads (`server_answers`)."""
+    def reads(self, task: int) -> set[int]:
+        """Return the places of the networks whose answers to a task's test set are read."""
         places = {task}
         for each in self.fitted:
             if task in each.scores:
-                places |= self._read(each)
+                places |= each.reads()
         if self.residuals:  # of Σ_i β_i f_i
-            places |= self._everyone()
+            places |= set(range(len(self.class_counts)))
         for variant in self.residuals:
-            places |= self._places(variant)
+            places |= {len(self.class_counts) + network for network in variant.networks}
         return places
 
-    def _read(self, fitted: FittedDecoder) -> set[int]:
-        """Return the places of the servers that a decoder reads."""
-        if fitted.variant.method == ORACLE:
-            return self._everyone()
-        return {*fitted.decoder.survivors, *self._places(fitted.variant)}
+    def answers(self, inputs: Batch, tasks: int | Tensor, places: Collection[int]) -> Answers:
+        """Return the answers of the networks at these places to inputs ``[B, …]``, bodies' as the tasks' experts.
 
-    def _everyone(self) -> set[int]:
-        """Return the experts' places."""
-        return set(range(len(self.class_counts)))
+        They are on the CPU: not every device has float64, in which decoders are fitted.
+        """
+        features = any(kind.reads_features for kind in self.kinds)
+        count = len(self.class_counts)
+        others = [network for variant in self.variants for network in variant.networks]
+        networks = self._networks(places)
+        outputs = [
+            run_network(networks[place], inputs, features, tasks) if place in networks else None
+            for place in range(count + max(others, default=-1) + 1)
+        ]
+        return Answers.of_servers(outputs, count).cpu()
 
-    def _places(self, variant: Variant) -> set[int]:
-        """Return the places of a variant's coded models."""
-        return {len(self.class_counts) + network for network in variant.networks}
+    def _answers_to(
+        self, batches: Iterable[tuple[Batch, Tensor]], fitted: Sequence[FittedDecoder]
+    ) -> tuple[Answers, int]:
+        """Return what these decoders read and the lost experts' own answers, and how many networks have given them."""
+        places: set[int] = set()
+        for each in fitted:
+            places |= each.reads() | set(each.scores)
+        parts = []
+        for inputs, tasks in batches:
+            answers = self.answers(inputs, tasks, places)
+            parts.append(replace(answers, tasks=tasks))
+        if not parts:
+            raise ConfigurationError(
+                f"found no calibration samples to fit the decoder {fitted[0].name} on; give them"
+            )
+        return Answers.concatenate(parts), len(places)
 
-    def fit(self, answers: Answers, network_seconds: float = 0.0) -> None:
-        """Fit the decoders that need it on calibration inputs' answers; a network took so long for each of these."""
-        self.network_seconds = network_seconds
-        for each in progress_bar("fitting decoders", items=self.to_fit()):
-            seen = each.variant.seen(answers)
-            started = time.perf_counter()
-            each.decoder.fit(seen)
-            losses = 1 if each.decoder.kind.reads_survivors else len(each.decoder.erased)
-            each.seconds = (time.perf_counter() - started) / losses
+    def fit(self, batches: Iterable[tuple[Batch, Tensor]]) -> None:
+        """Fit the decoders that need it on calibration inputs ``[B, …]``, each with its task ``[B]``, if there are any.
 
-    def promise(self, answers: Answers, alpha: float, confidence: float) -> None:
-        """Set up to which score answers are accepted, by all servers' answers to new inputs; see `Decoder.accept`."""
-        with torch.autocast("cpu", enabled=False), disable_tf32():
-            for each in self.fitted:
+        Raises ConfigurationError where they need some and there are none.
+        """
+        to_fit = self.to_fit
+        if not to_fit:
+            return
+        started = time.perf_counter()
+        answers, num_networks = self._answers_to(batches, to_fit)
+        seconds = time.perf_counter() - started
+        # Networks run together; a decoder is charged with those that it needs.
+        self.network_seconds = seconds / num_networks / answers.num_samples
+        with _full_precision():
+            for each in progress_bar("fitting decoders", items=to_fit):
+                assert each.decoder is not None
+                seen = each.variant.seen(answers)
+                started = time.perf_counter()
+                each.decoder.fit(seen)
+                losses = 1 if each.decoder.kind.reads_survivors else len(each.scores)
+                each.seconds = (time.perf_counter() - started) / losses
+
+    def promise(
+        self, batches: Iterable[tuple[Batch, Tensor]], alpha: float, confidence: float
+    ) -> None:
+        """Set up to which score decoded answers are accepted, by new inputs of known tasks; see `Decoder.accept`."""
+        answers, _ = self._answers_to(batches, self.to_promise)
+        with _full_precision():
+            for each in self.to_promise:
+                assert each.decoder is not None
                 seen = each.variant.seen(answers)
                 each.decoder.accept(seen, alpha, confidence, self.class_counts)
 
-    def update(self, task: int, answers: Answers, labels: Tensor) -> None:
-        """Score what is decoded of a batch of one task's test set."""
+    def update(self, task: int, inputs: Batch, labels: Tensor) -> None:
+        """Score what is decoded of a batch of one task's test set, labels ``[B]``."""
+        answers = self.answers(inputs, task, self.reads(task))
+        labels = labels.cpu()
         width = self.class_counts[task]
-        with torch.autocast("cpu", enabled=False), disable_tf32():
+        with _full_precision():
             seen = {variant: variant.seen(answers) for variant in self.variants}
             for variant, residuals in self.residuals.items():
                 target = variant.code.encode(answers.experts)  # [R, B, C]
@@ -219,61 +311,57 @@ class Evaluation:
             for each in self.fitted:
                 if task not in each.scores:
                     continue
-                decoded = each.decode(task, seen[each.variant], width)
+                decoded = each.decode(task, seen[each.variant])[:, :width]
                 accepted = None
-                if task in each.decoder.promises:
+                if each.decoder is not None and task in each.promises:
                     accepted = each.decoder.accepted(task, answer_score(decoded))
                 each.scores[task].update(decoded, expert, labels, accepted)
 
     def measurements(self, tasks: Sequence[str]) -> list[Measurement]:
-        """Return the results, erasure by erasure and then the replicas', given the tasks' names."""
-        found = []
+        """Return the results of every variant, erasure by erasure, given the tasks' names."""
+        found: list[Measurement] = []
         for variant in self.variants:
+            own = [each for each in self.fitted if each.variant is variant]
             for erased in variant.erasures():
-                for kind in variant.decoders(self.kinds):
-                    found += self._of_decoder(variant, erased, kind, tasks)
-        for (variant, task, _), scores in self.replicas:
-            columns = {
-                "decoder": REPLICA,
-                "erased": tasks[task],
-                "task": tasks[task],
-                "residual": math.nan,
-                "decoder_seconds": 0.0,
-                "decoder_passes": 0.0,
-                "memory_mib": variant.memory / 2**20,
-                "resident_mib": variant.resident / 2**20,
-                "forwards": 1,
-                "losses": len(tasks),
-            }
-            found.append(_measurement(variant, columns, scores))
+                for each in own:
+                    if erased in each.erasures:
+                        kept = sum(other.nbytes for other in own if other.name == each.name)
+                        found += self._measured(each, erased, kept, tasks)
         return found
 
-    def _of_decoder(
-        self, variant: Variant, erased: tuple[int, ...], kind: DecoderKind, tasks: Sequence[str]
-    ) -> list[Measurement]:
-        """Return the results of a decoder for the loss of these experts, one for each of them."""
-        of_variant = [each for each in self.fitted if each.variant is variant]
-        own = [each for each in of_variant if each.decoder.kind is kind]
-        fitted = next(each for each in own if each.decodes(erased))
-        kept = sum(each.decoder.nbytes for each in own)
-        passes = fitted.decoder.passes(len(variant.networks), erased)
+    def _measured(
+        self, fitted: FittedDecoder, erased: tuple[int, ...], kept: int, tasks: Sequence[str]
+    ) -> Iterator[Measurement]:
+        """Yield the results of a decoder for the loss of these experts, one for each of them."""
+        variant = fitted.variant
+        kind = None
+        passes = 0
+        if fitted.decoder is not None:
+            kind = fitted.decoder.kind
+            passes = fitted.decoder.passes(len(variant.networks), erased)
         seconds = fitted.seconds + self.network_seconds * passes
+        rows = [] if variant.is_copy else range(len(variant.networks))
         columns = {
-            "decoder": kind.name,
+            "method": variant.method,
+            "batchnorm": variant.batchnorm,
+            "decoder": fitted.name,
+            "code_row": "+".join(map(str, rows)),
             "erased": "+".join(tasks[lost] for lost in erased),
+            "samples_per_task": variant.samples_per_task,
+            "merge_seconds": variant.merge_seconds,
+            "merge_passes": variant.merge_passes,
             "decoder_seconds": seconds if passes else 0.0,
             "decoder_passes": float(passes),
             **variant.costs(kind, kept, len(erased)),
         }
-        found = []
         for lost in erased:
             residual = math.nan
             if variant in self.residuals:
                 residual = float(self.residuals[variant][lost].compute())
-            of_task = {**columns, "task": tasks[lost], "residual": residual}
-            promise = fitted.decoder.promises.get(lost)
-            found.append(_measurement(variant, of_task, fitted.scores[lost], promise))
-        return found
+            own = fitted.scores[lost].compute()
+            numbers = {name: float(own[name]) for name in own if name != "confusion"}
+            of_task = {**columns, "task": tasks[lost], "residual": residual, **numbers}
+            yield Measurement(of_task, own["confusion"].cpu(), fitted.promises.get(lost))
 
     @property
     def metrics(self) -> list[Metric]:
@@ -281,29 +369,13 @@ class Evaluation:
         found: list[Metric] = []
         for residuals in self.residuals.values():
             found += residuals
-        scores = [scores for _, scores in self.replicas]
         for each in self.fitted:
-            scores += each.scores.values()
-        for own in scores:
-            found += [own.accuracy, own.confusion]
+            found += each.scores.values()
         return found
 
 
-def _measurement(
-    variant: Variant,
-    columns: dict[str, Any],
-    scores: Scores,
-    promise: Promise | None = None,
-) -> Measurement:
-    made = {
-        "method": variant.method,
-        "batchnorm": variant.batchnorm,
-        "code_row": "+".join(map(str, range(len(variant.networks)))),
-        "samples_per_task": variant.samples_per_task,
-        "merge_seconds": variant.merge_seconds,
-        "merge_passes": variant.merge_passes,
-    }
-    shares = scores.accuracy.compute()
-    numbers = {name: float(share) for name, share in shares.items()}
-    confusion = scores.confusion.compute().cpu()
-    return Measurement({**made, **columns, **numbers}, confusion, promise)
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Run a block on the CPU in full precision, whatever the networks' is."""
+    with torch.autocast("cpu", enabled=False), disable_tf32():
+        yield

@@ -1,19 +1,21 @@
-"""What is evaluated: coded models and replicas read from files, and the references."""
+"""What is evaluated: coded models and compressed copies, described by their files, and the references."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
-from coin.networks import BatchNormPolicy, load_network
+from coin.merging.provenance import Provenance
+from coin.networks import BatchNormPolicy
 from coin.networks.adapted import resident_nbytes
 from coin.networks.files import NetworkFile, nbytes_together, open_network
+from coin.networks.registry import empty_network
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
@@ -21,17 +23,17 @@ NONE, ORACLE = "none", "oracle"
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One coded system under evaluation: a merge method with its options, or one of the two references.
+    """One system under evaluation: a merge method with its options, a reference, or one expert's compressed copy.
 
     Args:
         method: The method's label.
         code: The code, R×N.
         batchnorm: The BatchNorm policy, as results have it.
-        networks: The places of its coded models among all; none for the references.
+        networks: The places of its coded models, or of the copy, behind the experts; none for the references.
         samples_per_task, merge_seconds, merge_passes: How the coded models were made, as results have it.
         chosen: What was chosen for each coded model.
         kind: The method's own name.
-        memory: The bytes of the coded models as stored, with the base of compressed ones.
+        memory: The bytes of the coded models as stored; of copies those of all experts', with their base.
         resident: The bytes of weights that processes hold which answer with them.
         lost: The erasures to measure, by default all that the code can decode.
         adapted: Whether the coded models are bodies with adapters.
@@ -51,9 +53,19 @@ class Variant:
     lost: tuple[tuple[int, ...], ...] | None = None
     adapted: bool = False
 
-    def decoders(self, every: Sequence[DecoderKind]) -> Sequence[DecoderKind]:
-        """Return those of the decoders that apply; ``none`` has ``ridge`` at least where any reads survivors."""
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a compressed copy, whose answer is the lost expert's."""
+        return self.kind == REPLICA
+
+    def decoders(self, every: Sequence[DecoderKind]) -> Sequence[DecoderKind | None]:
+        """Return those of the decoders that apply, None for a copy, which needs none.
+
+        ``none`` has ``ridge`` at least where any reads survivors.
+        """
         linear = [kind for kind in every if kind is DecoderKind.linear]
+        if self.is_copy:
+            return [None]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [kind for kind in every if kind is DecoderKind.expert_head]
         if self.method == ORACLE:
@@ -66,18 +78,22 @@ class Variant:
             return regressions
         return every
 
-    def costs(self, kind: DecoderKind, kept: int, num_lost: int) -> dict[str, float]:
+    def costs(self, kind: DecoderKind | None, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
         num_experts = self.code.num_experts
-        losses = kind.losses(num_experts, self.code.num_coded)
+        forwards = 1
+        losses = num_experts
+        if kind is not None:
+            forwards = kind.forwards(num_experts, len(self.networks), num_lost)
+            losses = kind.losses(num_experts, self.code.num_coded)
         if self.method == NONE:
             losses = min(losses, num_experts - 1)
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "resident_mib": (self.resident + kept) / 2**20,
-            "forwards": kind.forwards(num_experts, len(self.networks), num_lost),
+            "forwards": forwards,
             "losses": losses,
         }
 
@@ -98,105 +114,93 @@ class Variant:
         return every
 
 
-class Replica(NamedTuple):
-    """The file of the compressed expert of one task; `variant` has the costs of all copies of its label."""
-
-    variant: Variant
-    task: int
-    path: Path
-
-
 def read_coded(
     paths: Sequence[Path], fingerprints: Sequence[str]
 ) -> tuple[list[nn.Module], list[Variant]]:
     """Return coded models, of these experts, and a variant for the rows of each code, which must all be there."""
     files = [open_network(path) for path in paths]
-    modules = [file.module() for file in files]
-    groups: dict[tuple[str, str], list[int]] = {}
-    for place, file in enumerate(files):
-        made = file.provenance
-        if "code" not in made:
-            raise FileError(
-                f"'{file.path}' is no coded model, expected a file that coin merge wrote"
-            )
-        if made.get("experts") != list(fingerprints):
+    rows = [Provenance.of(file) for file in files]
+    by_label: dict[str, list[int]] = {}
+    for place, (file, made) in enumerate(zip(files, rows, strict=True)):
+        if made.experts != list(fingerprints):
             raise FileError(
                 f"'{file.path}' was made from other experts, or in another order; run coin merge again"
             )
-        variant = (made["label"], made["batchnorm"])
-        groups.setdefault(variant, []).append(place)
+        by_label.setdefault(made.label, []).append(place)
+    modules = [file.module() for file in files]
     variants = []
-    for places in groups.values():
-        in_order = sorted(places, key=lambda place: int(files[place].provenance["row"]))
-        rows = [files[place] for place in in_order]
-        resident = sum(resident_nbytes(modules[place]) for place in in_order)
-        variants.append(_variant(rows, tuple(in_order), resident))
+    for places in by_label.values():
+        places.sort(key=lambda place: rows[place].row)
+        variant = _variant([files[place] for place in places], [rows[place] for place in places])
+        resident = sum(resident_nbytes(modules[place]) for place in places)
+        variants.append(replace(variant, networks=tuple(places), resident=resident))
     return modules, variants
 
 
-def _variant(files: Sequence[NetworkFile], places: tuple[int, ...], resident: int) -> Variant:
+def _variant(files: Sequence[NetworkFile], rows: Sequence[Provenance]) -> Variant:
     """Return the variant of the files of all rows of a code, in their order."""
-    rows = [file.provenance for file in files]
     first = rows[0]
-    code = Code(first["code"])
-    found = [row["row"] for row in rows]
-    has_one_code = all(row["code"] == first["code"] for row in rows)
-    expected = list(range(code.num_coded))
-    if found != expected or not has_one_code:
+    code = Code(first.code)
+    found = [made.row for made in rows]
+    has_one_code = all(made.code == first.code for made in rows)
+    if found != list(range(code.num_coded)) or not has_one_code:
         raise FileError(
-            f"found rows {found} of method {first['label']}, expected all {code.num_coded} of one code; "
+            f"found rows {found} of method {first.label}, expected all {code.num_coded} of one code; "
             "run coin merge again"
         )
-    chosen = tuple(row.get("chosen") or {} for row in rows)
-    policy = first["batchnorm"]
-    taken = [str(each["batchnorm"]) for each in chosen if "batchnorm" in each]
+    policy = first.batchnorm
+    taken = [str(made.chosen["batchnorm"]) for made in rows if "batchnorm" in made.chosen]
     if policy == BatchNormPolicy.auto and taken:
         policy = f"{policy}:{'+'.join(dict.fromkeys(taken))}"
     return Variant(
-        method=first["label"],
+        method=first.label,
         code=code,
         batchnorm=policy,
-        networks=places,
-        samples_per_task=first["samples_per_task"],
-        merge_seconds=sum(float(row["seconds"]) for row in rows),
-        merge_passes=sum(float(row["passes"]) for row in rows),
-        chosen=chosen,
-        kind=(first.get("method") or {}).get("name"),
+        samples_per_task=first.samples_per_task,
+        merge_seconds=sum(made.seconds for made in rows),
+        merge_passes=sum(made.passes for made in rows),
+        chosen=tuple(dict(made.chosen) for made in rows),
+        kind=first.method.get("name"),
         memory=nbytes_together(files),
-        resident=resident,
         adapted=any(file.adapters for file in files),
     )
 
 
-def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code) -> list[Replica]:
-    """Return the files of compressed experts; a FileError where one is of none of the `fingerprints`."""
-    groups: dict[str, list[NetworkFile]] = {}
-    largest: dict[str, int] = {}  # bytes of a whole copy
-    for path in paths:
-        file = load_network(path)
+def read_copies(
+    paths: Sequence[Path], fingerprints: Sequence[str], code: Code, first: int
+) -> list[Variant]:
+    """Return a variant for each expert's compressed copy, in files; their places begin at `first`.
+
+    Its costs are those of all copies of its label. Raises FileError where a file is of none of the `fingerprints`, or
+    the second of one.
+    """
+    by_label: dict[str, list[int]] = {}
+    files = []
+    for place, path in enumerate(paths):
+        file = open_network(path)
         if file.provenance.get("of") not in fingerprints:
             raise FileError(
                 f"'{path}' is not a compressed copy of these experts; compress them again"
             )
-        label = str(file.provenance.get("label", REPLICA))
-        whole = resident_nbytes(file.network)
-        largest[label] = max(whole, largest.get(label, 0))
-        groups.setdefault(label, []).append(replace(file, content={}))  # without its tensors
-    found = []
-    for label, files in groups.items():
-        memory = nbytes_together(files)
-        variant = Variant(
+        files.append(replace(file, content={}))  # without its tensors
+        by_label.setdefault(str(file.provenance.get("label", REPLICA)), []).append(place)
+    variants = []
+    for label, places in by_label.items():
+        own = [files[place] for place in places]
+        memory = nbytes_together(own)
+        whole = max(resident_nbytes(empty_network(file.config, file.num_classes)) for file in own)
+        of_label = Variant(
             method=label,
             code=code,
-            merge_seconds=sum(float(file.provenance["seconds"]) for file in files),
-            chosen=(files[0].provenance["compression"],),
+            merge_seconds=sum(float(file.provenance["seconds"]) for file in own),
+            chosen=(own[0].provenance["compression"],),
             kind=REPLICA,
             memory=memory,
-            resident=memory + largest[label],  # all as stored, and one of them whole to answer
+            resident=memory + whole,  # all as stored, and one of them whole to answer
         )
         # Of equal experts each has a copy.
         without_copy = list(fingerprints)
-        for file in files:
+        for place, file in zip(places, own, strict=True):
             of = file.provenance["of"]
             if of not in without_copy:
                 raise FileError(
@@ -204,5 +208,5 @@ def read_replicas(paths: Sequence[Path], fingerprints: Sequence[str], code: Code
                 )
             task = without_copy.index(of)
             without_copy[task] = ""
-            found.append(Replica(variant, task, file.path))
-    return found
+            variants.append(replace(of_label, networks=(first + place,), lost=((task,),)))
+    return variants

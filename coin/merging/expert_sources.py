@@ -2,10 +2,11 @@
 
 import statistics
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -16,77 +17,114 @@ from coin.files.tensors import State, check_layout, fingerprint, on_device
 from coin.networks.calling import clone
 from coin.networks.files import NetworkFile, load_network, open_network
 from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
-from coin.networks.registry import NetworkConfig, build_network, empty_network
+from coin.networks.registry import build_network, empty_network
 from coin.networks.weights import check_plain, parameters_of, tensors_of
 
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
 
 
-class ExpertNetworks:
-    """Experts in memory.
+@dataclass(frozen=True)
+class Record:
+    """An expert, or the shared initialisation, with a padded head.
 
-    Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError
-    as `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
+    Args:
+        parameters: By name, tied ones once. Those of a file are mapped: read when something computes with them.
+        buffers: Likewise.
+        load: Returns the network.
+    """
+
+    parameters: State
+    buffers: State
+    load: Callable[[], nn.Module]
+
+    @classmethod
+    def of_network(cls, network: nn.Module, like: nn.Module, source: str) -> Self:
+        """Return a record of a network in memory; a StateError where its parameters are not like another's."""
+        parameters, buffers = tensors_of(network)
+        check_layout(parameters_of(like), parameters, source)
+        return cls(parameters, buffers, lambda: network)
+
+    def tensors(self, device: torch.device) -> tuple[State, State]:
+        """Return the parameters and buffers on a device."""
+        return on_device(self.parameters, device), on_device(self.buffers, device)
+
+
+class ExpertSource:
+    """N experts of one architecture, whose heads are padded with zeros to the largest class count.
+
+    Args:
+        records: The experts.
+        initial: The shared initialisation, if there is one.
+        skeleton: A network like the experts; of those in files one without values.
+        padding: The head's name and its number of outputs, where heads are padded.
+        unpadded: The experts in memory as they are.
+        device: The device of all tensors.
 
     Attributes:
         count: N.
-        unpadded: The experts as they are.
-        networks: The experts with padded heads, in copies that share all other tensors.
-        padding: The head's name and its number of outputs, where heads are padded.
-        device: The device of all tensors.
+        tensors, initial_tensors: The experts' and the shared initialisation's parameters and buffers.
     """
 
     def __init__(
         self,
-        networks: Sequence[nn.Module],
-        initial: nn.Module | None = None,
+        records: Sequence[Record],
+        initial: Record | None,
+        skeleton: nn.Module,
+        padding: tuple[str, int] | None,
+        unpadded: Sequence[nn.Module],
+        device: torch.device,
     ) -> None:
+        self.count = len(records)
+        self.skeleton = skeleton
+        self.padding = padding
+        self.unpadded = unpadded
+        self.device = device
+        self._records = records
+        self.tensors = [record.tensors(device) for record in records]
+        self.initial_tensors = None if initial is None else initial.tensors(device)
+
+    @classmethod
+    def of_networks(
+        cls, networks: Sequence[nn.Module], initial: nn.Module | None = None
+    ) -> "ExpertSource":
+        """Return experts in memory; padded ones are copies that share all other tensors.
+
+        Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError as
+        `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
+        """
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
         for network in networks:
             check_plain(network)
+        _check_alike(networks)
+        unpadded = list(networks)
+        padded = of_one_width(unpadded)
+        skeleton = padded[0]
+        padding = None
+        if padded != unpadded:
+            head = head_name(skeleton)
+            outputs = len(skeleton.get_submodule(head).get_parameter("weight"))
+            padding = (head, outputs)
+        start = None
         if initial is not None:
             check_plain(initial)
-        _check_alike(networks)
-        self.count = len(networks)
-        self.device = device_of(networks[0])
-        self.unpadded = list(networks)
-        self.networks = of_one_width(self.unpadded)
-        self.skeleton = self.networks[0]
-        self.initial = initial
-        self.padding: tuple[str, int] | None = None
-        if self.networks != self.unpadded:
-            head = head_name(self.skeleton)
-            outputs = len(self.skeleton.get_submodule(head).get_parameter("weight"))
-            self.padding = (head, outputs)
-        for index, (parameters, _) in enumerate(self.tensors):
-            self._check_layout(parameters, f"expert {index}")
+            like_experts = initial if padding is None else pad_head(initial, padding[1])
+            start = Record.of_network(like_experts, skeleton, "the shared initialisation")
+        records = [
+            Record.of_network(network, skeleton, f"expert {place}")
+            for place, network in enumerate(padded)
+        ]
+        return ExpertSource(records, start, skeleton, padding, unpadded, device_of(unpadded[0]))
 
-    def _check_layout(self, parameters: State, source: str) -> None:
-        check_layout(parameters_of(self.skeleton), parameters, source)
+    def network(self, place: int) -> nn.Module:
+        """Return an expert; one in a file is loaded anew."""
+        return self._records[place].load()
 
     def each_network(self) -> Iterator[nn.Module]:
-        """Yield the experts, their heads padded."""
-        yield from self.networks
-
-    @cached_property
-    def tensors(self) -> list[tuple[State, State]]:
-        """Every expert's parameters and buffers."""
-        return [tensors_of(network) for network in self.networks]
-
-    @cached_property
-    def initial_tensors(self) -> tuple[State, State] | None:
-        """The shared initialisation's parameters and buffers, none without one."""
-        if self.initial is None:
-            return None
-        network = self.initial
-        if self.padding is not None:
-            _, outputs = self.padding
-            network = pad_head(network, outputs)
-        parameters, buffers = tensors_of(network)
-        self._check_layout(parameters, "the shared initialisation")
-        return on_device(parameters, self.device), on_device(buffers, self.device)
+        """Yield the experts, those in files one at a time."""
+        for place in range(self.count):
+            yield self.network(place)
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
@@ -122,10 +160,18 @@ def _kinds(network: nn.Module) -> dict[str, str]:
     return kinds
 
 
-class ExpertFiles:
-    """Experts in files, by task, read on demand, one tensor at a time; `networks` keeps all of them in memory.
+class ExpertFiles(ExpertSource):
+    """Experts in files: tensors are read on access, networks when they are asked for.
 
-    Networks and tensors are on `device`, to which a tensor goes when it is first read.
+    Args:
+        paths: The experts' files by task.
+        initial: The shared initialisation's.
+        device: The device of tensors and networks.
+
+    Attributes:
+        config: The architecture that all experts share.
+        class_counts: Their numbers of classes; `width` is the largest.
+        fingerprints: Those of the networks by task; see `coin.files.tensors.fingerprint`.
     """
 
     def __init__(
@@ -135,92 +181,53 @@ class ExpertFiles:
         device: torch.device | str = "cpu",
     ) -> None:
         self.paths = dict(paths)
-        self.count = len(paths)
         self.initial = initial
-        self.device = torch.device(device)
-
-    @cached_property
-    def opened(self) -> dict[str, NetworkFile]:
-        """The opened files, tensors not yet read."""
-        return {task: open_network(path) for task, path in self.paths.items()}
-
-    @property
-    def config(self) -> NetworkConfig:
-        """The architecture that all experts share."""
-        first, *_ = self.opened.values()
-        return first.config
-
-    @property
-    def width(self) -> int:
-        """The largest class count."""
-        return max(file.num_classes for file in self.opened.values())
+        files = [open_network(path) for path in self.paths.values()]
+        self.config = files[0].config
+        self.class_counts = [file.num_classes for file in files]
+        self.width = max(self.class_counts)
+        self._files = files
+        skeleton = empty_network(self.config, self.width)
+        padding = (head_name(skeleton), self.width)
+        home = torch.device(device)
+        records = [_record_of(file, skeleton, padding, home) for file in files]
+        start = None
+        if initial is not None:
+            start = _record_of(open_network(initial), skeleton, padding, home)
+        super().__init__(records, start, skeleton, padding, (), home)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
-        return {task: fingerprint(file.state) for task, file in self.opened.items()}
-
-    @cached_property
-    def skeleton(self) -> nn.Module:
-        """A network of the experts' architecture and `width`, without weights; a StateError where one does not fit."""
-        network = empty_network(self.config, self.width)
-        for file in self.opened.values():
-            _check(file, network)
-        return network
-
-    @cached_property
-    def networks(self) -> list[nn.Module]:
-        """The networks of `each_network`."""
-        return list(self.each_network())
-
-    def each_network(self) -> Iterator[nn.Module]:
-        """Load the experts one at a time, their heads padded by zeros to `width` logits."""
-        for path in self.paths.values():
-            network = load_network(path).network
-            yield pad_head(network.to(self.device), self.width)
-
-    @property
-    def padding(self) -> tuple[str, int]:
-        """The head's name and its number of outputs."""
-        return head_name(self.skeleton), self.width
-
-    @cached_property
-    def tensors(self) -> list[tuple[State, State]]:
-        """Every expert's parameters and buffers, read on access."""
-        return [self._tensors_of(file) for file in self.opened.values()]
-
-    @cached_property
-    def initial_tensors(self) -> tuple[State, State] | None:
-        """The shared initialisation's parameters and buffers, none without one."""
-        if self.initial is None:
-            return None
-        file = open_network(self.initial)
-        _check(file, self.skeleton)
-        return self._tensors_of(file)
-
-    def _tensors_of(self, file: NetworkFile) -> tuple[State, State]:
-        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
-        skeleton = self.skeleton
-        parameter_names = [name for name, _ in skeleton.named_parameters()]
-        tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-        buffer_names = [name for name in skeleton.state_dict() if name not in tied]
-        parameters = padded_state(file.select(parameter_names), *self.padding)
-        buffers = file.select(buffer_names)
-        return on_device(parameters, self.device), on_device(buffers, self.device)
+        """The fingerprints of the networks by task; every tensor is read once."""
+        marks = [fingerprint(file.state) for file in self._files]
+        return dict(zip(self.paths, marks, strict=True))
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return build_network(self.config, self.width).to(self.device)
 
 
-def _check(file: NetworkFile, skeleton: nn.Module) -> None:
-    """Check that a file has the tensors of a network; only its head may have fewer outputs."""
+def _record_of(
+    file: NetworkFile, skeleton: nn.Module, padding: tuple[str, int], device: torch.device
+) -> Record:
+    """Return a record of a file; a StateError where it is not like the skeleton, but for the head's outputs."""
+    head, width = padding
     own = skeleton.state_dict()
-    head = head_name(skeleton)
     for name in (f"{head}.weight", f"{head}.bias"):
         if name in own:
             own[name] = own[name][: file.num_classes]
-    check_layout(own, file.state, str(file.path))
+    state = file.state
+    check_layout(own, state, str(file.path))
+    every_name = dict(skeleton.named_parameters(remove_duplicate=False))
+    parameters = {name: state[name] for name, _ in skeleton.named_parameters()}
+    buffers = {name: state[name] for name in own if name not in every_name}
+    load = partial(_load_padded, file.path, width, device)
+    return Record(padded_state(parameters, head, width), buffers, load)
+
+
+def _load_padded(path: Path, width: int, device: torch.device) -> nn.Module:
+    """Return the network of a file with a padded head on a device."""
+    return pad_head(load_network(path).network.to(device), width)
 
 
 def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, ...] = ()) -> float:

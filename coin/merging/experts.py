@@ -1,6 +1,6 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from coin.core.batches import Batch, map_tensors, size_of
 from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.files.tensors import State, check_finite, on_device
-from coin.merging.expert_sources import ExpertFiles, ExpertNetworks
+from coin.merging.expert_sources import ExpertFiles, ExpertSource
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter
 from coin.networks.calling import as_input, checked_batch, clone
@@ -74,7 +74,7 @@ class Experts:
 
     def __init__(
         self,
-        networks: Sequence[nn.Module] | ExpertFiles,
+        networks: Sequence[nn.Module] | ExpertSource,
         *,
         fishers: Sequence[State] | None = None,
         grams: Sequence[State] | None = None,
@@ -83,11 +83,12 @@ class Experts:
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
-        source = (
-            networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial)
+        self.source = (
+            networks
+            if isinstance(networks, ExpertSource)
+            else ExpertSource.of_networks(networks, initial)
         )
-        self.source: ExpertNetworks | ExpertFiles = source
-        self.count = source.count
+        self.count = self.source.count
         for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
             if given is not None and len(given) != self.count:
                 raise ConfigurationError(
@@ -144,7 +145,7 @@ class Experts:
     @property
     def networks(self) -> Sequence[nn.Module]:
         """All experts at once."""
-        return self.source.networks
+        return list(self.source.each_network())
 
     @property
     def parameters(self) -> Sequence[State]:
@@ -272,50 +273,55 @@ class Experts:
         return self._outputs[part]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
+        """Return one statistic of every expert: given, from files, or computed on the calibration samples and counted.
 
-        A Fisher's head is padded like the expert's: with the other rows' mean where outputs weigh alike, since each
-        logit is its own row times the features; with zeros where they weigh by probabilities, which padded ones lack.
+        It is like the padded experts. A Fisher's head gets the mean of its rows where outputs weigh alike, since each
+        logit is its own row times the features, and zeros where they weigh by probabilities, which padded ones lack.
+        Raises ConfigurationError where it is not given, nor calibration data for it.
         """
-        if which not in self._statistics:
-            states = self._states(which)
-            padding = self.source.padding
-            if padding is not None and which.kind is not None:
-                head, outputs = padding
-                weigh_alike = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
-                states = [padded_state(state, head, outputs, mean=weigh_alike) for state in states]
-            self._statistics[which] = [on_device(state, self.source.device) for state in states]
+        if which in self._statistics:
+            return self._statistics[which]
+        source = self.source
+        states: Sequence[State]
+        if isinstance(source, ExpertFiles):
+            states = self._read(which, source.fingerprints)
+        else:
+            given = self._given[which.name]
+            states = self._compute(which) if given is None else given
+            _check_statistics(states, which, source.unpadded)
+        if source.padding is not None and which.kind is not None:
+            head, outputs = source.padding
+            weigh_alike = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
+            states = [padded_state(state, head, outputs, mean=weigh_alike) for state in states]
+        self._statistics[which] = [on_device(state, source.device) for state in states]
         return self._statistics[which]
 
-    def _states(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert, of its own class count."""
-        source = self.source
-        if isinstance(source, ExpertFiles):
-            files = open_statistics(self.statistic_paths, which, source.fingerprints)
-            for file in files:
-                self.seconds += file.provenance.get("seconds", 0.0)
-                self.passes += file.provenance.get("passes", 0.0)
-            return files
-        states = self._given[which.name]
-        if states is None:
-            # Of the experts before padding: a padded class would get a probability too.
-            networks = source.networks if which.kind is None else source.unpadded
-            states = self.computed(which.kind, networks, self.samples(which.data))
-        for index, (state, network) in enumerate(zip(states, source.unpadded, strict=True)):
-            check_statistic(which.name, state, network, f"the {which.name} of expert {index}")
-        return states
+    def _read(self, which: Statistic, fingerprints: Mapping[str, str]) -> Sequence[State]:
+        """Open the files of a statistic, and count what making them took."""
+        files = open_statistics(self.statistic_paths, which, fingerprints)
+        for file in files:
+            self.seconds += file.provenance.get("seconds", 0.0)
+            self.passes += file.provenance.get("passes", 0.0)
+        return files
 
-    def computed(
-        self,
-        kind: FisherKind | None,
-        networks: Iterable[nn.Module],
-        samples: Sequence[Iterable[Batch]],
-    ) -> Sequence[State]:
-        """Return every network's Fisher of a kind, or for none its Gram matrices, on its samples; count the passes."""
-        options = None if kind is None else FisherOptions(kind)
+    def _compute(self, which: Statistic) -> Sequence[State]:
+        """Compute a statistic on the calibration samples: of padded experts, but for a Fisher.
+
+        There a padded class would get a probability too.
+        """
+        options = None if which.kind is None else FisherOptions(which.kind)
+        networks = self.networks if which.kind is None else self.source.unpadded
         means = []
-        for network, batches in zip(networks, samples, strict=True):
+        for network, batches in zip(networks, self.samples(which.data), strict=True):
             sums = statistic_sums(network, batches, options)
             means.append(sums.mean())
             self.passes += sums.passes
         return means
+
+
+def _check_statistics(
+    states: Sequence[State], which: Statistic, networks: Sequence[nn.Module]
+) -> None:
+    """Raise StateError where a statistic is not the network's."""
+    for index, (state, network) in enumerate(zip(states, networks, strict=True)):
+        check_statistic(which.name, state, network, f"the {which.name} of expert {index}")

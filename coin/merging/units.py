@@ -250,14 +250,15 @@ def _unit(call: Call) -> Unit:
     if not isinstance(call, ConvolutionCall):
         return unit
     groups = call.geometry.groups
-    taps = tuple(tap for tap, (places, _) in enumerate(call.taps) if len(places) > 0)
+    _, all_taps = call.taps
+    met = tuple(tap for tap, (places, _) in enumerate(all_taps) if len(places) > 0)
     return replace(
         unit,
         groups=groups,
         outputs=channels // groups,
         is_convolution=True,
-        kernel=len(call.taps),
-        taps=taps or (0,),  # which multiplies zeros
+        kernel=len(all_taps),
+        taps=met or (0,),  # which multiplies zeros
     )
 
 

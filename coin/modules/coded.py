@@ -1,48 +1,31 @@
 """A coded system: the code, the experts and the coded models."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import (
-    Answers,
-    Code,
-    Decoder,
-    DecoderKind,
-    Promise,
-    answer_score,
-    make_decoder,
-)
+from coin.coding import Answers, Code, Decoder, DecoderKind, Promise, answer_score, make_decoder
 from coin.coding.decoder import Head
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of
-from coin.errors import ConfigurationError, DataError, StateError
-from coin.evaluation.scores import server_answers
-from coin.files.tensors import check_layout, fingerprint
-from coin.merging.method import fill
-from coin.modules.coded_file import Body, SystemFile, all_tensors
-from coin.networks import Adapted, Compressed, linear_heads, load_network, run_network
+from coin.errors import ConfigurationError, DataError
+from coin.files.tensors import fingerprint
+from coin.modules.coded_file import SystemFile, save_coded
+from coin.networks import Adapted, Compressed, linear_heads, run_network
 from coin.networks.adapted import resident_nbytes, stored_nbytes
-from coin.networks.calling import as_input, clone
-from coin.networks.files import open_network
+from coin.networks.calling import as_input
 from coin.networks.guard import eval_mode
-from coin.networks.heads import of_one_width
 from coin.networks.running import check_as_plain
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Networks = Sequence[nn.Module]
 Erased = Sequence[int | str]
 """Lost experts, by index or by name."""
-TaskOfEach = Tensor | Sequence[int] | None
-"""Of which expert's task each input is, int64 over all batches."""
 
 
 class Coded(LightningModule):
@@ -63,23 +46,19 @@ class Coded(LightningModule):
         nbytes: The bytes of the coded models as stored.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
-        method, batchnorm, results: Of a run (`from_run`), the merge method, the requested BatchNorm policy, and the
-            rows of ``results.csv`` with this method and decoder.
-        class_names, files: Of a run, every expert's class names, and the networks' files, the experts' first.
+        method, class_names, files: Of a run (`from_run`), what results call the merge method, every expert's class
+            names, and the networks' files, the experts' first.
 
     Raises ConfigurationError where the numbers of experts or coded models do not fit the code.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
-    >>> for erased in code.erasures():  # each expert alone, and every two
-    ...     _ = system.fit_decoder(inputs[0], erased, "linear")
+    >>> system = system.fit_decoder(inputs[0], [0, 2], "linear")
     >>> decoded = system.decode(inputs[0][0], [0, 2])
     >>> decoded.shape, system.score(decoded, [0, 2]).shape
     (torch.Size([2, 60, 3]), torch.Size([2, 60]))
     >>> [promise.coverage for promise in system.accept(0.05, inputs=[torch.randn(100, 4)], erased=[0, 2])]
     [1.0, 1.0]
-    >>> system.accepted(decoded, [0, 2]).shape
-    torch.Size([2, 60])
     >>> system.save("system.safetensors")
     >>> again = coin.Coded.load("system.safetensors", experts)
     >>> torch.equal(again.decode(inputs[0][0], [0, 2]), decoded)
@@ -95,11 +74,10 @@ class Coded(LightningModule):
     ) -> None:
         super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
-        own = (len(experts), len(coded))
-        if own != (self.code.num_experts, self.code.num_coded):
-            expected = f"{self.code.num_experts} and {self.code.num_coded}, as the code has"
+        if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
             raise ConfigurationError(
-                f"found {len(experts)} experts and {len(coded)} coded models, expected {expected}"
+                f"found {len(experts)} experts and {len(coded)} coded models, expected {self.code.num_experts} and "
+                f"{self.code.num_coded}, as the code has"
             )
         given = range(len(experts)) if names is None else names
         self.names = tuple(map(str, given))
@@ -122,8 +100,6 @@ class Coded(LightningModule):
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = ""
-        self.batchnorm = ""
-        self.results: pd.DataFrame | None = None
         self.class_names: list[list[str]] | None = None
         self.files: tuple[Path, ...] = ()
 
@@ -134,53 +110,50 @@ class Coded(LightningModule):
     @property
     def is_adapted(self) -> bool:
         """Whether the coded models are bodies with adapters."""
-        bodies = [network for network in self.coded if isinstance(network, Adapted)]
-        return any(body.num_experts > 0 for body in bodies)
+        return any(isinstance(each, Adapted) and each.num_experts > 0 for each in self.coded)
 
     @property
     def resident_nbytes(self) -> int:
         """The bytes of weights that are in memory while the coded models answer."""
         return sum(resident_nbytes(network) for network in self.coded)
 
-    @torch.no_grad()
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
         return self.answers(inputs, erased=range(len(self.experts))).coded
 
-    @torch.no_grad()
     def answers(
         self,
         inputs: Batch,
         *,
-        features: bool = False,
         erased: Erased = (),
-        silent: Sequence[int] = (),
+        features: bool = False,
         tasks: int | Tensor | None = None,
     ) -> Answers:
-        """Run every server once on inputs ``[B, ...]``; return penultimate features beside logits on demand.
+        """Run every network but the `erased` experts once on inputs ``[B, ...]``; their entries are NaN.
 
-        Neither `erased` experts, by index or by name, nor `silent` coded models run: their entries are NaN. Bodies with
-        adapters have to be told of which expert's task the inputs are: `tasks` [B], or one for all.
+        Penultimate features come beside logits on demand. Bodies with adapters have to be told of which expert's task
+        the inputs are: `tasks` ``[B]``, or one for all.
         """
-        count = len(self.experts)
-        servers: list[nn.Module | None] = [*self.experts, *self.coded]
-        for expert in self._indices(erased):
-            servers[expert] = None
-        for row in silent:
-            servers[count + row] = None
-        if all(server is None for server in servers):
-            raise ConfigurationError(
-                "found every server erased or silent, expected one that runs; leave one out"
-            )
-        runs_body = any(server is not None for server in servers[count:])
-        if self.is_adapted and runs_body and tasks is None:
+        places = set(range(len(self.experts) + len(self.coded)))
+        return self._run(places - set(_indices(erased, self.names)), inputs, features, tasks)
+
+    @torch.no_grad()
+    def _run(
+        self, places: Collection[int], inputs: Batch, features: bool, tasks: int | Tensor | None
+    ) -> Answers:
+        """Run the networks at these places, first the experts, then the coded models; other entries are NaN."""
+        if self.is_adapted and tasks is None and max(places) >= len(self.experts):
             raise ConfigurationError(
                 "found no tasks for a body with adapters, expected of which expert's task the inputs are; "
-                "give tasks=, one for all or [B]"
+                "give tasks=, one for all or for each input [B]"
             )
+        own = as_input(inputs, self.coded[0])
         with eval_mode(self):
-            own = as_input(inputs, self.coded[0])
-            return server_answers(servers, count, own, features, tasks)
+            outputs = [
+                run_network(network, own, features, tasks) if place in places else None
+                for place, network in enumerate([*self.experts, *self.coded])
+            ]
+        return Answers.of_servers(outputs, len(self.experts))
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the inputs, if any."""
@@ -192,20 +165,14 @@ class Coded(LightningModule):
     def count_classes(self, inputs: Any) -> list[int]:
         """Return every expert's number of logits, and keep it as `classes`."""
         if self.classes is None:
-            classes = []
+            few = take(as_input(inputs, self.experts[0]), slice(0, 2))
             with eval_mode(self.experts):
-                for expert in self.experts:
-                    few = take(as_input(inputs, expert), slice(0, 2))
-                    logits = run_network(expert, few, features=False).logits
-                    classes.append(logits.shape[1])
-            self.classes = classes
+                runs = [run_network(expert, few, features=False) for expert in self.experts]
+            self.classes = [run.logits.shape[1] for run in runs]
         return self.classes
 
     def fit_decoder(
-        self,
-        calibration: Iterable[Any],
-        erased: Erased,
-        kind: DecoderKind | str,
+        self, calibration: Iterable[Any], erased: Erased, kind: DecoderKind | str
     ) -> Self:
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
@@ -219,7 +186,7 @@ class Coded(LightningModule):
             raise ConfigurationError(
                 f"the decoder {kind} cannot read a body with adapters, expected expert_head"
             )
-        decoder = make_decoder(kind, self.code, self._indices(erased))
+        decoder = make_decoder(kind, self.code, _indices(erased, self.names))
         batches = _batches(calibration)
         first = next(batches, None)
         if first is not None:
@@ -238,37 +205,32 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch, erased: Erased | None = None) -> Tensor:
-        """Return the logits ``[|erased|, B, C]`` of lost experts; only servers that the decoder needs run.
+        """Return the logits ``[|erased|, B, C]`` of lost experts, C their most classes; those of others are −∞.
 
-        C is the largest of their class counts, for which all experts run once where there was no calibration. The
-        logits of classes that an expert does not have are −∞.
+        Only networks that the decoder reads run; without calibration every expert once, to count its classes.
         """
         decoder, lost = self._decoder_of(erased)
-        places = [decoder.erased.index(expert) for expert in lost]
-        if self.is_adapted:  # the answer for each lost expert takes a pass of its own
-            each = []
-            for expert, place in zip(lost, places, strict=True):
-                answers = self._answers_for(decoder, inputs, tasks=expert)
-                each.append(decoder.decode(answers)[place])
-            decoded = torch.stack(each)
-        else:
-            answers = self._answers_for(decoder, inputs)
-            decoded = decoder.decode(answers)[places]
+        places = decoder.servers(len(self.coded))
         classes = self.count_classes(inputs)
-        widths = [classes[expert] for expert in lost]
-        for logits, width in zip(decoded, widths, strict=True):
-            logits[:, width:] = -torch.inf
-        return decoded[..., : max(widths)]
+        every = None
+        decoded = []
+        for expert in lost:
+            # A body answers for each expert in a pass of its own.
+            if every is None or self.is_adapted:
+                answers = self._run(places, inputs, decoder.kind.reads_features, expert)
+                every = decoder.decode(answers)
+            logits = every[decoder.erased.index(expert)]
+            logits[:, classes[expert] :] = -torch.inf
+            decoded.append(logits)
+        width = max(classes[expert] for expert in lost)
+        return torch.stack(decoded)[..., :width]
 
     def score(self, decoded: Tensor, erased: Erased | None = None) -> Tensor:
         """Return the score ``[|erased|, B]`` of decoded logits: `coin.answer_score` over the expert's own classes."""
         _, lost = self._decoder_of(erased)
         classes = self.classes or [decoded.shape[2]] * len(self.experts)
-        scores = []
-        for expert, logits in zip(lost, decoded, strict=True):
-            own = logits[:, : classes[expert]]
-            scores.append(answer_score(own))
-        return torch.stack(scores)
+        own = [logits[:, : classes[expert]] for expert, logits in zip(lost, decoded, strict=True)]
+        return torch.stack([answer_score(logits) for logits in own])
 
     def accept(
         self,
@@ -277,11 +239,9 @@ class Coded(LightningModule):
         *,
         inputs: Iterable[Any],
         erased: Erased | None = None,
-        tasks: TaskOfEach = None,
+        tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
         """Return a promise for each lost expert: of its accepted answers at most α differ from the expert's own.
-
-        If none can be given, none of its decoded answers are accepted.
 
         Args:
             alpha: α, the largest probability of a difference, in (0, 1).
@@ -299,35 +259,35 @@ class Coded(LightningModule):
     def accepted(self, decoded: Tensor, erased: Erased | None = None) -> Tensor:
         """Return which decoded logits are accepted, bool ``[|erased|, B]``; DecodingError before `accept`."""
         decoder, lost = self._decoder_of(erased)
-        accepted = []
-        for expert, score in zip(lost, self.score(decoded, erased), strict=True):
-            accepted.append(decoder.accepted(expert, score))
-        return torch.stack(accepted)
+        scores = zip(lost, self.score(decoded, erased), strict=True)
+        return torch.stack([decoder.accepted(expert, score) for expert, score in scores])
 
     def save(self, path: str | Path) -> None:
-        """Write code, coded models, fitted decoders and the experts' fingerprints to one safetensors file.
+        """Write code, fitted decoders and the experts' fingerprints to a file, and each coded model to one beside it.
 
-        Compressed coded models are written as they run, packed.
+        These are called ``NAME.row-0.safetensors``, …; compressed ones are written as they run, packed.
         """
-        file = SystemFile(
-            code=self.code,
-            names=self.names,
-            classes=self.classes,
-            decoders=list(self.decoders.values()),
-            experts=[fingerprint(expert.state_dict()) for expert in self.experts],
-            coded=[all_tensors(network) for network in self.coded],
-            bodies=[Body.of(network) for network in self.coded],
-        )
-        file.save(Path(path))
+        place = Path(path)
+        rows = range(len(self.coded))
+        files = [place.with_name(f"{place.stem}.row-{row}.safetensors") for row in rows]
+        for file, network in zip(files, self.coded, strict=True):
+            save_coded(file, network)
+        decoders = list(self.decoders.values())
+        marks = [fingerprint(expert.state_dict()) for expert in self.experts]
+        SystemFile(self.code, self.names, self.classes, decoders, marks, files).save(place)
 
     @classmethod
     def load(cls, path: str | Path, experts: Networks) -> Self:
         """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
-        Raises FileError where the file is missing, damaged or holds something else, StateError where the experts are
+        Raises FileError where a file is missing, damaged or holds something else, StateError where the experts are
         others or tensors do not fit.
         """
-        return cls._of_file(SystemFile.load(Path(path)), str(path), experts)
+        file = SystemFile.load(Path(path))
+        system = cls(file.code, experts, file.coded_models(experts), file.names)
+        system.decoders = {decoder.erased: decoder for decoder in file.decoders}
+        system.classes = file.classes
+        return system
 
     @classmethod
     def from_run(
@@ -336,146 +296,38 @@ class Coded(LightningModule):
         method: str | None = None,
         decoder: str | None = None,
         survivors: bool | None = None,
-    ) -> Self:
-        """Return a coded system that an experiment has evaluated, with its decoders and promises.
+    ) -> "Coded":
+        """Return a coded system that an experiment has evaluated: `coin.modules.from_run.system_of_run`."""
+        from coin.modules.from_run import system_of_run  # which reads results
 
-        Args:
-            folder: An experiment's folder, whose first seed is taken, or a seed's.
-            method: The method's name in the results, or that of its variant, as tables and files have it.
-            decoder: The decoder's name in the results. Of all pairs that fit, the `recommended` one is taken.
-            survivors: Whether the decoder reads survivors; None takes either.
-
-        Raises what `load` does, and ConfigurationError where there are no such results.
-        """
-        from coin.modules.from_run import chosen_system  # a system in memory needs no results
-
-        chosen = chosen_system(Path(folder), method, decoder, survivors)
-        file = SystemFile.load(chosen.path)
-        file.decoders = [each for each in file.decoders if each.kind == chosen.decoder]
-        folder_of_experts = chosen.path.parent.parent / "experts"
-        experts = []
-        for task, place in zip(file.names, file.expert_files, strict=True):
-            of_run = folder_of_experts / task / "expert.safetensors"
-            experts.append(load_network(of_run if of_run.is_file() else place))
-        networks = [expert.network for expert in experts]
-        system = cls._of_file(file, str(chosen.path), networks)
-        system.method = file.told["method"]
-        system.batchnorm = file.told["batchnorm"]
-        system.results = chosen.rows
-        system.files = (*(expert.path for expert in experts), *file.coded_files)
-        system.class_names = []
-        for expert in experts:
-            numbers = range(expert.num_classes)
-            names = expert.provenance.get("classes") or numbers
-            system.class_names.append([str(name) for name in names])
-        return system
-
-    @classmethod
-    def _of_file(
-        cls,
-        file: SystemFile,
-        path: str,
-        experts: Networks,
-    ) -> Self:
-        """Return the system that a file holds, with these experts and the coded models of the file or beside it."""
-        count = len(file.experts)
-        if len(experts) != count:
-            raise ConfigurationError(
-                f"found {len(experts)} experts, expected the {count} of '{path}'"
-            )
-        for place, expert in enumerate(experts):
-            if fingerprint(expert.state_dict()) != file.experts[place]:
-                raise StateError(
-                    f"expert {place} is not the one that '{path}' was saved with; give those experts"
-                )
-        networks: list[nn.Module | Compressed] = [
-            open_network(each).kept for each in file.coded_files
-        ]
-        for row, state in enumerate(file.coded):
-            like = of_one_width(experts)[0]
-            body = file.bodies[row]
-            network = clone(like).eval() if body is None else body.network(like, state)
-            check_layout(all_tensors(network), state, f"coded model {row} of {path}")
-            fill(network, state)
-            networks.append(network)
-        system = cls(file.code, experts, networks, file.names)
-        system.decoders = {decoder.erased: decoder for decoder in file.decoders}
-        system.classes = file.classes
-        return system
-
-    def _indices(self, erased: Erased) -> tuple[int, ...]:
-        """Return experts that are given by index or by name."""
-        if not isinstance(erased, Sequence) or isinstance(erased, str):
-            raise ConfigurationError(
-                f"found erased={erased!r}, expected a list of lost experts; give [{erased!r}]"
-            )
-        places: dict[Any, int] = {name: place for place, name in enumerate(self.names)}
-        last = len(self.names) - 1
-        indices = []
-        for each in erased:
-            index = places.get(each, each)
-            if index not in range(last + 1):
-                expected = f"0 to {last}, or one of {', '.join(self.names)}"
-                raise ConfigurationError(f"found lost expert {each!r:.60}, expected {expected}")
-            indices.append(int(index))
-        return tuple(indices)
+        return system_of_run(Path(folder), method, decoder, survivors)
 
     def _decoder_of(self, erased: Erased | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
-        lost = next(reversed(self.decoders), ()) if erased is None else self._indices(erased)
+        lost = next(reversed(self.decoders), ()) if erased is None else _indices(erased, self.names)
         if lost in self.decoders:
             return self.decoders[lost], lost
         for key, decoder in self.decoders.items():
             is_one_of_many = not decoder.kind.reads_survivors and set(lost) <= set(key)
-            is_same = sorted(key) == sorted(lost)
-            if lost and (is_one_of_many or is_same):
+            if lost and (is_one_of_many or sorted(key) == sorted(lost)):
                 return decoder, lost
-        found = (
-            "found no decoder"
-            if erased is None
-            else f"found no decoder of the loss of {list(erased)}"
-        )
-        if self.decoders:
-            known = [str(list(key)) for key in self.decoders]
-            found += f", only of {', '.join(known)}"
-        raise ConfigurationError(f"{found}; call fit_decoder with the lost experts first")
-
-    def _answers_for(
-        self,
-        decoder: Decoder,
-        inputs: Batch,
-        own: Sequence[int] = (),
-        tasks: int | Tensor | None = None,
-    ) -> Answers:
-        """Return the answers that a decoder needs, and these experts' own."""
-        needed = {*decoder.survivors, *own}
-        rows = decoder.rows(len(self.coded))
-        erased = [expert for expert in range(len(self.experts)) if expert not in needed]
-        silent = [row for row in range(len(self.coded)) if row not in rows]
-        return self.answers(
-            inputs,
-            features=decoder.kind.reads_features,
-            erased=erased,
-            silent=silent,
-            tasks=tasks,
+        raise ConfigurationError(
+            f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder with the "
+            "lost experts first"
         )
 
     def _answers_with_own(
-        self, decoder: Decoder, batches: Iterable[Batch], tasks: TaskOfEach
+        self, decoder: Decoder, batches: Iterable[Batch], tasks: Tensor | Sequence[int] | None
     ) -> Answers:
-        """Return what a decoder needs and the lost experts' own answers, with the inputs' tasks if these are given."""
+        """Return what a decoder reads and the lost experts' own answers, with the inputs' tasks if these are given."""
         task_of = None if tasks is None else torch.as_tensor(tasks)
-        if self.is_adapted and task_of is None:
-            expected = "expected of which expert's task each input is, for bodies with adapters"
-            raise ConfigurationError(
-                f"found no tasks, {expected}; give tasks=[0, 0, …, 1, …], a number for each input"
-            )
+        places = decoder.servers(len(self.coded)) | set(decoder.erased)
         parts: list[Answers] = []
         done = 0
         for batch in batches:
             size = size_of(as_input(batch, self.coded[0]))
             own = None if task_of is None else task_of[done : done + size]
-            parts.append(self._answers_for(decoder, batch, decoder.erased, own))
+            parts.append(self._run(places, batch, decoder.kind.reads_features, own))
             done += size
         if not parts:
             raise DataError(
@@ -491,3 +343,16 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
             f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]"
         )
     return iter(inputs)
+
+
+def _indices(erased: Erased, names: Sequence[str]) -> tuple[int, ...]:
+    """Return experts that are given by index or by one of these names."""
+    places: dict[Any, int] = {name: place for place, name in enumerate(names)}
+    indices = []
+    for each in erased:
+        index = places.get(each, each)
+        if index not in range(len(names)):
+            expected = f"0 to {len(names) - 1}, or one of {', '.join(names)}"
+            raise ConfigurationError(f"found lost expert {each!r:.60}, expected {expected}")
+        indices.append(int(index))
+    return tuple(indices)

@@ -1,9 +1,8 @@
-"""A coded system as one safetensors file: its code, its coded models and its fitted decoders, without the experts."""
+"""The files of a coded system: its code and fitted decoders in one, each coded model in its own."""
 
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,182 +10,122 @@ from torch import Tensor, nn
 
 from coin.coding import Code, Decoder, DecoderKind, Promise
 from coin.core.devices import device_of
-from coin.errors import FileError
+from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.atomic import sha256_of
-from coin.files.safetensors import load_state, save_state
-from coin.files.tensors import State, infinite_names
-from coin.networks import Adapted, Adapter
-from coin.networks.adapter import Change
-from coin.networks.batchnorm import folded_norms, mark_folded
+from coin.files.safetensors import StateFile, load_state, save_state
+from coin.files.tensors import check_layout, fingerprint, infinite_names
+from coin.merging.method import fill
+from coin.networks import Adapted, Compressed
 from coin.networks.calling import clone
+from coin.networks.compressed import stored
 from coin.networks.delta import Rounded
-from coin.networks.kept import keep, kept_parameters
+from coin.networks.files import open_network
+from coin.networks.heads import of_one_width
+from coin.networks.kept import kept_parameters, unpacked
 from coin.networks.weights import tensors_of
 
 _SYSTEM = "coded system"
-_KEPT = re.compile(r"body\.(?P<layer>.+\.)?kept_parameter_(?P<parameter>[^.]+)\.(?P<part>\w+)")
-"""The names of the tensors that a body keeps in place of a parameter."""
-# Those parts that belong to no expert.
-_OF_BODY = ("original", "rows")
-
-
-@dataclass(frozen=True)
-class Body:
-    """The description of an `Adapted` beside its tensors: its number of experts, and the bits of packed matrices."""
-
-    num_experts: int
-    bits: Mapping[str, int]  # by the parameters' names
-    folded: Mapping[str, str]  # BatchNorms, and the weights that they are folded into
-    experts: Mapping[str, Sequence[int]]  # those that change a parameter, by its name
-
-    @classmethod
-    def of(cls, network: nn.Module) -> "Body | None":
-        """Return the description of a network; None if it is not an `Adapted`."""
-        if not isinstance(network, Adapted):
-            return None
-        kept = {name: own for name, _, own in kept_parameters(network.body)}
-        bits = {name: own.bits for name, own in kept.items() if own.bits}
-        experts = {name: own.experts for name, own in kept.items()}
-        return cls(network.num_experts, bits, folded_norms(network.body), experts)
-
-    def network(self, like: nn.Module, state: State) -> Adapted:
-        """Return a body of an expert's architecture that has tensors like these, not yet their values."""
-        body = clone(like).eval()
-        found = {
-            name: state[f"body.{name}"] for name in body.state_dict() if f"body.{name}" in state
-        }
-        body.load_state_dict(found, strict=False)  # what is kept in parameters' places comes later
-        mark_folded(body, self.folded)
-        changes: list[dict[str, Change]] = [{} for _ in range(self.num_experts)]
-        for name, parts in _kept_parts(state).items():
-            if "rows" in parts:
-                rounded = Rounded(parts["rows"], self.bits[name])
-                parameter = body.get_parameter(name).detach()
-                parameter.copy_(
-                    rounded.dense().view_as(parameter)
-                )  # other attributes may hold it, too
-                keep(body, name, rounded)
-            # Each [N', …], of the experts that have a change.
-            of_experts = {part: tensor for part, tensor in parts.items() if part not in _OF_BODY}
-            for place, expert in enumerate(self.experts[name]):
-                own = {part: each[place] for part, each in of_experts.items()}
-                changes[expert][name] = Change(**own)
-        adapters = [Adapter(own) for own in changes]
-        return Adapted(body, adapters).to(device_of(like))
-
-
-def _kept_parts(state: State) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors that a body keeps in place of parameters, by these parameters' names."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _KEPT.fullmatch(key)
-        if match is not None:
-            name = (match["layer"] or "") + match["parameter"]
-            found.setdefault(name, {})[match["part"]] = tensor
-    return found
 
 
 @dataclass
 class SystemFile:
-    """What the file of a coded system holds."""
+    """What the file of a coded system holds.
+
+    Args:
+        code: The code.
+        names: The experts' tasks.
+        classes: How many classes every expert has, if known.
+        decoders: All fitted decoders, of several kinds and erasures.
+        experts: The fingerprints of the experts' states.
+        coded_files: The coded models' files, by row; kept by their hashes, and their places beside this file, or in
+            ``../coded`` of a run's folder.
+        expert_files: Where the experts' files were; in a run's folder they are in ``experts/``.
+    """
 
     code: Code
-    names: Sequence[str]  # the experts' tasks
-    classes: list[int] | None  # how many classes every expert has, if known
-    decoders: Sequence[Decoder]  # all fitted decoders, of several kinds and erasures
-    experts: Sequence[str]  # the fingerprints of the experts' states
-    # Every coded model's parameters and buffers; none if they are in files of their own.
-    coded: Sequence[State] = ()
-    bodies: Sequence[Body | None] = ()  # of each coded model, its description if it is an `Adapted`
-    # The coded models' own files, kept as SHA-256, path ``../coded/NAME`` of a run, and where they were.
-    coded_files: Sequence[Path] = ()
-    expert_files: Sequence[Path] = ()  # where they were; in a run's folder they are in ``experts/``
-    told: Mapping[str, Any] = field(default_factory=dict)  # further metadata
+    names: Sequence[str]
+    classes: list[int] | None
+    decoders: Sequence[Decoder]
+    experts: Sequence[str]
+    coded_files: Sequence[Path]
+    expert_files: Sequence[Path] = ()
 
     def save(self, path: Path) -> None:
         """Write the file."""
-        state: dict[str, Tensor] = {}
-        for row, own in enumerate(self.coded):
-            for name, tensor in own.items():
-                state[f"coded.{row}.{name}"] = tensor
+        tensors: dict[str, Tensor] = {}
         decoders: list[dict[str, Any]] = []
         for place, decoder in enumerate(self.decoders):
             for name, tensor in decoder.tensors.items():
-                state[f"decoder.{place}.{name}"] = tensor
-            promises = {
-                str(expert): asdict(promise) for expert, promise in decoder.promises.items()
-            }
-            decoders.append(
-                {
-                    "kind": decoder.kind,
-                    "erased": list(decoder.erased),
-                    "promises": promises,
-                }
-            )
-        coded_files = [
-            {
-                "paths": [f"../coded/{file.name}", os.path.relpath(file, path.parent)],
-                "sha256": sha256_of(file),
-            }
-            for file in self.coded_files
-        ]
+                tensors[f"decoder.{place}.{name}"] = tensor
+            promises = {str(expert): asdict(each) for expert, each in decoder.promises.items()}
+            told = {"kind": decoder.kind, "erased": list(decoder.erased), "promises": promises}
+            decoders.append({**told, "tensors": list(decoder.tensors)})
+        coded_files = []
+        for file in self.coded_files:
+            paths = [f"../coded/{file.name}", os.path.relpath(file, path.parent)]
+            coded_files.append({"paths": paths, "sha256": sha256_of(file)})
         provenance = {
-            **self.told,
             "what": _SYSTEM,
             "code": self.code.matrix.tolist(),
             "names": list(self.names),
             "classes": self.classes,
             "decoders": decoders,
             "experts": list(self.experts),
-            "bodies": [None if body is None else asdict(body) for body in self.bodies],
             "coded_files": coded_files,
             "expert_files": [os.path.relpath(file, path.parent) for file in self.expert_files],
         }
-        save_state(path, state, provenance, infinite_names(state))
+        save_state(path, tensors, provenance)
 
     @classmethod
     def load(cls, path: Path) -> "SystemFile":
-        """Read what `save` wrote; FileError where it, or a coded model's file, is not whole, StateError for tensors."""
-        state, told = load_state(path)
+        """Read what `save` wrote; FileError where it, or a coded model's file, is not whole."""
+        tensors, told = load_state(path)
         if told.get("what") != _SYSTEM:
             raise FileError(
                 f"'{path}' holds no coded system, expected a file that Coded.save wrote"
             )
         code = Code(told["code"])
-        files = []
-        for each in told["coded_files"]:
-            places = [_beside(path, place) for place in each["paths"]]
-            found = [
-                place for place in places if place.is_file() and sha256_of(place) == each["sha256"]
-            ]
-            if not found:
-                raise FileError(
-                    f"'{places[0]}' is not the coded model that '{path}' names; run the evaluation again"
-                )
-            files.append(found[0])
         decoders = []
         for place, each in enumerate(told["decoders"]):
-            own = _below(f"decoder.{place}.", state)
+            own = {name: tensors[f"decoder.{place}.{name}"] for name in each["tensors"]}
             decoder = Decoder(DecoderKind(each["kind"]), code, each["erased"], own)
             for expert, promise in each["promises"].items():
                 decoder.promises[int(expert)] = Promise(**promise)
             decoders.append(decoder)
-        coded = []
-        if not files:
-            coded = [_below(f"coded.{row}.", state) for row in range(code.num_coded)]
-        bodies = [None if body is None else Body(**body) for body in told["bodies"]]
         return cls(
             code=code,
             names=told["names"],
             classes=told["classes"],
             decoders=decoders,
             experts=told["experts"],
-            coded=coded,
-            bodies=bodies,
-            coded_files=files,
+            coded_files=[_found(path, **each) for each in told["coded_files"]],
             expert_files=[_beside(path, place) for place in told["expert_files"]],
-            told=told,
         )
+
+    def coded_models(self, experts: Sequence[nn.Module]) -> list[nn.Module | Compressed]:
+        """Return the coded models, of these experts; StateError where they are others, or tensors do not fit."""
+        if len(experts) != len(self.experts):
+            raise ConfigurationError(
+                f"found {len(experts)} experts, expected the {len(self.experts)} that the system was saved with"
+            )
+        for place, expert in enumerate(experts):
+            if fingerprint(expert.state_dict()) != self.experts[place]:
+                raise StateError(
+                    f"expert {place} is not the one that the system was saved with; give those experts"
+                )
+        like = of_one_width(experts)[0]
+        return [load_coded(path, like) for path in self.coded_files]
+
+
+def _found(path: Path, paths: Sequence[str], sha256: str) -> Path:
+    """Return the first of the places relative to a system's file that has the coded model with this hash."""
+    places = [_beside(path, place) for place in paths]
+    for place in places:
+        if place.is_file() and sha256_of(place) == sha256:
+            return place
+    raise FileError(
+        f"'{places[0]}' is not the coded model that '{path}' names; put it there, or run the evaluation again"
+    )
 
 
 def _beside(path: Path, place: str) -> Path:
@@ -194,16 +133,42 @@ def _beside(path: Path, place: str) -> Path:
     return Path(os.path.normpath(path.parent / place))
 
 
-def all_tensors(network: nn.Module) -> dict[str, Tensor]:
+def save_coded(path: Path, network: nn.Module) -> None:
+    """Write a coded model in memory: a body as it runs, packed; another with all its parameters and buffers."""
+    if isinstance(network, Adapted):
+        _compressed(network).save(path)
+    else:
+        state = _all_tensors(network)
+        save_state(path, state, {}, infinite_names(state))
+
+
+def _compressed(adapted: Adapted) -> Compressed:
+    """Return a body as it is stored: matrices in few bits, other tensors whole, and the adapters."""
+    whole = unpacked(adapted.body)
+    others = stored(whole)
+    rounded = {}
+    for name, _, kept in kept_parameters(adapted.body):
+        if kept.rows is not None and others.pop(name, None) is not None:
+            rounded[name] = Rounded(kept.rows, kept.bits)
+    return Compressed(whole, 0, 0, rounded, others, None, adapted.adapters)
+
+
+def load_coded(path: Path, like: nn.Module) -> nn.Module | Compressed:
+    """Return the coded model in a file of a run or of `save_coded`, the latter of another network's architecture."""
+    file = StateFile(path)
+    if "network" in file.provenance:
+        return open_network(path).kept
+    if "compressed" in file.provenance:
+        made = Compressed.load(path, like)
+        return Adapted(made.packed(), made.adapters).to(device_of(like))
+    network = clone(like).eval()
+    state = dict(file)
+    check_layout(_all_tensors(network), state, str(path))
+    fill(network, state)
+    return network
+
+
+def _all_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return a network's parameters and buffers by name, tied ones once, non-persistent ones included."""
     parameters, buffers = tensors_of(network)
     return {**parameters, **buffers}
-
-
-def _below(prefix: str, state: State) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, under the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }

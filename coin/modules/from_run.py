@@ -1,82 +1,75 @@
-"""Which of the coded systems that an experiment has evaluated is read from its folder."""
+"""A coded system that an experiment has evaluated, read from its folder."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from coin.coding import DecoderKind
 from coin.errors import ConfigurationError
-from coin.files.safetensors import load_provenance
+from coin.modules.coded import Coded
+from coin.modules.coded_file import SystemFile
+from coin.networks import load_network
 from coin.reporting.choice import recommended
-from coin.reporting.results import read_results, requested_policy
 from coin.reporting.standins import standins
 from coin.reporting.summary import read_run
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A coded system's file, and one of the decoders that it was measured with."""
-
-    path: Path  # named after the method's variant, as in tables
-    method: str  # the merge method's label
-    decoder: str
-    rows: pd.DataFrame  # of ``results.csv``, with this method and decoder
-
-
-def chosen_system(
+def system_of_run(
     folder: Path,
-    method: str | None,
-    decoder: str | None,
-    survivors: bool | None,
-) -> Evaluated:
-    """Return the recommended one of an experiment's systems with this method and decoder; see `Coded.from_run`."""
-    seeds, every_row = read_run(folder)
-    systems = evaluated_systems(seeds[0])
-    fitting = []
-    for each in systems:
-        has_method = method in (None, each.method, each.path.stem)
-        has_decoder = decoder in (None, each.decoder)
-        reads_survivors = DecoderKind(each.decoder).reads_survivors
-        if has_method and has_decoder and survivors in (None, reads_survivors):
-            fitting.append(each)
-    if not fitting:
-        pairs = [f"{each.path.stem} with {each.decoder}" for each in systems]
-        known = ", ".join(pairs) or "none"
+    method: str | None = None,
+    decoder: str | None = None,
+    survivors: bool | None = None,
+) -> Coded:
+    """Return a coded system that an experiment has evaluated, with its decoders and promises.
+
+    Args:
+        folder: An experiment's folder, whose first seed is taken, or a seed's.
+        method: The method's name in the results.
+        decoder: The decoder's name in the results. Of all pairs that fit, the `recommended` one is taken.
+        survivors: Whether the decoder reads survivors; None takes either.
+
+    Raises what `Coded.load` does, and ConfigurationError where there are no such results.
+    """
+    path, kind = _chosen(folder, method, decoder, survivors)
+    file = SystemFile.load(path)
+    experts = []
+    for task, place in zip(file.names, file.expert_files, strict=True):
+        of_run = path.parent.parent / "experts" / task / "expert.safetensors"
+        experts.append(load_network(of_run if of_run.is_file() else place))
+    networks = [expert.network for expert in experts]
+    system = Coded(file.code, networks, file.coded_models(networks), file.names)
+    system.decoders = {each.erased: each for each in file.decoders if each.kind is kind}
+    system.classes = file.classes
+    system.method = path.stem
+    system.files = (*(expert.path for expert in experts), *file.coded_files)
+    system.class_names = []
+    for expert in experts:
+        names = expert.provenance.get("classes") or range(expert.num_classes)
+        system.class_names.append([str(name) for name in names])
+    return system
+
+
+def _chosen(
+    folder: Path, method: str | None, decoder: str | None, survivors: bool | None
+) -> tuple[Path, DecoderKind]:
+    """Return the file of the recommended system, and the decoder it is recommended with."""
+    seeds, rows = read_run(folder)
+    systems = {path.stem: path for path in (seeds[0] / "systems").glob("*.safetensors")}
+    kept = standins(rows)
+    kept = kept[kept["method"].isin(list(systems))]
+    fitting = kept
+    if method is not None:
+        fitting = fitting[fitting["method"] == method]
+    if decoder is not None:
+        fitting = fitting[fitting["decoder"] == decoder]
+    if survivors is not None:
+        names = [each.name for each in DecoderKind if each.reads_survivors is survivors]
+        fitting = fitting[fitting["decoder"].isin(names)]
+    if fitting.empty:
         kinds = {None: "one", True: "a decoder that reads the survivors, such as ridge,"}
         kind = kinds.get(survivors, "a decoder that reads none, such as expert_head,")
+        pairs = [f"{row.method} with {row.decoder}" for row in kept.itertuples()]
         raise ConfigurationError(
-            f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected {kind} "
-            f"that '{seeds[0]}' has results and systems of: {known}"
+            f"found method '{method or '*'}' with decoder '{decoder or '*'}', expected {kind} that '{seeds[0]}' has a "
+            f"system and a known NDA of: {', '.join(pairs) or 'none'}"
         )
-    return fitting[0] if len(fitting) == 1 else _recommended(fitting, every_row)
-
-
-def evaluated_systems(seed: Path) -> list[Evaluated]:
-    """Return every system in a seed's folder with every decoder that it was measured with."""
-    frame = read_results(seed)
-    policies = frame["batchnorm"].map(requested_policy)
-    systems = []
-    for path in sorted((seed / "systems").glob("*.safetensors")):
-        made = load_provenance(path)
-        has_method = frame["method"] == made["method"]
-        has_policy = policies == made["batchnorm"]
-        own = frame[has_method & has_policy]
-        for decoder, rows in own.groupby("decoder", sort=False):
-            systems.append(Evaluated(path, made["method"], str(decoder), rows))
-    return systems
-
-
-def _recommended(systems: Sequence[Evaluated], every_row: pd.DataFrame) -> Evaluated:
-    """Return the system that is `recommended` of these."""
-    kept = standins(every_row)
-    by_name = {(each.method, each.decoder): each for each in systems}
-    pairs = zip(kept["method"], kept["decoder"], strict=True)
-    is_one = [pair in by_name for pair in pairs]
-    if not any(is_one):
-        raise ConfigurationError(
-            "found no NDA in the results, expected experts that are right at times; look at their accuracy first"
-        )
-    row = recommended(kept[is_one])
-    return by_name[row["method"], row["decoder"]]
+    row = recommended(fitting)
+    return systems[row["method"]], DecoderKind(row["decoder"])

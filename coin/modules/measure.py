@@ -1,18 +1,18 @@
 """The evaluation of a coded system in memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coin.coding import Answers, DecoderKind, distinct_decoders
+from coin.coding import DecoderKind
 from coin.coding.code import check_erasure
+from coin.core.batches import Batch, size_of
 from coin.errors import ConfigurationError, DataError
-from coin.evaluation.scores import Evaluation, with_heads
+from coin.evaluation.scores import Evaluation
 from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
 from coin.networks.calling import as_input
@@ -31,6 +31,7 @@ _COLUMNS = [
 _COLUMNS += ["decoder_passes", "memory_mib", "resident_mib", "forwards", "losses"]
 
 
+@torch.no_grad()
 def evaluate(
     system: Coded,
     loaders: Sequence[Iterable[Any]],
@@ -79,18 +80,14 @@ def evaluate(
     if len({frozenset(erased) for erased in lost}) < len(lost):
         given = [list(erased) for erased in lost]
         raise ConfigurationError(f"found erasures {given}, expected each loss once")
-    tests = {}
-    for task in sorted(set(chain(*lost))):
-        tests[task] = _pairs(loaders[task], system.names[task])
+    tests = {
+        task: _pairs(loaders[task], system.names[task], system.coded[0])
+        for task in sorted(set(chain(*lost)))
+    }
     start = min(tests)
     first = next(tests[start])
     tests[start] = chain([first], tests[start])
-    kinds = distinct_decoders(decoders)
-    with eval_mode(system.experts):
-        inputs = as_input(first[0], system.coded[0])
-        is_asked = decoders is not None
-        kinds, heads = with_heads(kinds, list(system.experts), inputs, needed=is_asked)
-    features = any(kind.reads_features for kind in kinds)
+    networks = [*system.experts, *system.coded]
     variant = Variant(
         "coded",
         system.code,
@@ -100,48 +97,36 @@ def evaluate(
         lost=lost,
         adapted=system.is_adapted,
     )
-    evaluation = Evaluation([variant], kinds, system.count_classes(first[0]), heads)
-    if not evaluation.fitted:
-        raise ConfigurationError(
-            "found no decoder that reads a body with adapters, expected expert_head"
+    with eval_mode(system):
+        evaluation = Evaluation(
+            lambda places: {place: networks[place] for place in places},
+            [variant],
+            decoders,
+            system.count_classes(first[0]),
+            first[0],
         )
-
-    def answers_of(inputs: Any, task: int, read: set[int]) -> Answers:
-        """Return the answers of the servers at these places to inputs of a task; not all devices have float64."""
-        idle = set(range(count)) - read
-        silent = [row for row in range(len(system.coded)) if count + row not in read]
-        answers = system.answers(
-            inputs, features=features, erased=sorted(idle), silent=silent, tasks=task
-        )
-        return answers.cpu()
-
-    to_fit = evaluation.to_fit()
-    if to_fit:
-        read = evaluation.read_by_fit()
-        parts = []
-        for task, batches in enumerate(calibration or ()):
-            for batch in batches:
-                answers = answers_of(batch, task, read)
-                task_of_each = torch.full((answers.num_samples,), task)
-                parts.append(replace(answers, tasks=task_of_each))
-        if not parts:
-            name = to_fit[0].decoder.kind.name
-            raise ConfigurationError(
-                f"found no calibration samples to fit the decoder {name} on; give them"
-            )
-        evaluation.fit(Answers.concatenate(parts))
-    for task, pairs in tests.items():
-        read = evaluation.read_of_task(task)
-        for inputs, labels in pairs:
-            evaluation.update(task, answers_of(inputs, task, read), labels.cpu())
-    names = [kind.name for kind in kinds]
+        evaluation.fit(_of_tasks(calibration or (), system.coded[0]))
+        for task, pairs in tests.items():
+            for inputs, labels in pairs:
+                evaluation.update(task, inputs, labels)
+    names = [kind.name for kind in evaluation.kinds]
     measured = evaluation.measurements(system.names)
     measured.sort(key=lambda each: names.index(each.columns["decoder"]))
     return pd.DataFrame([each.columns for each in measured], columns=_COLUMNS)
 
 
-def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
-    """Yield a task's test batches; a DataError where one is no pair (inputs, labels), or there are none."""
+def _of_tasks(
+    calibration: Sequence[Iterable[Any]], network: nn.Module
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield the calibration inputs of every task as a network reads them, with their tasks ``[B]``."""
+    for task, batches in enumerate(calibration):
+        for batch in batches:
+            inputs = as_input(batch, network)
+            yield inputs, torch.full((size_of(inputs),), task)
+
+
+def _pairs(loader: Iterable[Any], task: str, network: nn.Module) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield a task's test inputs as a network reads them, and labels; DataError for other batches, or for none."""
     is_empty = True
     for batch in loader:
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2
@@ -150,6 +135,6 @@ def _pairs(loader: Iterable[Any], task: str) -> Iterator[tuple[Any, Tensor]]:
                 f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels)"
             )
         is_empty = False
-        yield batch[0], batch[1]
+        yield as_input(batch[0], network), batch[1]
     if is_empty:
         raise DataError(f"found no test batches of task '{task}', expected at least one")

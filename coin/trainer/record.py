@@ -37,10 +37,11 @@ def record_evaluation(
     rows = [_row(each, name, tasks) for each in model.measurements]
     pairs = list(zip(rows, model.measurements, strict=True))
     confusions = {confusion_key(row): each.confusion.numpy() for row, each in pairs}
+    whole = model.experts.skeleton.state_dict()
     made = {
-        "tasks": list(model.tasks),
+        "tasks": list(model.experts.paths),
         "code": model.code.matrix.tolist(),
-        "network_mib": model.network_nbytes / 2**20,
+        "network_mib": sum(tensor.nbytes for tensor in whole.values()) / 2**20,
         **configuration,
     }
     write_results(folder, rows, made, confusions, _methods(model))
@@ -64,9 +65,9 @@ def _row(measured: Measurement, experiment: str, tasks: Tasks) -> Row:
 
 def _methods(model: DecodingEvaluator) -> list[dict[str, Any]]:
     """Return what ``results.json`` says of every coded model and of every kind of compressed copies."""
-    replicas = {replica.variant.method: replica.variant for replica in model.replicas}
+    by_label = {variant.method: variant for variant in model.variants}
     found = []
-    for each in [*model.variants, *replicas.values()]:
+    for each in by_label.values():
         made = {"label": each.method, "method": each.kind, "batchnorm": each.batchnorm}
         for row, chosen in enumerate(each.chosen):
             found.append({**made, "row": row, "chosen": chosen})

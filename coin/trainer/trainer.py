@@ -137,7 +137,7 @@ class Trainer(pl.Trainer):
             raise ConfigurationError(
                 f"{found}, expected a DecodingEvaluator with Tasks; see configs/evaluate/"
             )
-        datamodule.resize(model.config.image_size)
+        datamodule.resize(model.experts.config.image_size)
         with progress_bar("evaluation") as model.progress:
             self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:

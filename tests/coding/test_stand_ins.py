@@ -45,8 +45,8 @@ def test_a_lost_expert_is_read_from_the_coded_model_that_weighs_it_most():
     for expert, row in enumerate([1, 0, 0]):  # the first of equals
         weight, bias = heads[expert]
         torch.testing.assert_close(found[expert], others.coded_features[row] @ weight.T + bias)
-    assert decoder.rows(2) == (0, 1)
-    assert make_decoder("expert_head", PAIR, [2, 1], heads).rows(2) == (0,)
+    assert decoder.servers(2) == {3, 4}
+    assert make_decoder("expert_head", PAIR, [2, 1], heads).servers(2) == {3}
 
 
 def test_heads_are_kept_without_the_rows_that_pad_them():

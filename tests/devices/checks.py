@@ -13,9 +13,9 @@ import coin
 from coin.cli import main
 from coin.coding.metrics import DecodingAccuracy
 from coin.core import devices
-from coin.evaluation.held import HeldNetworks
+from coin.evaluation.cache import NetworkCache
 from coin.networks import delta
-from coin.networks.kept import Change
+from coin.networks.adapter import Change
 from coin.reporting import read_results
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import statistic_sums
@@ -107,12 +107,11 @@ def test_a_metric_on_the_cpu_counts_answers_of_the_device(seen):
 
 @WITH_FLOAT64
 def test_held_networks_move_to_the_device(seen):
-    held = HeldNetworks(4)
-    held.add(Path("before"), network())
-    held.place(DEVICE)
-    held.add(Path("after"), network())
-    for name in ("before", "after"):
-        assert {tensor.device for tensor in held[Path(name)].parameters()} == {DEVICE}
+    cache = NetworkCache([network, network])
+    cache.networks([0])
+    cache.move(DEVICE)
+    for held in cache.networks([0, 1]).values():
+        assert {tensor.device for tensor in held.parameters()} == {DEVICE}
 
 
 def test_files_of_the_package_alone_are_blamed(seen):

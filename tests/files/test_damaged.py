@@ -157,7 +157,7 @@ CODED: dict[str, tuple[Damage, str]] = {
     "a code that does not sum to 1": (said(code=[[0.9, 0.9]]), "1.8"),
     "a negative weight": (said(code=[[1.5, -0.5]]), "-0.5"),
     "a row that the code has not": (said(row=4), r"found rows \[4\]"),
-    "no experts": (said(experts=None), "made from other experts"),
+    "no experts": (said(experts=None), "no coded model"),
     "other experts": (said(experts=["0", "1"]), "made from other experts"),
 }
 

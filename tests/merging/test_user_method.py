@@ -89,7 +89,7 @@ def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_ti
     with torch.no_grad():
         made = method.make(given, ROW).network
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(made[1].weight, given.source.initial[1].weight)  # type: ignore[index]
+    assert torch.equal(made[1].weight, given.initial()[0]["1.weight"])
     assert (made[0].running_mean == ROW[0]).all()
     assert (made[0].running_var == 2 + 8).all()
     assert 3 < made[1].bias[0] < 4

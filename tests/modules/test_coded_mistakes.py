@@ -29,11 +29,6 @@ def test_inputs_that_hold_no_batch_are_one_line(system: Coded) -> None:
         system.accept(0.1, inputs=[])
 
 
-def test_answers_with_nobody_running_are_one_line(system: Coded) -> None:
-    with pytest.raises(ConfigurationError, match="found every server erased or silent"):
-        system.answers(INPUTS, erased=[0, 1], silent=[0])
-
-
 def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_gpu(*_: Any) -> bool:
         return False

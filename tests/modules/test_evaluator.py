@@ -14,7 +14,7 @@ from coin.core.progress import progress_bar
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
-from coin.evaluation.held import HeldNetworks
+from coin.evaluation.cache import NetworkCache
 from coin.merging import Average, Experts
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import Compression, features_and_logits, load_network, save_network
@@ -116,18 +116,16 @@ def test_each_network_runs_once_a_batch_and_replicas_on_their_own_task_alone(
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
     paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
     evaluator = DecodingEvaluator(experts, paths, DECODERS, replicas=copies)
-    files = [Path(path) for path in [*experts.values(), *copies]]
-    evaluator.networks.need(files)
-    networks = [evaluator.networks[path] for path in files]
+    networks = evaluator.networks.networks(range(10))  # experts, coded models, copies
     calls = Counter()
-    for network in [*evaluator.coded, *networks]:
+    for network in networks.values():
         network.register_forward_hook(lambda module, *_: calls.update([module]))
     with progress_bar("evaluation") as evaluator.progress:
         run(evaluator, tasks, make_trainer)
     tests = [len(task.test_dataloader()) for task in tasks.tasks.values()]
     assert (len(list(tasks.calibration())), tests) == (4, [3, 4, 5])
-    assert [calls[network] for network in [*evaluator.coded, *networks]] == [4 + 3 + 4 + 5] * 7 + tests
-    assert len(evaluator.variants) == 4
+    assert [calls[network] for network in networks.values()] == [4 + 3 + 4 + 5] * 7 + tests
+    assert len(evaluator.variants) == 4 + 3
     assert evaluator.progress.n == evaluator.progress.total == 60 + 23 + 29 + 35
 
 
@@ -155,8 +153,9 @@ def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=4, base_bits=0))
     evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies if replicas else None)
     calls = Counter()
-    networks = [evaluator.networks[Path(path)] for path in experts.values()]
-    for place, network in enumerate([*networks, evaluator.coded[0].body]):
+    networks = evaluator.networks.networks(range(4))
+    networks[3] = networks[3].body
+    for place, network in networks.items():
         network.register_forward_hook(lambda module, inputs, _, place=place: calls.update({place: len(inputs[0])}))
     with progress_bar("evaluation") as evaluator.progress:
         few = run(evaluator, tasks, make_trainer)
@@ -180,26 +179,25 @@ def test_where_not_all_fit_the_networks_of_one_task_alone_are_held_and_numbers_a
     copies = [str(tmp_path / task) for task in experts]
     for path, copy in zip(experts.values(), copies, strict=True):
         compress_file(Path(path), Path(copy), None, Compression(bits=4, base_bits=0))
-    reads, most = Counter(), Counter()
-    add = HeldNetworks.add
+    held, most = Counter(), Counter()
+    hold = NetworkCache.hold
 
-    def counted(self, path, network):
-        found = add(self, path, network)
-        reads.update([str(path)])
+    def counted(self, place, network):
+        hold(self, place, network)
+        held.update([place])
         most[id(self)] = max(most[id(self)], len(self._held))
-        return found
 
-    monkeypatch.setattr(HeldNetworks, "add", counted)
+    monkeypatch.setattr(NetworkCache, "hold", counted)
     numbers = []
     for memory_mib in (None, 0):
-        reads.clear()
+        held.clear()
         most.clear()
         evaluator = DecodingEvaluator(experts, [body], ["expert_head"], replicas=copies, memory_mib=memory_mib)
         measured = run(evaluator, tasks, make_trainer)
         numbers.append([each.columns for each in measured])
-        (held,) = most.values()
-        assert held == (6 if memory_mib is None else 2)  # an expert and its copy
-        assert max(reads.values()) == (1 if memory_mib is None else 3)
+        (together,) = most.values()
+        assert together == (7 if memory_mib is None else 3)  # an expert, the body and the copy
+        assert max(held.values()) == (1 if memory_mib is None else 2)
     for row in numbers[0]:
         if row["decoder"] == "replica":  # all as stored, and the largest of them whole to answer
             whole = max(resident_nbytes(load_network(Path(copy)).network) for copy in copies)
@@ -220,10 +218,9 @@ def test_with_survivors_all_are_held_whatever_the_bound_and_keep_their_type(expe
             measured = run(evaluator, tasks, make_trainer)
             numbers.append([(each.columns["nda"], each.columns["residual"]) for each in measured])
     assert str(numbers[0]) == str(numbers[1]) == str(numbers[2]) == str(numbers[3])
-    path = evaluator.expert_files[0]
-    evaluator.networks.add(path, load_network(path).network.double())
-    evaluator.networks.place(torch.device("cpu"))
-    assert next(evaluator.networks[path].parameters()).dtype == torch.float64
+    evaluator.networks.hold(0, evaluator.experts.network(0).double())
+    evaluator.networks.move(torch.device("cpu"))
+    assert next(evaluator.networks.networks([0])[0].parameters()).dtype == torch.float64
 
 
 def spoil(network, arguments):
@@ -241,14 +238,11 @@ def test_a_network_that_changes_its_inputs_does_not_change_the_next_ones(
         for task, path in experts.items():
             copies.append(str(tmp_path / f"{task}-{bits}"))
             compress_file(Path(path), Path(copies[-1]), None, Compression(bits=bits, base_bits=0))
-    files = [Path(path) for path in [*experts.values(), *copies]]
     numbers = []
     for hooked in (False, True):
         evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), [*DECODERS, "expert_head"], replicas=copies)
-        evaluator.networks.need(files)
-        networks = [*evaluator.coded, *(evaluator.networks[path] for path in files)]
         if hooked:
-            for network in networks:
+            for network in evaluator.networks.networks(range(11)).values():
                 network.register_forward_pre_hook(spoil, prepend=True)
         rows = [each.columns for each in run(evaluator, tasks, make_trainer)]
         numbers.append([(row["decoder"], row["agreement"], row["decoded_accuracy"]) for row in rows])
@@ -312,7 +306,7 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded,
     [
         ("auto", [TAKEN, TAKEN], "auto:recalibrate"),
         ("auto", [TAKEN, {"batchnorm": "average"}], "auto:recalibrate+average"),
-        ("auto", [None, {"converged": False}], "auto"),
+        ("auto", [{}, {"converged": False}], "auto"),
         ("recalibrate", [TAKEN, TAKEN], "recalibrate"),  # nothing was left to choose
         ("", [{}, {}], ""),
     ],
@@ -324,7 +318,7 @@ def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded, asked,
         made = {**file.provenance, "batchnorm": asked, "chosen": choice}
         save_network(path, file.network, file.config, file.num_classes, made)
     variant = DecodingEvaluator(experts, paths, ["linear"]).variants[0]
-    assert variant.chosen == tuple(choice or {} for choice in chosen)
+    assert variant.chosen == tuple(chosen)
     assert variant.batchnorm == told
 
 
@@ -371,11 +365,11 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
     for name in ("ridge", "expert_head"):
         system = Coded.from_run(seed.parent, "average", name)
         assert (system.method, system.names, system.classes) == ("average", tuple(experts), list(CLASSES))
-        assert set(system.results.decoder) == {name}
         assert list(system.decoders) == (system.code.erasures() if name == "ridge" else [(0, 1, 2)])
         for fitted in evaluator.evaluation.fitted:
-            if (fitted.variant, fitted.decoder.kind) == (evaluator.variants[0], name):
-                lost, whole = fitted.decoder.erased, fitted.decoder.decode(evaluator(images))
+            if (fitted.variant, fitted.name) == (evaluator.variants[0], name):
+                answers = evaluator.evaluation.answers(images, 0, range(5))
+                lost, whole = fitted.decoder.erased, fitted.decoder.decode(answers)
                 for j, logits, wanted in zip(lost, system.decode(images, lost), whole, strict=True):
                     pair = logits[:, : CLASSES[j]], wanted[:, : CLASSES[j]]
                     torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)

@@ -141,7 +141,7 @@ def test_where_all_kinds_are_taken_odd_heads_are_left_out_in_one_line(parts, mak
     experts, paths, tasks = parts
     every, named = (DecodingEvaluator(experts, paths, decoders) for decoders in (None, ["expert_head", "linear"]))
     for evaluator in (every, named):
-        second = evaluator.networks[evaluator.expert_files[1]]
+        second = evaluator.networks.networks([1])[1]
         second.register_forward_hook(lambda _, __, logits: logits.softmax(1))
     with pytest.raises(HeadError, match="are not its head 'fc'"):
         make_trainer().test(named, datamodule=tasks, verbose=False)

@@ -117,7 +117,7 @@ def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
     assert described["code"] == [[0.5, 0.5]]
     system = Coded.from_run(tmp_path / "results", decoder="linear")
     evaluator, tasks = pair
-    assert system.files == (*evaluator.expert_files, *evaluator.coded_files)
+    assert system.files == (*evaluator.experts.paths.values(), *evaluator.coded_files)
     inputs = to_input(next(iter(tasks.tasks["task0"].test_dataloader()))[0], 16)
     with torch.no_grad():
         expected = 2 * system.coded[0](inputs)

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,6 +24,7 @@ from coin.files.atomic import hashes, link
 from coin.files.tensors import fingerprint
 from coin.merging import Experts, Method
 from coin.merging.expert_sources import ExpertFiles
+from coin.merging.provenance import Provenance
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
 from coin.networks.files import kept_base, save_compressed
@@ -163,33 +164,33 @@ def make_coded_models(
         made, cost = _measured(experts, partial(method.coded_model, experts, weights))
         if not is_rank_zero():
             continue
-        provenance = {
-            "made_by": "coin merge",
-            "label": method.label,
-            "method": {"name": method.name, "options": json.loads(as_json(vars(method)))},
-            "batchnorm": str(method.batchnorm) if batchnorms(files.skeleton) else "",
-            "code": code.matrix.tolist(),
-            "row": row,
-            "tasks": list(files.paths),
-            "class_counts": [file.num_classes for file in files.opened.values()],
-            "experts": list(files.fingerprints.values()),
-            "samples_per_task": method.samples_per_task or samples_per_task,
-            "sha256": hashes(read),
-            "chosen": made.chosen,
+        made_by = Provenance(
+            label=method.label,
+            method={"name": method.name, "options": json.loads(as_json(vars(method)))},
+            batchnorm=str(method.batchnorm) if batchnorms(files.skeleton) else "",
+            code=code.matrix.tolist(),
+            row=row,
+            tasks=list(files.paths),
+            class_counts=files.class_counts,
+            experts=list(files.fingerprints.values()),
+            samples_per_task=method.samples_per_task or samples_per_task,
+            chosen=made.chosen,
+            sha256=hashes(read),
             **cost,
-        }
+        )
         path, *variants = every_path[row :: code.num_coded]
-        save_network(path, made.network, files.config, files.width, provenance, made.adapters)
+        described = made_by.as_dict()
+        save_network(path, made.network, files.config, files.width, described, made.adapters)
         for variant, how in zip(variants, method.compress, strict=True):
             pack = partial(method.pack, experts, weights, made, how.bits)
             packed, more = _measured(experts, pack)
             total = {name: cost[name] + more[name] for name in cost}
-            metadata = {**provenance, "label": f"{method.label}-{how.name}", **total}
-            save_compressed(variant, packed, files.config, files.width, None, how, metadata)
+            described = replace(made_by, label=f"{method.label}-{how.name}", **total).as_dict()
+            save_compressed(variant, packed, files.config, files.width, None, how, described)
     return every_path
 
 
-def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, dict[str, float]]:
+def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, dict[str, Any]]:
     """Return what is made of experts, and what it cost: seconds and passes, with those of the statistics it read."""
     started = time.perf_counter()
     passes = experts.passes
@@ -261,22 +262,31 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
             f"found the output '{output}', which is read; expected another file, give --output"
         )
     file = load_network(network)
-    if compression.base_bits and "code" in file.provenance:
+    is_coded = "code" in file.provenance
+    if compression.base_bits and is_coded:
         raise ConfigurationError(
             f"found '{network}', a coded model, which has no base, expected an expert; give --base_bits=0"
         )
     started = time.perf_counter()
     base_path, kept = kept_base(output, base, compression)
     packed = compress(file.network, kept, bits=compression.bits, base_bits=compression.base_bits)
-    seconds = file.provenance.get("seconds", 0.0) + time.perf_counter() - started
-    if "code" in file.provenance:
-        metadata = {**file.provenance, "label": f"{file.provenance['label']}-{compression.name}"}
+    seconds = time.perf_counter() - started
+    if is_coded:
+        made = Provenance.of(file)
+        metadata = replace(
+            made,
+            label=f"{made.label}-{compression.name}",
+            seconds=made.seconds + seconds,
+            sha256=hashes(read),
+            made_by="coin compress",
+        ).as_dict()
     else:
-        metadata = {"label": f"{REPLICA}-{compression.name}", "task": file.provenance.get("task")}
-    metadata |= {
-        "made_by": "coin compress",
-        "of": fingerprint(file.network.state_dict()),
-        "sha256": hashes(read),
-        "seconds": seconds,
-    }
+        metadata = {
+            "label": f"{REPLICA}-{compression.name}",
+            "task": file.provenance.get("task"),
+            "of": fingerprint(file.network.state_dict()),
+            "seconds": seconds,
+            "sha256": hashes(read),
+            "made_by": "coin compress",
+        }
     save_compressed(output, packed, file.config, file.num_classes, base_path, compression, metadata)
