@@ -81,7 +81,8 @@ class Rounded(NamedTuple):
 
         A place takes b bits; every row begins at a byte.
         """
-        codes = torch.searchsorted(levels(self.bits).int(), self.levels.int(), out_int32=True)
+        own = self.levels.cpu().int()
+        codes = torch.searchsorted(levels(self.bits).int(), own, out_int32=True)
         of_bytes = np.unpackbits(codes.byte().numpy()).reshape(*codes.shape, 8)
         by_row = of_bytes[..., -self.bits :].reshape(len(codes), -1)  # [rows, b K]
         return torch.from_numpy(np.packbits(by_row, axis=1))
