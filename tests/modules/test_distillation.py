@@ -89,7 +89,7 @@ def test_it_goes_on_from_a_refit(experts, tasks, make_trainer):
     make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
     samples, _ = data.fitted_and_held_out()
     parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
-    expected = Refit().make(Experts(list(module.teachers), calibration=parts), ROW)
+    expected = Refit().coded_model(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
     assert module.chosen["start"] == "refit"
