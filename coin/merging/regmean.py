@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from copy import copy
 from enum import StrEnum
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -122,61 +123,51 @@ def regmean_map(
     damping: float,
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
-    bias: str | None = None
-    average = pull = total = torch.empty(0)
-    for index, (expert, gram, weight) in enumerate(zip(experts, grams, weights, strict=True)):
-        if index == 0:
-            bias = _bias_of(gram, name, expert)
-            means = {
-                each: weighted_mean(experts, weights, each, torch.float64)
-                for each in (name, bias)
-                if each
-            }
-            average = _joint_map(means, name, bias, len(gram))  # W̄ [G, C_out/G, K]
-            pull = torch.zeros_like(average)
-            total = torch.zeros_like(gram, dtype=torch.float64)
+    rest = iter(grams)
+    first = next(rest)
+    names = _solved_by(first, name, experts[0])
+    means = {each: weighted_mean(experts, weights, each, torch.float64) for each in names}
+    average = _joint_map(means, names, len(first))  # W̄ [G, C_out/G, K]
+    pull = torch.zeros_like(average)
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for expert, gram, weight in zip(experts, chain([first], rest), weights, strict=True):
         if gram.shape != total.shape:
             raise StateError(
                 f"the Gram matrices of '{name}' are not of one shape; give those of experts alike"
             )
         diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
         shrunk = alpha * gram.double() + (1 - alpha) * diagonal
-        own = _joint_map(expert, name, bias, len(gram))
+        own = _joint_map(expert, names, len(gram))
         pull += weight * (own - average) @ shrunk
         total.add_(shrunk, alpha=weight)
     solved = average + solve_damped(total, pull, damping, name)
-    rows = solved.flatten(0, 1)  # [C_out, K], a column for the bias at last
-    like = experts[0]
+    likes = [experts[0][each] for each in names]
+    widths = [like[0].numel() for like in likes]
+    columns = torch.split(solved.flatten(0, 1), widths, 1)
     merged = {}
-    if bias is not None:
-        column = rows[:, -1]
-        merged[bias] = column.reshape(like[bias].shape).to(like[bias].dtype)
-        rows = rows[:, :-1]
-    merged[name] = rows.reshape(like[name].shape).to(like[name].dtype)
+    for each, like, own in zip(names, likes, columns, strict=True):
+        merged[each] = own.reshape(like.shape).to(like.dtype)
     return merged
 
 
-def _bias_of(gram: Tensor, key: str, state: State) -> str | None:
-    """Return the bias that a Gram matrix ``[G, K, K]`` solves for too, if any; StateError unless it fits."""
-    weight = state[key]
-    outputs = len(weight)
-    width = weight[0].numel()
+def _solved_by(gram: Tensor, weight: str, state: State) -> list[str]:
+    """Return what a Gram matrix ``[G, K, K]`` solves for, a weight and perhaps its bias; StateError if it fits none."""
+    outputs = len(state[weight])
+    width = state[weight][0].numel()
     groups, rows, _ = gram.shape
-    bias = key.removesuffix("weight") + "bias"
+    bias = weight.removesuffix("weight") + "bias"
     if outputs % groups == 0 and rows == width:
-        return None
+        return [weight]
     if outputs % groups == 0 and rows == width + 1 and bias in state:
-        return bias
+        return [weight, bias]
     raise StateError(
-        f"the Gram matrix of '{key}' has {groups} groups of {rows} rows for {outputs} outputs, expected {width}, or "
+        f"the Gram matrix of '{weight}' has {groups} groups of {rows} rows for {outputs} outputs, expected {width}, or "
         f"{width + 1} with a bias; compute the Gram matrices of these experts"
     )
 
 
-def _joint_map(state: State, key: str, bias: str | None, groups: int) -> Tensor:
-    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``."""
-    joint = state[key].double().flatten(1)
-    if bias is not None:
-        shifts = state[bias].double()[:, None]
-        joint = torch.cat([joint, shifts], dim=1)
+def _joint_map(state: State, names: Sequence[str], groups: int) -> Tensor:
+    """Return a layer's weight, and its bias as a further column, as one float64 map a group ``[G, C_out/G, K]``."""
+    parts = [state[name].double() for name in names]
+    joint = torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
     return joint.reshape(groups, -1, joint.shape[1])

@@ -11,7 +11,7 @@ from torch import nn
 
 import coin
 from coin.coding import uniform
-from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
 from coin.files.tensors import nbytes
 from coin.merging import Average, Base, Refit, fit_adapters, merge_networks
 from coin.merging.adapter_fit import Moments
@@ -569,3 +569,13 @@ def test_a_layer_may_have_a_slash_in_its_name(tmp_path):
         system.save(tmp_path / "system.safetensors")
         loaded = coin.Coded.load(tmp_path / "system.safetensors", experts)
         assert torch.equal(loaded.decode(inputs[1][0], [1]), system.decode(inputs[1][0], [1]))
+
+
+def test_outputs_that_overflow_are_told_where_there_are_scales_and_shifts_alone():
+    experts, inputs = make_experts(maps)
+    for layer in (0, 2):
+        experts[1][layer].weight.data.mul_(1e30)
+    for expert in experts:
+        expert[1] = nn.Identity()
+    with pytest.raises(NumericalError, match="inputs or outputs on calibration data are not finite"):
+        fit_adapters(experts[0], experts, inputs, rank=0)

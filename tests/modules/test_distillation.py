@@ -61,7 +61,7 @@ def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitt
 def test_it_goes_on_from_a_refit(of_files):
     experts = of_files()
     made = Distillation(**STILL, start="refit").make(experts, ROW)
-    expected = Refit().make(experts, ROW)
+    expected = Refit().coded_model(experts, ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(made.network.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     assert made.chosen["start"] == "refit"

@@ -119,15 +119,15 @@ def test_every_method_is_right_or_refused(family: str) -> None:
     residuals = {}
     for name, make in METHODS.items():
         with problems.of(name):
-            merged = case.answers(make().make(pair, ROW).network)
+            merged = case.answers(make().coded_model(pair, ROW).network)
             assert merged.shape == wanted.shape
             assert bool(torch.isfinite(merged).all())
             residuals[name] = float((merged - wanted).norm() / wanted.norm())
             if name in SWAPPED:
-                moved = make().make(swapped, ROW[::-1])
+                moved = make().coded_model(swapped, ROW[::-1])
                 check_close(case.answers(moved.network), merged, 1e-6, "in the other order")
             if name in TWINS:
-                check_close(case.answers(make().make(same, ROW).network), own, 1e-6, "identical experts")
+                check_close(case.answers(make().coded_model(same, ROW).network), own, 1e-6, "identical experts")
             if name == "distillation":  # its start's policy is chosen on other batches, which BatchNorms see too
                 starts = []
                 for policy in ("average", "recalibrate"):
