@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coin.data.calibration import Calibration
 from coin.data.samples import Samples
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.data.transform import Augmentation, View
 from coin.errors import DataError
 
@@ -50,7 +50,7 @@ class Batches:
         count = len(self.samples.indices)
         if self.augmentation is None:
             return torch.arange(count)[rank::world_size]
-        order = torch.randperm(count, generator=seeded(self.seed, Stream.ORDER, epoch))
+        order = torch.randperm(count, generator=make_generator(self.seed, Stream.ORDER, epoch))
         share = count // world_size
         if share % self.batch_size == 1:
             share -= 1

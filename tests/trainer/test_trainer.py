@@ -81,7 +81,7 @@ def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.ckpt"))
     with pytest.raises(FileError, match="found no file"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
-    with pytest.raises(DataError, match="99 calibration samples of .*, expected at most"):
+    with pytest.raises(DataError, match=r"99 calibration samples of .*, expected at most"):
         make_trainer().fisher(expert, synthetic(), samples_per_task=99)
     with pytest.raises(ConfigurationError, match="found a model without a network"):
         make_trainer().fisher(Expert(**SMALL), synthetic())
