@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from coin.data import Digits
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.reporting.figures import COLOURS, MARKERS, style
 
 AXIS = torch.linspace(-4, 4, 161)
@@ -46,7 +46,7 @@ def labels_of(samples):
     """Return the classes of `digits`' samples."""
     train = Digits().splits.train
     order = torch.randperm(
-        len(train), generator=seeded(0, Stream.CALIBRATION)
+        len(train), generator=make_generator(0, Stream.CALIBRATION)
     )  # as `digits` are drawn
     return train.targets[order[: samples.num_samples]]
 

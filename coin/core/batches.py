@@ -78,10 +78,10 @@ def joined(batches: Sequence[Batch]) -> Batch:
                 f"found calibration samples of shapes {_told(first)} and {_told(batch)} to run together, "
                 "expected one shape; pad them"
             )
-    columns = [torch.cat(tensors) for tensors in zip(*map(tensors_in, batches), strict=True)]
+    parts: Sequence[Any] = batches
     if isinstance(first, Tensor):
-        return columns[0]
-    return dict(zip(first, columns, strict=True))
+        return torch.cat(list(parts))
+    return {name: torch.cat([part[name] for part in parts]) for name in first}
 
 
 def _told(batch: Batch) -> str:

@@ -4,7 +4,6 @@ import math
 import re
 import string
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from coin.core.choices import check_integer
 from coin.data.samples import Samples, Source
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.data.task import TaskData
 from coin.errors import ConfigurationError
 from coin.files.packaged import packaged_file
@@ -115,8 +115,8 @@ class Glyphs(TaskData):
         masks = character_masks(self.names)
         train = torch.arange(self.train_samples or count * self.train_per_class) % count
         test = torch.arange(count * self.test_per_class) % count
-        train_images = render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN))
-        test_images = render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST))
+        train_images = render(masks, train, make_generator(self.split_seed, Stream.RENDER_TRAIN))
+        test_images = render(masks, test, make_generator(self.split_seed, Stream.RENDER_TEST))
         return Source(Samples.of(train_images, train), Samples.of(test_images, test))
 
 
@@ -139,7 +139,6 @@ def _characters_between(ends: re.Match[str]) -> str:
     return "".join(characters) or ends[0]
 
 
-@cache
 def usable_fonts() -> tuple[Path, ...]:
     """The files of `_FONTS`."""
     from matplotlib import get_data_path  # for its fonts alone
@@ -150,18 +149,23 @@ def usable_fonts() -> tuple[Path, ...]:
 
 def character_masks(characters: Sequence[str]) -> Tensor:
     """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
-    fonts = usable_fonts()
-    masks = np.zeros((len(fonts), len(characters), CANVAS, CANVAS), dtype=np.uint8)
-    for row, path in enumerate(fonts):
+    masks = []
+    for path in usable_fonts():
         font = ImageFont.truetype(str(path), FONT_SIZE)
-        for column, character in enumerate(characters):
-            left, top, right, bottom = font.getbbox(character)
-            x = (CANVAS - left - right) / 2
-            y = (CANVAS - top - bottom) / 2
-            canvas = Image.new("L", (CANVAS, CANVAS))
-            ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font)
-            masks[row, column] = np.asarray(canvas)
-    return torch.from_numpy(masks).float() / 255
+        drawn = [_mask(font, character) for character in characters]
+        masks.append(torch.cat(drawn))
+    return torch.stack(masks).float() / 255
+
+
+def _mask(font: ImageFont.FreeTypeFont, character: str) -> Tensor:
+    """A character's ink, centred: uint8 [1, CANVAS, CANVAS]."""
+    left, top, right, bottom = font.getbbox(character)
+    x = (CANVAS - left - right) / 2
+    y = (CANVAS - top - bottom) / 2
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    ImageDraw.Draw(canvas).text((x, y), character, fill=255, font=font)
+    mask: Tensor = pil_to_tensor(canvas)
+    return mask
 
 
 def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

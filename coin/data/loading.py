@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coin.data.calibration import Calibration
 from coin.data.samples import Samples
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.data.transform import Augmentation, View
 from coin.errors import DataError
 
@@ -33,28 +33,26 @@ class Batches:
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
+        self.rank = 0
+        self.world_size = 1
+        if self.trainer is not None:
+            self.rank = self.trainer.global_rank
+            self.world_size = self.trainer.world_size
         count = len(self.samples.indices)
-        _, world_size = self._process()
-        if self.augmentation is not None and count // world_size < 2:
+        if self.augmentation is not None and count // self.world_size < 2:
             raise DataError(
-                f"{count} training samples over {world_size} process(es); each needs at least 2 of them"
+                f"{count} training samples over {self.world_size} process(es); each needs at least 2 of them"
             )
 
-    def _process(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
-
     def _positions(self, epoch: int) -> Tensor:
-        rank, world_size = self._process()
         count = len(self.samples.indices)
         if self.augmentation is None:
-            return torch.arange(count)[rank::world_size]
-        order = torch.randperm(count, generator=seeded(self.seed, Stream.ORDER, epoch))
-        share = count // world_size
+            return torch.arange(count)[self.rank :: self.world_size]
+        order = torch.randperm(count, generator=make_generator(self.seed, Stream.ORDER, epoch))
+        share = count // self.world_size
         if share % self.batch_size == 1:
             share -= 1
-        return order[rank::world_size][:share]
+        return order[self.rank :: self.world_size][:share]
 
     def __len__(self) -> int:
         """The number of batches."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from coin.data.sampling import Stream, seeded, stratified_order
+from coin.data.sampling import Stream, make_generator, stratified_order
 from coin.data.transform import View, augmented
 from coin.errors import ConfigurationError
 
@@ -82,11 +82,11 @@ def split_source(
     test = source.test
     if test is None:
         fifth = round(0.2 * len(train))
-        order = stratified_order(train.targets, seeded(seed, Stream.TEST_SPLIT))
+        order = stratified_order(train.targets, make_generator(seed, Stream.TEST_SPLIT))
         test = train.in_order(order[:fifth])
         train = train.in_order(order[fifth:])
-    test_order = stratified_order(test.targets, seeded(seed, Stream.TEST_SPLIT))
-    order = stratified_order(train.targets, seeded(seed, Stream.TRAIN_SPLIT))
+    test_order = stratified_order(test.targets, make_generator(seed, Stream.TEST_SPLIT))
+    order = stratified_order(train.targets, make_generator(seed, Stream.TRAIN_SPLIT))
     count = 0
     if source.validation is None and share > 0:
         count = max(1, round(share * len(order)))

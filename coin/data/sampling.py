@@ -20,7 +20,7 @@ class Stream(IntEnum):
     PROMISE = 9
 
 
-def seeded(seed: int, *keys: int) -> torch.Generator:
+def make_generator(seed: int, *keys: int) -> torch.Generator:
     """A CPU generator that depends on ``(seed, *keys)`` alone."""
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

@@ -11,7 +11,7 @@ from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data.calibration import Calibration
 from coin.data.loading import Batches
 from coin.data.samples import Samples, Source, Splits, split_source
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.data.transform import Augmentation, to_input
 from coin.errors import ConfigurationError, DataError
 
@@ -216,6 +216,6 @@ class TaskData(LightningDataModule, ABC):
                 f"expected at most {most}, its split's size; lower samples_per_task or promise_samples, or change "
                 "validation_share"
             )
-        order = torch.randperm(most, generator=seeded(self.seed, stream))
+        order = torch.randperm(most, generator=make_generator(self.seed, stream))
         stored, _ = split[order[:samples]]
         return Calibration.of([stored], self.image_size, batch_size=batch_size)

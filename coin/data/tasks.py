@@ -56,11 +56,6 @@ class Tasks(LightningDataModule):
             name: task_with(task, image_size=image_size) for name, task in self.tasks.items()
         }
 
-    @property
-    def num_classes(self) -> int:
-        """The largest class count of all tasks."""
-        return max(task.num_classes for task in self.tasks.values())
-
     def prepare_data(self) -> None:
         """Download what is missing."""
         for task in self.tasks.values():

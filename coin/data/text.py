@@ -55,8 +55,8 @@ class TextFile(TaskData):
     @property
     def classes(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted."""
-        labels = self._tables()["train"]["label"]
-        return tuple(sorted(set(labels)))
+        train, _ = self._tables()
+        return tuple(sorted(set(train["label"])))
 
     @property
     def vocabulary(self) -> int:
@@ -65,8 +65,8 @@ class TextFile(TaskData):
 
     def load(self) -> Source:
         """Tokenise both files."""
-        tables = self._tables()
-        return Source(self._samples(tables["train"]), self._samples(tables["test"]))
+        train, test = self._tables()
+        return Source(self._samples(train), self._samples(test))
 
     def content_key(self) -> dict[str, str]:
         """Hashes of the files' contents: an experiment notices when they have changed."""
@@ -95,18 +95,19 @@ class TextFile(TaskData):
                 f"cannot read '{path}' ({first_line(error)}); give a tokenizer.json"
             ) from error
 
-    def _tables(self) -> dict[str, pd.DataFrame]:
-        """The texts and labels of both files, in the columns ``text`` and ``label``."""
+    def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The texts and labels to train and to test on, in the columns ``text`` and ``label``."""
         return self.once("tables", self._read_tables)
 
-    def _read_tables(self) -> dict[str, pd.DataFrame]:
-        tables = {"train": self._table(self.train), "test": self._table(self.test)}
-        unknown = set(tables["test"]["label"]).difference(tables["train"]["label"])
+    def _read_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        train = self._table(self.train)
+        test = self._table(self.test)
+        unknown = set(test["label"]).difference(train["label"])
         if unknown:
             raise DataError(
                 f"'{self.test}' has the label '{min(unknown)}', which '{self.train}' lacks; both need the same"
             )
-        return tables
+        return train, test
 
     def _table(self, path: Path) -> pd.DataFrame:
         columns = {self.text_column: "text", self.label_column: "label"}

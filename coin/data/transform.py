@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
-from coin.data.sampling import Stream, seeded
+from coin.data.sampling import Stream, make_generator
 from coin.errors import DataError
 
 
@@ -71,7 +71,7 @@ def draw_augmentation(
     epoch: int,
 ) -> Tensor:
     """Every sample's crop by (seed, epoch, sample), int64 [samples, 3]: top, left (in the padded image) and flip."""
-    generator = seeded(seed, Stream.AUGMENTATION, epoch)
+    generator = make_generator(seed, Stream.AUGMENTATION, epoch)
     choices = (2 * _padding(height) + 1, 2 * _padding(width) + 1, 2)
     draws = [torch.randint(count, (samples,), generator=generator) for count in choices]
     return torch.stack(draws, 1)

@@ -87,8 +87,7 @@ class Distillation(Method):
             check_number("lr", lr, low=0.0, strict=True)
         check_integer("steps", steps, 1)
         check_integer("batch_size", batch_size, 2)
-        if samples_per_task is not None:
-            check_integer("samples_per_task", samples_per_task, 1)
+        check_integer("samples_per_task", 1 if samples_per_task is None else samples_per_task, 1)
         check_integer("seed", seed or 0, 0)
         if start not in [AUTO, *STARTS]:
             raise ConfigurationError(

@@ -79,12 +79,13 @@ class Expert(LightningModule):
         if self.network is not None:
             return
         data = getattr(self.trainer, "datamodule", None)
-        if data is None:
+        num_classes = getattr(data, "num_classes", None)
+        if num_classes is None:
             raise ConfigurationError(
-                "found no num_classes and no datamodule to ask, expected one of them"
+                "found no num_classes and no datamodule with one, expected one of them; give a task"
             )
-        self.hparams["num_classes"] = data.num_classes
-        self._build(data.num_classes)
+        self.hparams["num_classes"] = num_classes
+        self._build(num_classes)
 
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""

@@ -7,7 +7,7 @@ from matplotlib.ft2font import FT2Font
 
 from coin.data import Digits, Glyphs, MNIST5k
 from coin.data.embedded import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
-from coin.data.sampling import seeded
+from coin.data.sampling import make_generator
 from coin.errors import ConfigurationError, FileError
 
 
@@ -76,7 +76,7 @@ def test_ink_stands_out_from_paper():
     # Masks of solid ink on the left half: the halves' luminance shows the contrast of the colours.
     masks = torch.zeros(1, 1, CANVAS, CANVAS)
     masks[..., : CANVAS // 2] = 1
-    images = render(masks, torch.zeros(500, dtype=torch.int64), seeded(0)).float() / 255
+    images = render(masks, torch.zeros(500, dtype=torch.int64), make_generator(0)).float() / 255
     luminance = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
     contrast = (luminance[:, 14:18, 2:7].mean((1, 2)) - luminance[:, 14:18, 25:30].mean((1, 2))).abs()
     # Noise clipped at black and white narrows the difference a little.
