@@ -24,7 +24,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from coin.core.choices import check_integer
-from coin.core.processes import cores, process_count, rank_zero_info
+from coin.core.processes import cores, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
@@ -144,12 +144,8 @@ def run_as_jobs(
 
 def check_launch(launch: Launch, store: Path) -> None:
     """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
-    if launch.cluster is None:
-        return
-    if process_count() > 1:
-        found = f"found {process_count()} processes that share every training"
-        raise ConfigurationError(f"{found}, and a launch section; leave out one")
-    _executor(launch, store / ".jobs")
+    if launch.cluster is not None:
+        _executor(launch, store / ".jobs")
 
 
 def _executor(launch: Launch, folder: Path) -> Any:
