@@ -14,11 +14,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -35,13 +34,6 @@ _LONG = 7 * 24 * 60  # minutes; submitit ends a job on this machine after two
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
 
 
-class Cluster(StrEnum):
-    """Where jobs run: on this machine, or on the nodes of a SLURM cluster."""
-
-    local = "local"
-    slurm = "slurm"
-
-
 @dataclass(frozen=True)
 class Launch:
     """How independent steps of an experiment are run: in its own process one after the other, or as jobs side by side.
@@ -56,7 +48,7 @@ class Launch:
             ``slurm_partition``, …
     """
 
-    cluster: Cluster | None = None
+    cluster: Literal["local", "slurm"] | None = None
     workers: int = 1
     slurm: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +78,7 @@ class Job:
     def __call__(self) -> None:
         """Run the steps."""
         os.environ.pop("WANDB_SERVICE", None)  # of the process that has submitted it
-        if os.environ.get("SUBMITIT_EXECUTOR") == Cluster.local:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores
         for step in self.steps:
             self.run(self.file, step)
@@ -129,7 +121,7 @@ def run_as_jobs(
     if not every:
         return
     jobs = _Jobs(experiment, every[0].store / ".jobs", launch, run)
-    if launch.cluster is Cluster.slurm:
+    if launch.cluster == "slurm":
         jobs.submit(waiting)
     else:
         jobs.run_here(waiting)
@@ -151,7 +143,7 @@ def check_launch(launch: Launch, store: Path) -> None:
 def _executor(launch: Launch, folder: Path) -> Any:
     """Return submitit's executor."""
     submitit = extra_module("submitit", "slurm")
-    if launch.cluster is Cluster.local:
+    if launch.cluster == "local":
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=_LONG)
         return executor
