@@ -96,15 +96,12 @@ class TrainerCLI(LightningCLI):
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir)))
 
     def after_fit(self) -> None:
-        """Print what the training has reached, and the file of the expert or the folder."""
-        trainer = self.trainer
-        file: Path | str = trainer.default_root_dir
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        """Print the file of the expert, or the folder."""
+        file: Path | str = self.trainer.default_root_dir
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ExpertExport):
-                file = callback.file(trainer)
-        metrics = trainer.callback_metrics.items()
-        reached = [f"{name} {float(value):.4g}" for name, value in metrics]
-        self._say(", ".join(reached), file)
+                file = callback.file(self.trainer)
+        self._say("trained", file)
 
     def after_fisher(self) -> None:
         """Print the statistic's file."""

@@ -14,17 +14,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
 from coin.core.choices import check_integer
-from coin.core.processes import cores, process_count, rank_zero_info
+from coin.core.processes import cores, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
@@ -33,13 +32,6 @@ from coin.pipeline.step import JOB, Step
 
 _LONG = 7 * 24 * 60  # minutes; submitit ends a job on this machine after two
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
-
-
-class Cluster(StrEnum):
-    """Where jobs run: on this machine, or on the nodes of a SLURM cluster."""
-
-    local = "local"
-    slurm = "slurm"
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Launch:
             ``slurm_partition``, …
     """
 
-    cluster: Cluster | None = None
+    cluster: Literal["local", "slurm"] | None = None
     workers: int = 1
     slurm: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +78,7 @@ class Job:
     def __call__(self) -> None:
         """Run the steps."""
         os.environ.pop("WANDB_SERVICE", None)  # of the process that has submitted it
-        if os.environ.get("SUBMITIT_EXECUTOR") == Cluster.local:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit ignores
         for step in self.steps:
             self.run(self.file, step)
@@ -129,7 +121,7 @@ def run_as_jobs(
     if not every:
         return
     jobs = _Jobs(experiment, every[0].store / ".jobs", launch, run)
-    if launch.cluster is Cluster.slurm:
+    if launch.cluster == "slurm":
         jobs.submit(waiting)
     else:
         jobs.run_here(waiting)
@@ -144,18 +136,14 @@ def run_as_jobs(
 
 def check_launch(launch: Launch, store: Path) -> None:
     """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
-    if launch.cluster is None:
-        return
-    if process_count() > 1:
-        found = f"found {process_count()} processes that share every training"
-        raise ConfigurationError(f"{found}, and a launch section; leave out one")
-    _executor(launch, store / ".jobs")
+    if launch.cluster is not None:
+        _executor(launch, store / ".jobs")
 
 
 def _executor(launch: Launch, folder: Path) -> Any:
     """Return submitit's executor."""
     submitit = extra_module("submitit", "slurm")
-    if launch.cluster is Cluster.local:
+    if launch.cluster == "local":
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=_LONG)
         return executor

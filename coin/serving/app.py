@@ -10,7 +10,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     generate_latest,
 )
 from starlette.requests import ClientDisconnect
@@ -78,7 +77,6 @@ def make_app(front: FrontEnd) -> FastAPI:
     models[ALL] = list(range(len(system.classes)))
     registry = CollectorRegistry()
     queries = Counter("coin_queries", "Queries by how they ended", ["end"], registry=registry)
-    times = Histogram("coin_answer_seconds", "The servers' time", ["model"], registry=registry)
     up = Gauge(
         "coin_server_up", "Whether its last request went well", ["server"], registry=registry
     )
@@ -118,7 +116,6 @@ def make_app(front: FrontEnd) -> FastAPI:
             answers = await front.ask(images, experts, deadline)
         seconds = loop.time() - began
         content = response(system, model, asked, answers, seconds)
-        times.labels(model).observe(seconds)
         queries.labels("decoded" if content["parameters"]["decoded"] else "answered").inc()
         return JSONResponse(content)
 

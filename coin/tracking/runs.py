@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ class RunLog:
         # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
         loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
         run = None
-        failed = True
         with run_environment(self.seed):
             if is_rank_zero() and (self.type == "evaluate" or not in_sweep()):
                 with logging_only(f"the start of the run '{self.name}'"):
@@ -49,9 +49,9 @@ class RunLog:
                     loggers.append(logger)
             try:
                 yield loggers
-                failed = False
             finally:
                 if run is not None:
+                    failed = sys.exc_info()[0] is not None
                     with logging_only(f"the end of the run '{self.name}'"):
                         run.finish(exit_code=int(failed))
 

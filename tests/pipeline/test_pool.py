@@ -18,11 +18,11 @@ import torch
 import coin.files.safetensors
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
-from coin.pipeline.pool import Cluster, Job, JobsFailedError, Launch, check_launch, run_as_jobs, stages
+from coin.pipeline.pool import Job, JobsFailedError, Launch, check_launch, run_as_jobs, stages
 from coin.pipeline.step import Step
 from tests.pipeline.jobs import finish
 
-LOCAL = Launch(Cluster.local, 2)
+LOCAL = Launch("local", 2)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,7 +125,7 @@ def test_workers_share_the_gpus(
     monkeypatch.setattr("coin.pipeline.pool._executor", lambda *_: executor)
     right = [step for step in planned if step.name in ("first", "a", "c")]
     third = Touch(name="d", store=right[0].store)
-    run_as_jobs(EXPERIMENT, [*right, third], Launch(Cluster.local, workers), finish)
+    run_as_jobs(EXPERIMENT, [*right, third], Launch("local", workers), finish)
     assert executor.had == shares
 
 
@@ -197,9 +197,9 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(ConfigurationError, match=r"launch\.workers=2 and no launch\.cluster; set .* local or slurm"):
         Launch(workers=2)
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(Launch(Cluster.slurm), r"found no srun .*cluster=local runs jobs here")
+    refused(Launch("slurm"), r"found no srun .*cluster=local runs jobs here")
     (tmp_path / "srun").touch(mode=0o755)
-    refused(Launch(Cluster.slurm, 2, {"speed": 9}), r"cannot submit jobs with .*speed")
+    refused(Launch("slurm", 2, {"speed": 9}), r"cannot submit jobs with .*speed")
     for more in ([], ["--dry-run"]):
         options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
         assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
