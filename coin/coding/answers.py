@@ -62,7 +62,6 @@ class Answers:
         cls,
         outputs: Sequence[tuple[Tensor, Tensor] | None],
         num_experts: int,
-        tasks: Tensor | None = None,
     ) -> Self:
         """Return the answers of servers, experts first, then coded models: features ``[B, F]`` and logits ``[B, ·]``.
 
@@ -82,7 +81,7 @@ class Answers:
             features.append(own_features)
             padded.append(pad(own_logits, (0, missing_classes)))
         logits = torch.stack(padded)  # [N + R, B, C]
-        answers = cls(logits[:num_experts], logits[num_experts:], tasks=tasks)
+        answers = cls(logits[:num_experts], logits[num_experts:])
         if all(each.shape[1] == 0 for each in features):
             return answers
         return replace(

@@ -19,7 +19,6 @@ from coin.coding import (
     Promise,
     answer_score,
     distinct_decoders,
-    make_decoder,
 )
 from coin.coding.decoder import Head
 from coin.coding.decoder_config import REPLICA
@@ -65,46 +64,24 @@ class Scores(DecodingAccuracy):
 
 @dataclass(eq=False)
 class FittedDecoder:
-    """What answers for lost experts in a variant, a decoder or, for None, a copy; with its scores by lost expert."""
+    """A decoder in a variant, the erasures that it is measured for, and its scores by lost expert."""
 
     variant: Variant
-    decoder: Decoder | None
-    erasures: Sequence[tuple[int, ...]]  # that it is measured for
+    decoder: Decoder
+    erasures: Sequence[tuple[int, ...]]
     scores: dict[int, Scores]
     seconds: float = 0.0  # that its fit took
-
-    @property
-    def name(self) -> str:
-        """What results have as the decoder."""
-        return REPLICA if self.decoder is None else self.decoder.kind.name
-
-    @property
-    def needs_fit(self) -> bool:
-        """Whether it is fitted to calibration answers."""
-        return self.decoder is not None and self.decoder.kind.needs_fit
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are kept to decode."""
-        return 0 if self.decoder is None else self.decoder.nbytes
-
-    @property
-    def promises(self) -> dict[int, Promise]:
-        """The promises by lost expert."""
-        return {} if self.decoder is None else self.decoder.promises
 
     def reads(self) -> set[int]:
         """Return the places of the networks whose answers it decodes."""
         num_experts = self.variant.code.num_experts
         if self.variant.method == ORACLE:
             return set(range(num_experts))
-        places = {num_experts + network for network in self.variant.networks}
-        return places if self.decoder is None else places | set(self.decoder.survivors)
+        networks = {num_experts + network for network in self.variant.networks}
+        return networks | set(self.decoder.survivors)
 
     def decode(self, task: int, seen: Answers) -> Tensor:
         """Return a lost expert's logits ``[B, C]`` from the answers in the variant's system."""
-        if self.decoder is None:
-            return seen.coded[0]
         return self.decoder.decode(seen)[self.decoder.erased.index(task)]
 
 
@@ -165,17 +142,15 @@ class Evaluation:
             erasures = variant.erasures()
             applying = variant.decoders(kinds)
             for kind in applying:
-                if kind is None:
-                    self._add(variant, None, erasures[0], erasures)
-                elif kind.reads_survivors:
-                    for erased in erasures:
-                        decoder = make_decoder(kind, variant.code, erased)
-                        self._add(variant, decoder, erased, [erased])
-                else:
-                    decoder = make_decoder(kind, variant.code, everyone, heads)
-                    self._add(variant, decoder, everyone, erasures)
+                groups = {everyone: erasures}
+                if kind.reads_survivors:
+                    groups = {erased: [erased] for erased in erasures}
+                for erased, measured in groups.items():
+                    decoder = variant.decoder(kind, erased, heads)
+                    scores = {expert: Scores(class_counts[expert]) for expert in decoder.erased}
+                    self.fitted.append(FittedDecoder(variant, decoder, measured, scores))
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
-            of_sum = [kind for kind in applying if kind not in (None, expert_head)]
+            of_sum = [kind for kind in applying if kind is not expert_head]
             if of_sum and variant.method != NONE:  # the sum takes every expert's answers
                 self.residuals[variant] = [Residual() for _ in class_counts]
         if not self.fitted:
@@ -198,26 +173,15 @@ class Evaluation:
             return None
         return [(weight.cpu(), bias.cpu()) for weight, bias in heads]
 
-    def _add(
-        self,
-        variant: Variant,
-        decoder: Decoder | None,
-        erased: Sequence[int],
-        erasures: Sequence[tuple[int, ...]],
-    ) -> None:
-        """Add a decoder for these lost experts, or a copy of one."""
-        scores = {expert: Scores(self.class_counts[expert]) for expert in erased}
-        self.fitted.append(FittedDecoder(variant, decoder, erasures, scores))
-
     @property
     def to_fit(self) -> list[FittedDecoder]:
         """The decoders that need a fit."""
-        return [each for each in self.fitted if each.needs_fit]
+        return [each for each in self.fitted if each.decoder.kind.needs_fit]
 
     @property
     def to_promise(self) -> list[FittedDecoder]:
         """The decoders of whose answers something can be promised: not copies."""
-        return [each for each in self.fitted if each.decoder is not None]
+        return [each for each in self.fitted if not each.variant.is_copy]
 
     def reads(self, task: int) -> set[int]:
         """Return the places of the networks whose answers to a task's test set are read."""
@@ -259,7 +223,7 @@ class Evaluation:
             parts.append(replace(answers, tasks=tasks))
         if not parts:
             raise ConfigurationError(
-                f"found no calibration samples to fit the decoder {fitted[0].name} on; give them"
+                f"found no calibration samples to fit the decoder {fitted[0].decoder.kind.name} on; give them"
             )
         return Answers.concatenate(parts), len(places)
 
@@ -278,7 +242,6 @@ class Evaluation:
         self.network_seconds = seconds / num_networks / answers.num_samples
         with _full_precision():
             for each in progress_bar("fitting decoders", items=to_fit):
-                assert each.decoder is not None
                 seen = each.variant.seen(answers)
                 started = time.perf_counter()
                 each.decoder.fit(seen)
@@ -292,7 +255,6 @@ class Evaluation:
         answers, _ = self._answers_to(batches, self.to_promise)
         with _full_precision():
             for each in self.to_promise:
-                assert each.decoder is not None
                 seen = each.variant.seen(answers)
                 each.decoder.accept(seen, alpha, confidence, self.class_counts)
 
@@ -313,7 +275,7 @@ class Evaluation:
                     continue
                 decoded = each.decode(task, seen[each.variant])[:, :width]
                 accepted = None
-                if each.decoder is not None and task in each.promises:
+                if task in each.decoder.promises:
                     accepted = each.decoder.accepted(task, answer_score(decoded))
                 each.scores[task].update(decoded, expert, labels, accepted)
 
@@ -325,7 +287,9 @@ class Evaluation:
             for erased in variant.erasures():
                 for each in own:
                     if erased in each.erasures:
-                        kept = sum(other.nbytes for other in own if other.name == each.name)
+                        kind = each.decoder.kind
+                        like = [other.decoder for other in own if other.decoder.kind is kind]
+                        kept = sum(decoder.nbytes for decoder in like)
                         found += self._measured(each, erased, kept, tasks)
         return found
 
@@ -334,17 +298,14 @@ class Evaluation:
     ) -> Iterator[Measurement]:
         """Yield the results of a decoder for the loss of these experts, one for each of them."""
         variant = fitted.variant
-        kind = None
-        passes = 0
-        if fitted.decoder is not None:
-            kind = fitted.decoder.kind
-            passes = fitted.decoder.passes(len(variant.networks), erased)
+        decoder = fitted.decoder
+        passes = decoder.passes(len(variant.networks), erased)
         seconds = fitted.seconds + self.network_seconds * passes
         rows = [] if variant.is_copy else range(len(variant.networks))
         columns = {
             "method": variant.method,
             "batchnorm": variant.batchnorm,
-            "decoder": fitted.name,
+            "decoder": REPLICA if variant.is_copy else decoder.kind.name,
             "code_row": "+".join(map(str, rows)),
             "erased": "+".join(tasks[lost] for lost in erased),
             "samples_per_task": variant.samples_per_task,
@@ -352,7 +313,7 @@ class Evaluation:
             "merge_passes": variant.merge_passes,
             "decoder_seconds": seconds if passes else 0.0,
             "decoder_passes": float(passes),
-            **variant.costs(kind, kept, len(erased)),
+            **variant.costs(decoder.kind, kept, len(erased)),
         }
         for lost in erased:
             residual = math.nan
@@ -361,7 +322,7 @@ class Evaluation:
             own = fitted.scores[lost].compute()
             numbers = {name: float(own[name]) for name in own if name != "confusion"}
             of_task = {**columns, "task": tasks[lost], "residual": residual, **numbers}
-            yield Measurement(of_task, own["confusion"].cpu(), fitted.promises.get(lost))
+            yield Measurement(of_task, own["confusion"].cpu(), decoder.promises.get(lost))
 
     @property
     def metrics(self) -> list[Metric]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from coin.coding import Answers, Code, DecoderKind
+from coin.coding import Answers, Code, Decoder, DecoderKind, make_decoder
+from coin.coding.decoder import Head
 from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.merging.provenance import Provenance
@@ -19,6 +20,14 @@ from coin.networks.registry import empty_network
 
 NONE, ORACLE = "none", "oracle"
 """The references: the surviving experts alone, and Σβ_if_i itself as the coded output."""
+
+
+class Copied(Decoder):
+    """The decoder of a lost expert's compressed copy, which answers in its place."""
+
+    def decode(self, answers: Answers) -> Tensor:
+        """Return the copy's logits ``[1, B, C]``."""
+        return answers.coded
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +67,14 @@ class Variant:
         """Whether it is a compressed copy, whose answer is the lost expert's."""
         return self.kind == REPLICA
 
-    def decoders(self, every: Sequence[DecoderKind]) -> Sequence[DecoderKind | None]:
-        """Return those of the decoders that apply, None for a copy, which needs none.
+    def decoders(self, every: Sequence[DecoderKind]) -> Sequence[DecoderKind]:
+        """Return those of the decoders that apply; ``none`` has ``ridge`` at least where any reads survivors.
 
-        ``none`` has ``ridge`` at least where any reads survivors.
+        A copy costs what ``expert_head`` does: one network answers, and any number may be lost.
         """
         linear = [kind for kind in every if kind is DecoderKind.linear]
         if self.is_copy:
-            return [None]
+            return [DecoderKind.expert_head]
         if self.adapted:  # which has no one output for all experts, from which another is decoded
             return [kind for kind in every if kind is DecoderKind.expert_head]
         if self.method == ORACLE:
@@ -78,22 +87,26 @@ class Variant:
             return regressions
         return every
 
-    def costs(self, kind: DecoderKind | None, kept: int, num_lost: int) -> dict[str, float]:
+    def decoder(
+        self, kind: DecoderKind, erased: Sequence[int], heads: Sequence[Head] | None
+    ) -> Decoder:
+        """Return a decoder of a kind for lost experts, unfitted; of a copy that of its own expert."""
+        if self.is_copy:
+            return Copied(kind, self.code, self.erasures()[0])
+        return make_decoder(kind, self.code, erased, heads)
+
+    def costs(self, kind: DecoderKind, kept: int, num_lost: int) -> dict[str, float]:
         """Return the columns of costs, NaN for the oracle; both memories have the bytes `kept` to decode."""
         if self.method == ORACLE:
             return dict.fromkeys(("memory_mib", "resident_mib", "forwards", "losses"), math.nan)
         num_experts = self.code.num_experts
-        forwards = 1
-        losses = num_experts
-        if kind is not None:
-            forwards = kind.forwards(num_experts, len(self.networks), num_lost)
-            losses = kind.losses(num_experts, self.code.num_coded)
+        losses = kind.losses(num_experts, self.code.num_coded)
         if self.method == NONE:
             losses = min(losses, num_experts - 1)
         return {
             "memory_mib": (self.memory + kept) / 2**20,
             "resident_mib": (self.resident + kept) / 2**20,
-            "forwards": forwards,
+            "forwards": kind.forwards(num_experts, len(self.networks), num_lost),
             "losses": losses,
         }
 
@@ -174,39 +187,44 @@ def read_copies(
     Its costs are those of all copies of its label. Raises FileError where a file is of none of the `fingerprints`, or
     the second of one.
     """
-    by_label: dict[str, list[int]] = {}
-    files = []
+    by_label: dict[str, list[Variant]] = {}
+    bases: dict[str, int] = {}  # bytes
     for place, path in enumerate(paths):
         file = open_network(path)
-        if file.provenance.get("of") not in fingerprints:
+        label = str(file.provenance.get("label", REPLICA))
+        copies = by_label.setdefault(label, [])
+        of = file.provenance.get("of")
+        tasks = [task for task, mark in enumerate(fingerprints) if mark == of]
+        if not tasks:
             raise FileError(
                 f"'{path}' is not a compressed copy of these experts; compress them again"
             )
-        files.append(replace(file, content={}))  # without its tensors
-        by_label.setdefault(str(file.provenance.get("label", REPLICA)), []).append(place)
-    variants = []
-    for label, places in by_label.items():
-        own = [files[place] for place in places]
-        memory = nbytes_together(own)
-        whole = max(resident_nbytes(empty_network(file.config, file.num_classes)) for file in own)
-        of_label = Variant(
+        have_copies = [each.lost for each in copies]
+        without_copy = [task for task in tasks if ((task,),) not in have_copies]
+        if not without_copy:
+            raise FileError(
+                f"'{path}' is a second copy of an expert, expected one of each; leave it out"
+            )
+        copy = Variant(
             method=label,
             code=code,
-            merge_seconds=sum(float(file.provenance["seconds"]) for file in own),
-            chosen=(own[0].provenance["compression"],),
+            networks=(first + place,),
+            merge_seconds=float(file.provenance["seconds"]),
+            chosen=(file.provenance["compression"],),
             kind=REPLICA,
-            memory=memory,
-            resident=memory + whole,  # all as stored, and one of them whole to answer
+            memory=file.nbytes,
+            resident=resident_nbytes(empty_network(file.config, file.num_classes)),
+            lost=((without_copy[0],),),
         )
-        # Of equal experts each has a copy.
-        without_copy = list(fingerprints)
-        for place, file in zip(places, own, strict=True):
-            of = file.provenance["of"]
-            if of not in without_copy:
-                raise FileError(
-                    f"'{file.path}' is a second copy of an expert, expected one of each; leave it out"
-                )
-            task = without_copy.index(of)
-            without_copy[task] = ""
-            variants.append(replace(of_label, networks=(first + place,), lost=((task,),)))
-    return variants
+        copies.append(copy)
+        bases[label] = max(bases.get(label, 0), nbytes_together([file]) - file.nbytes)
+    found = []
+    for label, copies in by_label.items():
+        memory = sum(each.memory for each in copies) + bases[label]
+        whole = max(each.resident for each in copies)
+        seconds = sum(each.merge_seconds for each in copies)
+        for each in copies:
+            # All are held as stored, and one of them whole to answer.
+            resident = memory + whole
+            found.append(replace(each, memory=memory, resident=resident, merge_seconds=seconds))
+    return found

@@ -186,7 +186,6 @@ class ExpertFiles(ExpertSource):
         self.config = files[0].config
         self.class_counts = [file.num_classes for file in files]
         self.width = max(self.class_counts)
-        self._files = files
         skeleton = empty_network(self.config, self.width)
         padding = (head_name(skeleton), self.width)
         home = torch.device(device)
@@ -198,9 +197,9 @@ class ExpertFiles(ExpertSource):
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprints of the networks by task; every tensor is read once."""
-        marks = [fingerprint(file.state) for file in self._files]
-        return dict(zip(self.paths, marks, strict=True))
+        """The fingerprints of the networks by task."""
+        # Of files opened anew: what has been read of the tensors that are kept would stay in memory.
+        return {task: fingerprint(open_network(path).state) for task, path in self.paths.items()}
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""

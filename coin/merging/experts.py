@@ -43,6 +43,12 @@ def in_all(states: Sequence[State]) -> list[str]:
     return [name for name in states[0] if all(name in state for state in states)]
 
 
+def _logits(network: nn.Module, inputs: Batch) -> Tensor:
+    """Return a network's logits in eval mode."""
+    with evaluating(network, gradients=False):
+        return run_network(network, as_input(inputs, network), features=False).logits
+
+
 class Experts:
     """N experts of one architecture, with their statistics and calibration samples.
 
@@ -50,7 +56,7 @@ class Experts:
     count. Statistics that are not given are computed on demand from the calibration data, and files read on demand.
 
     Args:
-        networks: The experts, or their files with that of the shared initialisation.
+        networks: The experts, or their files with that of the shared initialisation (`ExpertFiles`).
         fishers: Every expert's Fisher diagonal.
         grams: Every expert's Gram matrices.
         initial: The shared initialisation, for methods and policies that need it.
@@ -83,12 +89,10 @@ class Experts:
         statistics: StatisticPaths | None = None,
         train: Any = None,
     ) -> None:
-        self.source = (
-            networks
-            if isinstance(networks, ExpertSource)
-            else ExpertSource.of_networks(networks, initial)
-        )
-        self.count = self.source.count
+        if not isinstance(networks, ExpertSource):
+            networks = ExpertSource.of_networks(networks, initial)
+        self.source = networks
+        self.count = networks.count
         for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
             if given is not None and len(given) != self.count:
                 raise ConfigurationError(
@@ -226,20 +230,15 @@ class Experts:
             return
         inputs = self._two_samples()
         first, last = self.networks[0], self.networks[-1]
-        with evaluating(first, gradients=False):
-            run_network(first, as_input(inputs, first), features=False)
+        _logits(first, inputs)  # a copy has what a pass leaves in attributes
         copied = clone(first)
         fill_network(copied, last.state_dict(), "the last expert")
         with torch.no_grad():
             for own, other in zip(copied.buffers(), last.buffers(), strict=True):
                 if not torch.equal(own, other):  # one that is not persistent
                     own.copy_(other)
-        logits = []
-        for network in (copied, last):
-            with evaluating(network, gradients=False):
-                run = run_network(network, as_input(inputs, network), features=False)
-                logits.append(run.logits)
-        found, expected = logits
+        found = _logits(copied, inputs)
+        expected = _logits(last, inputs)
         tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
         if bool(((found - expected).abs() > tolerance).any()):
             raise StateError(

@@ -46,10 +46,7 @@ class Coded(LightningModule):
         nbytes: The bytes of the coded models as stored.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
-        method, class_names, files: Of a run (`from_run`), what results call the merge method, every expert's class
-            names, and the networks' files, the experts' first.
-
-    Raises ConfigurationError where the numbers of experts or coded models do not fit the code.
+        method, class_names, files: Of a run, the merge method, the experts' class names, and files, theirs first.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
@@ -79,8 +76,7 @@ class Coded(LightningModule):
                 f"found {len(experts)} experts and {len(coded)} coded models, expected {self.code.num_experts} and "
                 f"{self.code.num_coded}, as the code has"
             )
-        given = range(len(experts)) if names is None else names
-        self.names = tuple(map(str, given))
+        self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len(set(self.names)) != len(experts):
             raise ConfigurationError(
                 f"found names {self.names} of {len(experts)} experts, expected a name each"
@@ -104,8 +100,8 @@ class Coded(LightningModule):
         self.files: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
-        names = ", ".join(self.names)
-        return f"Coded(experts: {names}; coded models: {len(self.coded)}; decoders: {list(self.decoders)})"
+        fitted = list(self.decoders)
+        return f"Coded(experts: {', '.join(self.names)}; coded models: {len(self.coded)}; decoders: {fitted})"
 
     @property
     def is_adapted(self) -> bool:
@@ -157,8 +153,8 @@ class Coded(LightningModule):
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the inputs, if any."""
-        own = None if inputs is None else as_input(inputs, self.coded[0])
         with eval_mode(self.experts):
+            own = None if inputs is None else as_input(inputs, self.coded[0])
             return linear_heads(list(self.experts), own)
 
     @torch.no_grad()
@@ -177,8 +173,7 @@ class Coded(LightningModule):
         """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
 
         Args:
-            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and
-                expert_head need none, but expert_head's first batch checks heads and features.
+            calibration: Batches of inputs ``[B, ...]``, or of pairs (inputs, labels); linear and expert_head need none.
             erased: The lost experts, by index or by name.
             kind: The decoder.
         """
@@ -312,8 +307,7 @@ class Coded(LightningModule):
             if lost and (is_one_of_many or sorted(key) == sorted(lost)):
                 return decoder, lost
         raise ConfigurationError(
-            f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder with the "
-            "lost experts first"
+            f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder first"
         )
 
     def _answers_with_own(
@@ -331,7 +325,7 @@ class Coded(LightningModule):
             done += size
         if not parts:
             raise DataError(
-                "found no batch of inputs, expected at least one; an iterator that has ended gives none"
+                "found no batch of inputs, expected at least one; an ended iterator has none"
             )
         return replace(Answers.concatenate(parts), tasks=task_of)
 

@@ -179,7 +179,7 @@ class DecodingEvaluator(LightningModule):
                 code=variant.code,
                 names=list(self.experts.paths),
                 classes=self.experts.class_counts,
-                decoders=[decoder for decoder in fitted if decoder is not None],
+                decoders=fitted,
                 experts=list(self.experts.fingerprints.values()),
                 coded_files=[self.coded_files[network] for network in variant.networks],
                 expert_files=list(self.experts.paths.values()),

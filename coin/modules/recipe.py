@@ -37,15 +37,9 @@ class OneCycle(OneCycleLR):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        max_lr: float | list[float],
-        total_steps: int,
-        pct_start: float = 0.3,
-        anneal_strategy: str = "cos",
+        self, optimizer: Optimizer, max_lr: float | list[float], total_steps: int, **options: Any
     ) -> None:
-        shape: Any = {"pct_start": pct_start, "anneal_strategy": anneal_strategy}
-        super().__init__(optimizer, max_lr, total_steps, cycle_momentum=False, **shape)
+        super().__init__(optimizer, max_lr, total_steps, cycle_momentum=False, **options)
 
 
 @dataclass(frozen=True)

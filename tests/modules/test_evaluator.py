@@ -142,6 +142,16 @@ def body(experts, write_coded, tasks, small_config):
     return str(path)
 
 
+def test_a_body_that_is_compressed_afterwards_keeps_its_adapters(body, tmp_path):
+    packed = tmp_path / "packed"
+    compress_file(Path(body), packed, None, Compression(bits=4, base_bits=0))
+    whole, found = ([each.tensors for each in load_network(path).adapters] for path in (Path(body), packed))
+    assert len(found) == 3
+    for own, wanted in zip(found, whole, strict=True):
+        assert own.keys() == wanted.keys()
+        assert all(torch.equal(own[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("replicas", [False, True])
 def test_with_expert_head_alone_an_expert_runs_on_its_own_test_set_only(
     replicas, experts, body, tasks, make_trainer, tmp_path
@@ -367,7 +377,7 @@ def test_promises_and_systems_of_a_run_are_kept(experts, write_coded, synthetic,
         assert (system.method, system.names, system.classes) == ("average", tuple(experts), list(CLASSES))
         assert list(system.decoders) == (system.code.erasures() if name == "ridge" else [(0, 1, 2)])
         for fitted in evaluator.evaluation.fitted:
-            if (fitted.variant, fitted.name) == (evaluator.variants[0], name):
+            if (fitted.variant, fitted.decoder.kind) == (evaluator.variants[0], name):
                 answers = evaluator.evaluation.answers(images, 0, range(5))
                 lost, whole = fitted.decoder.erased, fitted.decoder.decode(answers)
                 for j, logits, wanted in zip(lost, system.decode(images, lost), whole, strict=True):

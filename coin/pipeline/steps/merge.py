@@ -270,6 +270,7 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     started = time.perf_counter()
     base_path, kept = kept_base(output, base, compression)
     packed = compress(file.network, kept, bits=compression.bits, base_bits=compression.base_bits)
+    packed.adapters = file.adapters
     seconds = time.perf_counter() - started
     if is_coded:
         made = Provenance.of(file)
