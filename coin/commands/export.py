@@ -11,6 +11,7 @@ from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
 from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace
+from coin.networks.registry import blank_input
 
 
 def export(
@@ -101,6 +102,7 @@ def _export_peft(file: NetworkFile, experts: dict[str, Path], folder: Path) -> P
             file.network,
             linear_head(own.network).state_dict(),
             folder / task,
+            blank_input(file.config),
             base=str(folder / "body"),
             task_type="SEQ_CLS" if is_sequence else None,
             labels=_classes(own),

@@ -41,11 +41,6 @@ def check_layout(own: State, state: State, source: str) -> None:
             )
 
 
-def infinite_names(state: State) -> list[str]:
-    """Return the names of the tensors with infinite values, as causal masks have."""
-    return [name for name, tensor in state.items() if bool(tensor.isinf().any())]
-
-
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
     for name, tensor in state.items():

@@ -14,7 +14,7 @@ from coin.core.devices import device_of
 from coin.errors import FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_state, save_state
-from coin.files.tensors import State, infinite_names
+from coin.files.tensors import State
 from coin.networks import Adapted, Adapter
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
@@ -134,7 +134,7 @@ class SystemFile:
             "coded_files": coded_files,
             "expert_files": [os.path.relpath(file, path.parent) for file in self.expert_files],
         }
-        save_state(path, state, provenance, infinite_names(state))
+        save_state(path, state, provenance)
 
     @classmethod
     def load(cls, path: Path) -> "SystemFile":

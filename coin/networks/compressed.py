@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coin.core.devices import device_of
 from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite, check_layout, fingerprint, infinite_names
+from coin.files.tensors import check_finite, check_layout, fingerprint
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clone
@@ -22,9 +22,9 @@ from coin.networks.delta import (
     matrix_shape,
     quantise,
 )
-from coin.networks.heads import head_name, linear_head, pad_head
+from coin.networks.heads import head_name, pad_head
 from coin.networks.kept import Kept, keep, not_makeable, tied_names
-from coin.networks.weights import check_plain, fill_network
+from coin.networks.weights import fill_network
 
 _PACKED = "packed."  # before the names of the compressed tensors in a file
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
@@ -203,7 +203,7 @@ class Compressed:
             "folded": folded_norms(self.base),
         }
         described = {**(provenance or {}), "compressed": own}
-        save_state(Path(path), state, described, infinite_names(state))
+        save_state(Path(path), state, described)
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
@@ -277,7 +277,6 @@ def compress(
     torch.Size([32, 64])
     """
     Compression(bits, base_bits)  # checks them
-    check_plain(network)
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
     check_finite(own, "the network to compress", buffers.keys())
@@ -329,14 +328,7 @@ def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
 
 def with_outputs(network: nn.Module, outputs: int | None) -> nn.Module:
     """Return a network with a head of so many outputs, its first rows and then zeros; None for its own."""
-    if outputs is None:
-        return network
-    resized = clone(pad_head(network, outputs), shared=True)
-    head = linear_head(resized)
-    for name, parameter in list(head.named_parameters(recurse=False)):
-        setattr(head, name, nn.Parameter(parameter.detach()[:outputs], parameter.requires_grad))
-    head.out_features = outputs
-    return resized
+    return network if outputs is None else pad_head(network, outputs)
 
 
 def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tuple[nn.Module, int]:
@@ -347,7 +339,6 @@ def _kept_base(network: nn.Module, base: nn.Module | None, base_bits: int) -> tu
         raise ConfigurationError(
             f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
         )
-    check_plain(base)
     state = stored(base)
     check_finite(state, "the base", [name for name, _ in base.named_buffers()])
     if base_bits == 8:

@@ -318,11 +318,6 @@ def unpacked(network: nn.Module) -> nn.Module:
     return copied
 
 
-def is_making(layer: nn.Module) -> bool:
-    """Say whether a layer makes parameters when it reads them."""
-    return hasattr(type(layer), "plain_class")
-
-
 def not_makeable(network: nn.Module) -> set[str]:
     """Return the parameters that cannot be made when they are read.
 

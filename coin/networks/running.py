@@ -13,8 +13,8 @@ from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
-from coin.networks.calling import explained_inputs, logits_of
-from coin.networks.heads import head_name, linear_head
+from coin.networks.calling import logits_of
+from coin.networks.heads import head_name, linear_head, with_rows
 
 Experts = int | Tensor | None
 """As which experts a body with adapters answers: as one, or sample by sample as several ``[B]``; others ignore it."""
@@ -91,13 +91,12 @@ def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Expe
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
     found = None
-    with explained_inputs(network, lambda: inputs):
-        if features:
-            found, logits = features_and_logits(network, inputs, experts)
-        elif isinstance(network, Adapted):
-            logits = network.run(logits_of, inputs, experts=experts)
-        else:
-            logits = logits_of(network, inputs)
+    if features:
+        found, logits = features_and_logits(network, inputs, experts)
+    elif isinstance(network, Adapted):
+        logits = network.run(logits_of, inputs, experts=experts)
+    else:
+        logits = logits_of(network, inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -186,10 +185,4 @@ def linear_heads(
             bias = full_precision(head.bias.detach())
         heads.append((weight, bias))
     width = max(len(bias) for _, bias in heads)
-    padded = []
-    for weight, bias in heads:
-        missing = width - len(bias)
-        wide_weight = F.pad(weight, (0, 0, 0, missing))
-        wide_bias = F.pad(bias, (0, missing))
-        padded.append((wide_weight, wide_bias))
-    return padded
+    return [(with_rows(weight, width), with_rows(bias, width)) for weight, bias in heads]
