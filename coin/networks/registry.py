@@ -157,7 +157,7 @@ def empty_network(config: NetworkConfig, num_classes: int) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_network(config, num_classes)
-    except NotImplementedError:  # RegNets look at their tensors while they are built
+    except Exception:  # some look at their tensors while they are built; what is wrong shows again
         return build_network(config, num_classes).to("meta")
 
 

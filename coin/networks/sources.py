@@ -80,8 +80,7 @@ class NetworkSource(ABC):
             advice = f"{self.weights_place}, or set network.weights=null and give trained weights as base.checkpoint"
             raise FileError(f"{found}; {advice}") from error
         except Exception as error:
-            # Not every network can be built on the meta device.
-            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
+            if is_out_of_memory(error):
                 raise
             inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
             found = f"cannot build {self.name} for {inputs} with weights {self.weights} and options {self.options}"

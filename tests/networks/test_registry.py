@@ -8,6 +8,7 @@ from torchvision import models
 from coin.errors import ConfigurationError, FileError, HeadError, StateError
 from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
 from coin.networks.heads import replace_head
+from coin.networks.registry import empty_network
 
 # One of every family that differs in its head or in how it is built: name, image size, the head, its inputs.
 FAMILIES = [
@@ -98,6 +99,7 @@ def test_the_colours_of_an_image_do_not_matter_to_the_small_vit():
 # Networks of the user's own, by import path
 
 MODULE = """
+import torch
 from torch import nn
 
 class Small(nn.Module):
@@ -110,6 +112,11 @@ class Small(nn.Module):
 
     def forward(self, x):
         return self.fc(self.layers(x))
+
+class Looking(Small):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
 
 class Reader(nn.Embedding):
     reads = "texts"
@@ -141,6 +148,18 @@ def test_a_class_of_the_users_own_is_found():
     assert (config.reads, NetworkConfig("ownnetworks.Reader").reads) == ("images", "texts")
     with pytest.raises(RuntimeError, match=r"^mine$"):  # with its traceback
         build_network(NetworkConfig("ownnetworks.Small", 16, None, {"width": 0}), 5)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("name", ["ownnetworks.Looking", "regnet_x_400mf"])
+def test_names_and_shapes_are_known_of_networks_that_look_at_their_tensors_while_they_are_built(name):
+    """A stochastic depth's rates were read of tensors without values."""
+    config = NetworkConfig(name, 32)
+    empty, network = empty_network(config, 5), build_network(config, 5)
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert {key: tensor.shape for key, tensor in empty.state_dict().items()} == {
+        key: tensor.shape for key, tensor in network.state_dict().items()
+    }
 
 
 INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)]
