@@ -96,18 +96,19 @@ class ExpertExport(FileOfTrained):
                 f"training diverged: the weights for '{path}' are not finite; give a smaller rate"
             )
         config: Any = pl_module.config
-        options = dict(pl_module.hparams)
-        data = getattr(trainer, "datamodule", None)
-        read = [Path(options["initial"])] if options.get("initial") else []
+        given = dict(pl_module.hparams)
+        options = {name: value for name, value in given.items() if not name.startswith("_")}
+        initial = options.get("initial")
         provenance: dict[str, Any] = {
             "made_by": "coin fit",
             "task": self.task,
             "classes": None,
-            "sha256": hashes(read),
-            "options": {name: value for name, value in options.items() if not name.startswith("_")},
+            "sha256": hashes([Path(initial)] if initial else []),
+            "options": options,
             "epochs": trainer.current_epoch,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
+        data = getattr(trainer, "datamodule", None)
         if data is not None:
             provenance["classes"] = list(data.classes)
             provenance["task"] = self.task or type(data).__name__

@@ -11,6 +11,7 @@ from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
 from coin.networks.heads import linear_head
 from coin.networks.hub import HuggingFace
+from coin.networks.registry import blank_input
 
 
 def export(
@@ -66,6 +67,7 @@ def _export_peft(file: NetworkFile, tasks: Sequence[str], folder: Path) -> Path:
             file.network,
             linear_head(own.network).state_dict(),
             folder / task,
+            blank_input(file.config),
             base=str(folder / "body"),
             task_type="SEQ_CLS" if is_sequence else None,
             labels=_classes(own),

@@ -11,15 +11,14 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 def hub_weights(place: str) -> list[Path]:
     """Return the files of weights of a folder, or of an ID that is in the cache of huggingface_hub; [] without them."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
     folder = Path(place)
     if not folder.is_dir():
-        for name in ("config.json", *WEIGHTS):
-            cached = try_to_load_from_cache(place, name)
-            if isinstance(cached, str):
-                folder = Path(cached).parent
-                break
+        try:
+            folder = Path(snapshot_download(place, local_files_only=True))
+        except (OSError, ValueError):  # nothing of it is in the cache, or it is no ID
+            return []
     for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]

@@ -1,7 +1,7 @@
 """Safetensors files of named tensors that say where they came from, read whole or a tensor at a time."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,14 @@ from torch import Tensor
 from coin.core.versions import versions
 from coin.errors import FileError
 from coin.files.atomic import atomic_path, how_to_redo
-from coin.files.tensors import State, check_finite
+from coin.files.tensors import State
 
 _METADATA_KEY = "coin"
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def save_state(
-    path: Path,
-    state: State,
-    provenance: Mapping[str, Any],
-    infinite: Collection[str] = (),
-) -> None:
-    """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``.
-
-    Raises StateError where a tensor is not finite, but for infinities in those named in `infinite`.
-    """
-    check_finite(state, f"the state for '{path}'", infinite)
+def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:
+    """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``."""
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
     tensors = {}
     for name, tensor in state.items():

@@ -47,11 +47,6 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in distinct.values())
 
 
-def infinite_names(state: State) -> list[str]:
-    """Return the names of the tensors with infinite values, as causal masks have."""
-    return [name for name, tensor in state.items() if bool(tensor.isinf().any())]
-
-
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor with a NaN, or an infinity unless named in `infinite`; None without."""
     for name, tensor in state.items():

@@ -16,9 +16,9 @@ from coin.errors import ConfigurationError
 from coin.files.tensors import State, check_layout, fingerprint, on_device
 from coin.networks.calling import clone
 from coin.networks.files import NetworkFile, load_network, open_network
-from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
+from coin.networks.heads import head_name, of_one_width, pad_head, padded_state, with_rows
 from coin.networks.registry import build_network, empty_network
-from coin.networks.weights import check_plain, parameters_of, tensors_of
+from coin.networks.weights import parameters_of, tensors_of
 
 # The spread above which experts are far apart: 0.005 to 0.008 near ImageNet weights, 0.016 to 0.25 tuned freely.
 FAR = 0.0125
@@ -90,14 +90,17 @@ class ExpertSource:
     ) -> "ExpertSource":
         """Return experts in memory; padded ones are copies that share all other tensors.
 
-        Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError as
-        `check_plain`, and where experts or the shared initialisation have parameters of other names or shapes.
+        Raises ConfigurationError for no experts, HeadError if heads cannot be padded, StateError where experts or the
+        shared initialisation have parameters of other names or shapes.
         """
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
         for network in networks:
-            check_plain(network)
-        _check_alike(networks)
+            if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
+                raise ConfigurationError(
+                    f"found an expert of type {type(network).__name__}, expected a torch.nn.Module; load a state dict "
+                    "into one, or compile it afterwards"
+                )
         unpadded = list(networks)
         padded = of_one_width(unpadded)
         skeleton = padded[0]
@@ -108,7 +111,6 @@ class ExpertSource:
             padding = (head, outputs)
         start = None
         if initial is not None:
-            check_plain(initial)
             like_experts = initial if padding is None else pad_head(initial, padding[1])
             start = Record.of_network(like_experts, skeleton, "the shared initialisation")
         records = [
@@ -134,30 +136,6 @@ class ExpertSource:
 def whole_state(tensors: tuple[State, State]) -> State:
     """Return a network's parameters and buffers as one state, still read on access."""
     return ChainMap(*cast(Any, tensors))  # never written to, so that any mapping will do
-
-
-def _check_alike(networks: Sequence[nn.Module]) -> None:
-    """Raise ConfigurationError where modules of a name are of different classes, or parameters of different types."""
-    first = _kinds(networks[0])
-    for network in networks[1:]:
-        for name, kind in _kinds(network).items():
-            expected = first.get(name, kind)
-            if kind != expected:
-                raise ConfigurationError(
-                    f"found experts with '{name or 'network'}' of {expected} and {kind}, "
-                    "expected one class and type; convert them"
-                )
-
-
-def _kinds(network: nn.Module) -> dict[str, str]:
-    """Return the classes of a network's modules, and its parameters' types, by name; dropout is an identity."""
-    kinds = {}
-    for name, module in network.named_modules():
-        kind = type(module).__qualname__
-        kinds[name] = "Identity" if "Drop" in kind else kind
-    for name, parameter in network.named_parameters():
-        kinds[name] = str(parameter.dtype)
-    return kinds
 
 
 class ExpertFiles(ExpertSource):
@@ -214,7 +192,7 @@ def _record_of(
     own = skeleton.state_dict()
     for name in (f"{head}.weight", f"{head}.bias"):
         if name in own:
-            own[name] = own[name][: file.num_classes]
+            own[name] = with_rows(own[name], file.num_classes)
     state = file.state
     check_layout(own, state, str(file.path))
     every_name = dict(skeleton.named_parameters(remove_duplicate=False))

@@ -3,25 +3,28 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
+from coin.core.batches import Batch
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
+from coin.files.tensors import check_layout
 from coin.merging.adapter_fit import AdapterFit
 from coin.merging.body import Body, Fit, fit_body
 from coin.merging.experts import Experts
 from coin.merging.units import Unit
 from coin.networks.adapter import Adapter, AdapterOptions, Change
 from coin.networks.batchnorm import batchnorms
-from coin.networks.calling import clone
+from coin.networks.calling import as_input, clone, logits_of
 from coin.networks.delta import check_range
-from coin.networks.heads import head_name, linear_head
+from coin.networks.guard import evaluating
+from coin.networks.heads import head_name, linear_head, with_rows
 from coin.networks.weights import to_compute
 
 ABSENT = -1e4  # a logit that never wins, and that float16 holds
@@ -33,6 +36,7 @@ def save_peft(
     body: nn.Module,
     head: Mapping[str, Tensor],
     folder: Path,
+    inputs: Batch,
     base: str | None = None,
     task_type: str | None = None,
     labels: Sequence[str] = (),
@@ -47,13 +51,13 @@ def save_peft(
         body: The body.
         head: The tensors of a Linear head by their names in it.
         folder: Where `adapter_config.json`, `adapter_model.safetensors` and, of labels, `labels.json` are written.
+        inputs: Any that the body can be called with.
         base: peft's `base_model_name_or_path`.
         task_type: peft's, such as SEQ_CLS.
         labels: The expert's classes in the order of its outputs.
 
     Raises ConfigurationError for what peft's LoRA has no place for, before anything is written.
     """
-    _check_attention(body)
     head_place = head_name(body)
     whole = _whole_modules(body, head_place, task_type)
     corrections: dict[str, Change] = {}  # by the layer
@@ -70,6 +74,7 @@ def save_peft(
         raise ConfigurationError(
             "found adapters without corrections, expected rank 1 at least, as peft's LoRA has"
         )
+    _check_called(body, [*corrections], inputs)
     changed = adapter.applied_to(body)
     tensors: dict[str, Tensor] = {}
     for place in whole:
@@ -127,31 +132,24 @@ def _whole_modules(body: nn.Module, head_place: str, task_type: str | None) -> l
 
 def _padded(head: Mapping[str, Tensor], outputs: int) -> dict[str, Tensor]:
     """Return a head's tensors with so many outputs: the logits of classes that it lacks are `ABSENT`."""
-    padded = dict(head)
-    missing = outputs - len(head["weight"])
-    if missing == 0:
-        return padded
-    if "bias" not in head:
+    own = len(head["weight"])
+    if own < outputs and "bias" not in head:
         raise ConfigurationError(
-            f"found a head of {outputs - missing} classes without a bias for a body of {outputs}, expected as many "
-            "classes for peft; leave out --peft, which writes the expert as one network"
+            f"found a head of {own} classes without a bias for a body of {outputs}, expected as many classes for peft; "
+            "leave out --peft, which writes the expert as one network"
         )
-    padded["weight"] = functional.pad(head["weight"], (0, 0, 0, missing))
-    padded["bias"] = functional.pad(head["bias"], (0, missing), value=ABSENT)
-    return padded
+    fill = {"weight": 0.0, "bias": ABSENT}
+    return {name: with_rows(tensor, outputs, fill[name]) for name, tensor in head.items()}
 
 
 def _of_layer(change: Change, parameter: Tensor, rank: int) -> dict[str, Tensor]:
     """Return peft's tensors of a layer with this weight: the factors padded with zeros to this rank."""
     outputs, inputs = parameter.flatten(1).shape
     left, right = change.factors(outputs, inputs)  # [r, O], [r, K]
-    missing = rank - len(left)
-    left = torch.cat([left, left.new_zeros(missing, outputs)])
-    right = torch.cat([right, right.new_zeros(missing, inputs)])
     ones = [1] * (parameter.ndim - 2)  # of a convolution's kernel
     return {
-        "lora_A.weight": right.reshape(rank, *parameter.shape[1:]),
-        "lora_B.weight": left.T.reshape(outputs, rank, *ones),
+        "lora_A.weight": with_rows(right, rank).reshape(rank, *parameter.shape[1:]),
+        "lora_B.weight": with_rows(left, rank).T.reshape(outputs, rank, *ones),
     }
 
 
@@ -210,7 +208,7 @@ def extract_lora(
         folder: Where the adapter is written.
 
     Raises ConfigurationError for a network with BatchNorm, whose statistics a LoRA has no place for, or
-    `nn.MultiheadAttention`, and for another head than the base's.
+    `nn.MultiheadAttention`; StateError for another head than the base's.
 
     >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
     >>> network = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5))
@@ -223,31 +221,18 @@ def extract_lora(
             f"found BatchNorms in {type(base).__name__}, expected a network without, such as a transformer; "
             "keep a body with adapters, coin.fit_adapters(base, [network], [samples])"
         )
-    _check_attention(base)
-    head = network.get_submodule(head_name(network))
-    found = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
-    own = base.get_submodule(head_name(base)).state_dict()
-    expected = {name: list(tensor.shape) for name, tensor in own.items()}
-    if found != expected:
-        raise ConfigurationError(f"found a head {found}, expected the base's, {expected}")
+    head = linear_head(network)
+    check_layout(linear_head(base).state_dict(), head.state_dict(), "the network's head")
     base = clone(base).to(device_of(network))
     experts = Experts(to_compute([network], device_of(network)), calibration=[samples])
     label = "extract_lora"
     body = Body.of(base, experts, label)
     fit = Fit(adapters=AdapterOptions(rank, scales=False))
-    _, (adapter,) = fit_body(body, experts, [1.0], fit, label, adapter_fit=LoraFit)
-    save_peft(adapter, base, head.state_dict(), Path(folder))
+    with torch.inference_mode(False):
+        _, (adapter,) = fit_body(body, experts, [1.0], fit, label, adapter_fit=LoraFit)
+    few = experts.pooled.inputs(torch.tensor([0]))
+    save_peft(adapter, base, head.state_dict(), Path(folder), few)
     return adapter.applied_to(base, head)
-
-
-def _check_attention(body: nn.Module) -> None:
-    """Raise ConfigurationError for `nn.MultiheadAttention`, whose weights peft's LoRA does not adapt one by one."""
-    for name, layer in body.named_modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            raise ConfigurationError(
-                f"found '{name}', an nn.MultiheadAttention, expected attention of Linear layers, as timm's and "
-                "Hugging Face's, for peft"
-            )
 
 
 def _check_adapted(name: str, body: nn.Module) -> None:
@@ -257,7 +242,8 @@ def _check_adapted(name: str, body: nn.Module) -> None:
         return
     if not isinstance(layer, nn.Conv2d):
         raise ConfigurationError(
-            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt"
+            f"found '{name}' of a {type(layer).__name__}, which peft's LoRA does not adapt, expected Linear layers and "
+            "Conv2d; take attention of Linear layers, as timm's and Hugging Face's, or leave out --peft"
         )
     # Peft's own convolutions take the layer's kernel, stride and padding alone.
     has_plain_dilation = layer.dilation == (1, 1) or layer.kernel_size == (1, 1)
@@ -266,3 +252,20 @@ def _check_adapted(name: str, body: nn.Module) -> None:
             f"found '{name}' of a Conv2d with padding_mode {layer.padding_mode!r} and dilation {layer.dilation}, which "
             "peft's LoRA leaves out of its own convolutions; leave out --peft, which writes the expert as one network"
         )
+
+
+def _check_called(body: nn.Module, places: Sequence[str], inputs: Batch) -> None:
+    """Raise ConfigurationError for a layer that does not run: what reads its weight would miss peft's update."""
+    called: set[nn.Module] = set()
+    with ExitStack() as hooks, evaluating(body, gradients=False):
+        for place in places:
+            layer = body.get_submodule(place)
+            hooks.enter_context(layer.register_forward_hook(lambda own, *_: called.add(own)))
+        logits_of(body, as_input(inputs, body))
+    for place in places:
+        if body.get_submodule(place) not in called:
+            raise ConfigurationError(
+                f"found '{place}', whose weight is read without calling the layer, as torchvision's Swin does, "
+                "expected layers that are called, beside which peft's LoRA runs; leave out --peft, which writes the "
+                "expert as one network"
+            )

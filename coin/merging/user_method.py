@@ -62,8 +62,6 @@ class UserMethod(Method):
             signature = inspect.signature(self._function)
             self._requested = {"row", "initial"} & signature.parameters.keys()
             signature.bind(None, None, **dict.fromkeys(self._requested), **self.options)
-            written = inspect.unwrap(self._function)
-            inspect.getfile(written)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"found function '{self.function}', expected a Python function of experts and calibration that takes "
@@ -72,7 +70,9 @@ class UserMethod(Method):
         self.reads_initial = "initial" in self._requested
         _, _, name = self.function.rpartition(".")
         super().__init__(name.strip("<>") if label is None else label, compress)
-        self._content = source_of(written) or ""  # of now: it may be edited while experts train
+        self._content = (
+            source_of(self._function) or ""
+        )  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
         """Return a hash of the function's source file, and of modules beside it that this imports, at its import."""
@@ -82,30 +82,24 @@ class UserMethod(Method):
         """Call the function for one row of the code, and check what it returns; see `Method.make`."""
         seed = 0 if experts.train is None else experts.train.seed
         with torch.inference_mode(False), torch.enable_grad():
-            network = experts.empty_model().eval()
+            networks = [clone(network).eval() for network in experts.source.each_network()]
+            calibration = [
+                [as_input(batch, networks[0]) for batch in own]
+                for own in experts.samples(DataChoice.own)
+            ]
+            given: dict[str, Any] = {"row": list(row)}
+            if self.reads_initial:
+                given["initial"] = experts.empty_model().eval()
+                parameters, buffers = experts.initial()
+                fill(given["initial"], {**parameters, **buffers})
+            requested = {name: given[name] for name in self._requested}
             with seeded(seed, experts.source.device):
-                made = self._merged_network(experts, row)
+                made = self._function(networks, calibration, **requested, **self.options)
+            if not isinstance(made, nn.Module):
+                raise ConfigurationError(
+                    f"function '{self.function}' returned a {type(made).__name__}, "
+                    "expected a network like the experts; return one of them, or a copy"
+                )
+            network = experts.empty_model().eval()
             fill_network(network, made.state_dict(), f"the network that {self.function} returned")
         return CodedModel(network)
-
-    def _merged_network(self, experts: Experts, row: Sequence[float]) -> nn.Module:
-        """Call the function on networks, and return the one that it returns."""
-        networks = [clone(network).eval() for network in experts.source.each_network()]
-        calibration = [
-            [as_input(batch, networks[0]) for batch in own]
-            for own in experts.samples(DataChoice.own)
-        ]
-        requested: dict[str, Any] = {}
-        if "row" in self._requested:
-            requested["row"] = list(row)
-        if self.reads_initial:
-            parameters, buffers = experts.initial()
-            requested["initial"] = experts.empty_model().eval()
-            fill(requested["initial"], {**parameters, **buffers})
-        made = self._function(networks, calibration, **requested, **self.options)
-        if not isinstance(made, nn.Module):
-            raise ConfigurationError(
-                f"function '{self.function}' returned a {type(made).__name__}, "
-                "expected a network like the experts; return one of them, or a copy"
-            )
-        return made

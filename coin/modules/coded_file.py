@@ -13,7 +13,7 @@ from coin.core.devices import device_of
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, load_state, save_state
-from coin.files.tensors import check_layout, fingerprint, infinite_names
+from coin.files.tensors import check_layout, fingerprint
 from coin.merging.method import fill
 from coin.networks import Adapted, Compressed
 from coin.networks.calling import clone
@@ -139,7 +139,7 @@ def save_coded(path: Path, network: nn.Module) -> None:
         _compressed(network).save(path)
     else:
         state = _all_tensors(network)
-        save_state(path, state, {}, infinite_names(state))
+        save_state(path, state, {})
 
 
 def _compressed(adapted: Adapted) -> Compressed:

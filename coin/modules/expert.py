@@ -1,6 +1,6 @@
 """The LightningModule that fine-tunes one expert on one task (or pretrains a base)."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from coin.modules.recipe import Recipe, trainable_names
 from coin.networks import NetworkConfig
 from coin.networks.calling import logits_of
 from coin.networks.files import initial_network
+from coin.networks.registry import empty_network
 
 Labelled = tuple[Tensor, Tensor]
 """Images ``[B, 3, H, W]`` and their classes ``[B]``."""
@@ -30,7 +31,7 @@ class Expert(LightningModule):
         network: ``small_resnet``, ``small_vit``; a classifier of torchvision; ``timm/NAME``;
             ``hf/FOLDER_OR_ID`` of Hugging Face's; or the import path of an `nn.Module` that takes ``num_classes``.
         image_size: Height and width of the images in pixels.
-        weights: The name of pretrained weights, or a file of the network's own tensors; None for random ones.
+        weights: The name of pretrained weights; None for random ones.
         options: Further arguments of the network's constructor.
         num_classes: The number of classes; by default the datamodule's, when training starts.
         initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
@@ -57,13 +58,14 @@ class Expert(LightningModule):
         super().__init__()
         self.recipe = Recipe(**recipe)
         self.config = NetworkConfig(network, image_size, weights, options or {}, mean, std)
+        described = self.config.described()  # a checkpoint is read without `weights`
         own = {
             "network": network,
             "image_size": image_size,
             "weights": weights,
             "options": self.config.options,
-            "mean": mean,
-            "std": std,
+            "mean": described["mean"],
+            "std": described["std"],
             "num_classes": num_classes,
             "initial": initial,
             "initial_seed": initial_seed,
@@ -71,7 +73,11 @@ class Expert(LightningModule):
         }
         self.save_hyperparameters(own | asdict(self.recipe))
         self.network: Any = None
-        if num_classes is not None:
+        if num_classes is None:
+            empty_network(
+                replace(self.config, weights=None), 2
+            )  # which checks its name and options
+        else:
             self._build(num_classes)
 
     def configure_model(self) -> None:

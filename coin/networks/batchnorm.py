@@ -17,7 +17,6 @@ from coin.files.tensors import State
 from coin.networks.calling import (
     as_input,
     clear_caches,
-    explained_inputs,
     logits_of,
     same_modes,
 )
@@ -136,7 +135,6 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
             ExitStack() as hooks,
             same_modes(network),
             disable_tf32(),
-            explained_inputs(network, lambda: batch),
         ):
             network.eval()
             for layer in layers:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coin.core.devices import device_of
 from coin.errors import CoinWarning, ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite, check_layout, fingerprint, infinite_names, nbytes
+from coin.files.tensors import check_finite, check_layout, fingerprint, nbytes
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
 from coin.networks.calling import clear_caches, clone
@@ -22,9 +22,8 @@ from coin.networks.delta import (
     matrix_shape,
     quantise,
 )
-from coin.networks.heads import linear_head, pad_head
+from coin.networks.heads import head_name, pad_head
 from coin.networks.kept import keep, not_makeable
-from coin.networks.weights import check_plain
 
 _WIDE = (torch.float32, torch.float64)  # types of which float16 keeps the deltas
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
@@ -172,7 +171,7 @@ class Compressed:
             "folded": folded_norms(self.base),
         }
         every = {**(provenance or {}), "compressed": described}
-        save_state(Path(path), state, every, infinite_names(state))
+        save_state(Path(path), state, every)
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module, hashed: str | None = None) -> Self:
@@ -247,7 +246,6 @@ def compress(
     torch.Size([32, 64])
     """
     Compression(bits, base_bits)  # checks them
-    check_plain(network)
     network = _on_cpu(network)
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
@@ -255,7 +253,7 @@ def compress(
     as_stored, base_nbytes = _base_as_stored(network, base, base_bits)
     outputs = None
     if shapes_of(as_stored) != shapes_of(network):
-        outputs = linear_head(network).out_features
+        outputs = getattr(network.get_submodule(head_name(network)), "out_features", None)
     reference = stored(with_outputs(as_stored, outputs))
     check_layout(own, reference, "the base")
     matrices: dict[str, Rounded] = {}
@@ -299,14 +297,7 @@ def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
 
 def with_outputs(network: nn.Module, outputs: int | None) -> nn.Module:
     """Return a network with a head of so many outputs, its first rows and then zeros; None for its own."""
-    if outputs is None:
-        return network
-    resized = clone(pad_head(network, outputs), shared=True)
-    head = linear_head(resized)
-    for name, parameter in list(head.named_parameters(recurse=False)):
-        setattr(head, name, nn.Parameter(parameter.detach()[:outputs], parameter.requires_grad))
-    head.out_features = outputs
-    return resized
+    return network if outputs is None else pad_head(network, outputs)
 
 
 def _base_as_stored(
@@ -319,7 +310,6 @@ def _base_as_stored(
         raise ConfigurationError(
             f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
         )
-    check_plain(base)
     state = stored(base)
     check_finite(state, "the base", [name for name, _ in base.named_buffers()])
     if base_bits == 8:

@@ -13,7 +13,7 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import State, check_finite, fingerprint, infinite_names
+from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.adapted import Adapted, stored_nbytes, with_adapters
 from coin.networks.adapter import Adapter, adapters_state, split_adapters
 from coin.networks.batchnorm import folded_norms, mark_folded
@@ -36,11 +36,10 @@ class NetworkFile:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its tensors, tied ones once; for a compressed network those of the delta only."""
-        own = self.provenance.get("nbytes")
-        if own is None:
-            own = stored_nbytes(self.network)
-        return int(own) + sum(adapter.nbytes for adapter in self.adapters)
+        """The bytes of its tensors, tied ones once, and of adapters; for a delta its own only."""
+        if isinstance(self.content, Compressed):
+            return self.content.nbytes
+        return stored_nbytes(self.network) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property
     def state(self) -> State:
@@ -75,7 +74,7 @@ class NetworkFile:
 
 def nbytes_together(files: Sequence[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
-    bases = [int(file.provenance.get("base_nbytes", 0)) for file in files]
+    bases = [file.content.base_nbytes for file in files if isinstance(file.content, Compressed)]
     return sum(file.nbytes for file in files) + max(bases, default=0)
 
 
@@ -87,38 +86,12 @@ def save_network(
     provenance: Mapping[str, Any],
     adapters: Sequence[Adapter] = (),
 ) -> None:
-    """Write a network, its architecture and provenance; a StateError for values not finite, but infinite buffers."""
-    infinite = infinite_names(dict(network.named_buffers()))
-    described = {**provenance, "network": asdict(config), "num_classes": num_classes}
+    """Write a network, the adapters of a body, its architecture and provenance."""
+    described = {**provenance, "network": config.described(), "num_classes": num_classes}
     if adapters:
         described["adapters"] = len(adapters)
         described["folded"] = folded_norms(network)
-    save_state(path, network.state_dict() | adapters_state(adapters), described, infinite)
-
-
-def kept_base(
-    path: Path, base: Path | None, compression: Compression
-) -> tuple[Path | None, nn.Module | None]:
-    """Return the file that a compressed one names as its base, of 8 bits written beside it, and the base."""
-    if not compression.base_bits:
-        return None, None
-    if base is None:
-        raise ConfigurationError(
-            f"found no base and base_bits={compression.base_bits}; name the base's file"
-        )
-    file = load_network(base)
-    if compression.base_bits != 8:
-        return base, file.network
-    kept_at = int8_path(path, base)  # which has the base's hash in its name
-    if not kept_at.is_file():
-        kept = int8(file.network)
-        described = {
-            "network": asdict(file.config),
-            "num_classes": file.num_classes,
-            "nbytes": kept.nbytes,
-        }
-        kept.save(kept_at, {"made_by": "coin compress", **described})
-    return kept_at, file.network
+    save_state(path, network.state_dict() | adapters_state(adapters), described)
 
 
 def save_compressed(
@@ -130,29 +103,40 @@ def save_compressed(
     compression: Compression,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
+    """Write a compressed network, which `open_network` reads back; it names the file of its base.
+
+    A base in 8 bits is a file beside it, which is written if it is not there.
+    """
+    base_file = None
+    if base is not None and made.base_bits:
+        place = base if made.base_bits == 32 else _int8_file(path, base)
+        base_file = os.path.relpath(place, path.parent)
     described = {
-        "network": asdict(config),
+        "network": config.described(),
         "num_classes": num_classes,
         "compression": asdict(compression),
-        "nbytes": made.nbytes - sum(adapter.nbytes for adapter in made.adapters),
-        "base_nbytes": made.base_nbytes,
-        "base_file": None if base is None else os.path.relpath(base, path.parent),
+        "base_file": base_file,
     }
     made.save(path, {**provenance, **described})
 
 
-def int8_path(path: Path, base: Path) -> Path:
-    """Return the path of the 8-bit base of a compressed network's file: in the same folder, one per base."""
+def _int8_file(path: Path, base: Path) -> Path:
+    """Return the file of a base in 8 bits in the folder of a compressed network's file, one for each base."""
     contents = sha256_of(base)[:8]
-    return path.with_name(f"{base.stem}-{contents}-int8.safetensors")
+    place = path.with_name(f"{base.stem}-{contents}-int8.safetensors")
+    if not place.is_file():
+        file = load_network(base)
+        own = {"made_by": "coin compress"}
+        made = int8(file.network)
+        save_compressed(place, made, file.config, file.num_classes, None, Compression(8, 0), own)
+    return place
 
 
 def open_network(path: Path) -> NetworkFile:
     """Open a network's file, whole or compressed; a FileError where it, or its base, is missing or no network's."""
     state = StateFile(path)
     provenance = state.provenance
-    config, num_classes = _described(path, provenance)
+    config, num_classes = _architecture(path, provenance)
     if "compressed" in provenance:
         base, hashed = _base_of(path, provenance, config, num_classes)
         made = Compressed.load(path, base, hashed)
@@ -194,7 +178,7 @@ def load_network(path: Path) -> NetworkFile:
     return file
 
 
-def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
+def _architecture(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
     """Return the architecture and the number of classes that a file's metadata describe."""
     try:
         check_imported(provenance["network"]["name"], path)

@@ -14,37 +14,23 @@ from torch.utils._pytree import tree_map_only
 from coin.core.batches import Batch, size_of, take
 from coin.core.devices import device_of, disable_tf32
 from coin.errors import ConfigurationError, StateError
-from coin.networks.calling import (
-    check_tensors,
-    clear_caches,
-    explained_inputs,
-    logits_of,
-    same_modes,
-)
+from coin.networks.calling import clear_caches, logits_of, same_modes
 
 _LOCK = threading.RLock()  # held in blocks of `eval_mode`
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
+    """Return the real parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises ConfigurationError where there are none, or one is complex; else as `check_tensors`.
+    Raises ConfigurationError where there are none.
     """
-    check_tensors(network)
-    every = dict(network.named_parameters())
-    parameters = {name: p for name, p in every.items() if p.requires_grad}
-    if not parameters:
-        parameters = {name: p for name, p in every.items() if p.is_floating_point()}
-    if not parameters:
+    every = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    if not every:
         raise ConfigurationError(
             f"found no floating-point parameters in {type(network).__name__}, expected some"
         )
-    for name, parameter in parameters.items():
-        if parameter.is_complex():
-            raise ConfigurationError(
-                f"parameter '{name}' is complex, expected real ones; use requires_grad_(False)"
-            )
-    return parameters
+    trained = {name: p for name, p in every.items() if p.requires_grad}
+    return trained or every
 
 
 def check_apart(network: nn.Module, inputs: Batch, outputs: Tensor) -> None:
@@ -81,14 +67,12 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Run a block with the network in eval mode and on copies of its inputs, and restore every module's mode.
 
-    Threads take turns, since modes are the network's. Images that a convolution refuses are a DataError.
+    Threads take turns, since modes are the network's.
     """
-    latest: list[Any] = []  # the inputs of the last call
 
     # Caches are cleared before every pass and in the end: a pass without gradients, or of other parameters, makes some.
     def prepare(module: nn.Module, arguments: Any, options: Any) -> Any:
         clear_caches(network)
-        latest[:] = arguments[:1]
         # Which the network may change in place.
         return tree_map_only(Tensor, torch.clone, (arguments, options))
 
@@ -97,7 +81,6 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             with (
                 same_modes(network),
                 network.register_forward_pre_hook(prepare, with_kwargs=True),
-                explained_inputs(network, lambda: next(iter(latest), None)),
             ):
                 for module in network.modules():
                     module.training = False

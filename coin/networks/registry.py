@@ -1,23 +1,23 @@
 """Networks by name, from wherever they come."""
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD, channels_last
 from coin.core.devices import seeded
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import load_provenance
 from coin.networks.heads import head_name
-from coin.networks.hub import PREFIX, HuggingFace, Renormalised
+from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.timm_networks import Timm
-from coin.networks.weights import check_plain
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class NetworkConfig:
     std: list[float] | None = None
 
     def __post_init__(self) -> None:
-        self.source.check()
+        self.source.check_weights()
         if self.image_size < 1:
             raise ConfigurationError(
                 f"found network.image_size {self.image_size}, expected at least 1 pixel"
@@ -60,24 +60,20 @@ class NetworkConfig:
                 )
 
         given = [self.mean, self.std]
-        if given == [None, None]:
-            self._keep_normalisation_of_tag()
-            return
         are_channels = all(each is not None and len(each) == 3 for each in given)
-        if self.reads != "images" or not are_channels or min(self.std or [0]) <= 0:
-            expected = "neither, or both of a network for images: three numbers each, std above 0"
+        if given != [None, None] and (not are_channels or min(self.std or [0]) <= 0):
             raise ConfigurationError(
-                f"found network.mean {self.mean} and network.std {self.std}, expected {expected}"
+                f"found network.mean {self.mean} and network.std {self.std}, expected neither, or both: "
+                "three numbers each, std above 0"
             )
 
-    def _keep_normalisation_of_tag(self) -> None:
-        """Set mean and std where timm's for these weights are others than without: files are read without weights."""
-        source = self.source
-        if isinstance(source, Timm) and self.weights is not None:
-            own = source.usual_normalisation
-            if own != replace(source, weights=None).usual_normalisation:
-                object.__setattr__(self, "mean", list(own[0]))
-                object.__setattr__(self, "std", list(own[1]))
+    def described(self) -> dict[str, Any]:
+        """Return what a file says of a network: these options, with the normalisation that goes with its weights."""
+        options = asdict(self)
+        if self.reads == "images":
+            mean, std = self.source.normalisation
+            options |= {"mean": list(mean), "std": list(std)}
+        return options
 
     @property
     def reads(self) -> str:
@@ -138,20 +134,20 @@ def check_imported(name: str, path: Path) -> None:
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:
     """Build a network with a head of `num_classes` outputs.
 
-    The seed draws its random weights, with pretrained ones the head's; global generators do not matter and stay.
+    The seed draws its random weights, with pretrained ones the head's; the CPU's global generator stays as it was.
     Raises ConfigurationError where the options do not fit, FileError or StateError where the weights do not.
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
+    source = config.source
     with seeded(seed):
-        network = config.source.build(num_classes)
-    if config.reads == "images":
-        mean, std = config.source.normalisation
+        network = source.build(num_classes)
+    if source.reads == "images":
+        mean, std = source.normalisation
         if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
-            network.register_forward_pre_hook(Renormalised(mean, std), prepend=True)
-    if config.source.channels_last:
+            network.register_forward_pre_hook(_renormalising(mean, std), prepend=True)
+    if source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)
-    check_plain(network, meta=True)
     head_name(network)  # refuses a network without one
     return network
 
@@ -161,8 +157,37 @@ def empty_network(config: NetworkConfig, num_classes: int) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_network(config, num_classes)
-    except NotImplementedError:  # RegNets look at their tensors while they are built
+    except Exception:  # some look at their tensors while they are built; what is wrong shows again
         return build_network(config, num_classes).to("meta")
+
+
+def blank_input(config: NetworkConfig) -> Tensor:
+    """Return a batch of one input that a network can be called with: an image [1, 3, H, W], or tokens [1, 2]."""
+    if config.reads == "texts":
+        return torch.zeros(1, 2, dtype=torch.int64)
+    return torch.zeros(1, 3, config.image_size, config.image_size)
+
+
+def _renormalising(mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Return the hook that gives a network its own normalisation of images, where ours is ImageNet's usual one."""
+    scale = []
+    shift = []
+    for channel in range(3):
+        scale.append(IMAGENET_STD[channel] / std[channel])
+        shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
+    return partial(_rescale, scale=scale, shift=shift)
+
+
+def _rescale(
+    _: nn.Module, inputs: tuple[Any, ...], *, scale: list[float], shift: list[float]
+) -> tuple[Any, ...]:
+    """Return the inputs with the channels of images [B, 3, H, W] scaled and shifted; inputs by name stay."""
+    if not inputs:
+        return inputs
+    images, *others = inputs
+    factors = images.new_tensor(scale).view(3, 1, 1)
+    terms = images.new_tensor(shift).view(3, 1, 1)
+    return (images * factors + terms, *others)
 
 
 def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,8 +13,8 @@ from coin.core.devices import double, multiplies_in_bfloat16
 from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
-from coin.networks.calling import explained_inputs, logits_of
-from coin.networks.heads import head_name, linear_head
+from coin.networks.calling import logits_of
+from coin.networks.heads import head_name, linear_head, with_rows
 
 Experts = int | Tensor | None
 """As which experts a body with adapters answers: as one, or sample by sample as several ``[B]``; others ignore it."""
@@ -90,13 +90,12 @@ def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Expe
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
     found = None
-    with explained_inputs(network, lambda: inputs):
-        if features:
-            found, logits = features_and_logits(network, inputs, experts)
-        elif isinstance(network, Adapted):
-            logits = network.run(logits_of, inputs, experts=experts)
-        else:
-            logits = logits_of(network, inputs)
+    if features:
+        found, logits = features_and_logits(network, inputs, experts)
+    elif isinstance(network, Adapted):
+        logits = network.run(logits_of, inputs, experts=experts)
+    else:
+        logits = logits_of(network, inputs)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         kind = type(network).__name__
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -175,14 +174,11 @@ def linear_heads(
         if inputs is not None:
             own = map_tensors(torch.clone, inputs)
             check_head(network, *features_and_logits(network, own))
-        heads.append(linear_head(network))
-    width = max(len(head.weight) for head in heads)
-    padded = []
-    for head in heads:
+        head = linear_head(network)
         weight = full_precision(head.weight.detach())  # as features are
-        missing = width - len(weight)
         bias = weight.new_zeros(len(weight))
         if head.bias is not None:
             bias = full_precision(head.bias.detach())
-        padded.append((F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))))
-    return padded
+        heads.append((weight, bias))
+    width = max(len(bias) for _, bias in heads)
+    return [(with_rows(weight, width), with_rows(bias, width)) for weight, bias in heads]

@@ -4,7 +4,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from torchvision import models
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
-from coin.core.choices import did_you_mean
 from coin.core.memory import is_out_of_memory
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.packaged import imported
@@ -22,7 +20,10 @@ from coin.networks.small import SmallResNet, SmallViT
 
 @dataclass(frozen=True)
 class NetworkSource(ABC):
-    """A network of one family; the fields are `NetworkConfig`'s."""
+    """A network of one family; the fields are `NetworkConfig`'s.
+
+    The family's own library checks names and options when the network is built.
+    """
 
     name: str
     image_size: int
@@ -33,10 +34,10 @@ class NetworkSource(ABC):
     # Whether images come with the channels last in memory, in which depthwise convolutions train at twice the speed. A
     # network of the user's may view its activations in a way that only the usual order allows.
     channels_last: ClassVar[bool] = False
-
-    @abstractmethod
-    def check(self) -> None:
-        """Refuse a name or weights that the family does not know, with a ConfigurationError."""
+    # Where weights can be put by hand.
+    weights_place: ClassVar[str] = (
+        "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1"
+    )
 
     @property
     def reads(self) -> str:
@@ -62,49 +63,30 @@ class NetworkSource(ABC):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; what is random is drawn from torch's global generator."""
 
-    def check_name(self, known: list[str], expected: str, advice: str) -> None:
-        """Refuse a name that is not known; `advice` says where the known ones are listed."""
-        found = f"found network.name '{self.name}'"
-        if (Path(self.name) / "config.json").is_file():
-            expected = f"hf/ before it; write hf/{self.name}"
-            raise ConfigurationError(f"{found}, a folder of Hugging Face's, expected {expected}")
-        if self.name not in known:
+    def check_weights(self) -> None:
+        """Refuse weights of a name that the family does not know, with a ConfigurationError."""
+        if self.weights is not None:
             raise ConfigurationError(
-                f"{found}{did_you_mean(self.name, known)}, expected {expected}; {advice}"
+                f"found network.weights '{self.weights}', expected null for {self.name}"
             )
 
-    def check_weights(self, known: list[str]) -> None:
-        """Refuse named weights that are not known."""
-        if self.weights not in (None, *known):
-            expected = ", ".join([*known, "null"])
-            raise ConfigurationError(
-                f"found network.weights '{self.weights}', expected {expected} for {self.name}"
-            )
-
-    def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
-        """Call a constructor; what does not fit becomes one line."""
+    def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a library's constructor, which may download weights; what goes wrong becomes one line."""
         try:
-            network: nn.Module = builder(*arguments, **options)
-        except Exception as error:
-            # A download has its own line, and not every network can be built on the meta device.
-            if is_out_of_memory(error) or isinstance(error, OSError | NotImplementedError):
-                raise
-            inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
-            found = f"cannot build {self.name} for {inputs} with options {self.options}"
-            raise ConfigurationError(
-                f"{found}: {first_line(error)}; change network.image_size or these"
-            ) from error
-        return network
-
-    def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
-        """Call a constructor that may download weights; `elsewhere` says where to put them by hand."""
-        try:
-            return self.construct(builder)
+            return builder(*arguments, **options)
         except OSError as error:
             reason = first_line(error)
             found = f"cannot download the weights {self.weights} of {self.name} ({reason})"
-            advice = "or set network.weights=null and give trained weights as base.checkpoint"
-            raise FileError(f"{found}; {elsewhere}, {advice}") from error
+            advice = f"{self.weights_place}, or set network.weights=null and give trained weights as base.checkpoint"
+            raise FileError(f"{found}; {advice}") from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
+            found = f"cannot build {self.name} for {inputs} with weights {self.weights} and options {self.options}"
+            raise ConfigurationError(
+                f"{found}: {first_line(error)}; change network.name or these"
+            ) from error
 
 
 class Own(NetworkSource):
@@ -116,32 +98,26 @@ class Own(NetworkSource):
     }
     channels_last = True
 
-    def check(self) -> None:
-        """Refuse named weights: there are none."""
-        self.check_weights([])
-
     def build(self, num_classes: int) -> nn.Module:
         """Build the network for inputs of its size."""
-        options = dict(self.options)
+        options = {**self.options, "num_classes": num_classes}
         if self.name == "small_vit":
             options.setdefault("image_size", self.image_size)
-        return self.construct(self.kinds[self.name], num_classes=num_classes, **options)
+        network: nn.Module = self.construct(self.kinds[self.name], **options)
+        return network
 
 
 class Torchvision(NetworkSource):
     """The classification architectures of torchvision."""
 
     channels_last = True
+    weights_place = f"copy them to {torch.hub.get_dir()}/checkpoints"
 
-    def check(self) -> None:
-        """Refuse a name or weights that torchvision has not, and networks with auxiliary heads."""
-        auxiliary = {"googlenet", "inception_v3"}  # timm has inception_v3 without
-        self.check_name(
-            [*Own.kinds, *sorted(set(models.list_models(module=models)) - auxiliary)],
-            f"{', '.join(Own.kinds)}, a torchvision classifier, timm/NAME, hf/FOLDER_OR_ID or a class's import path",
-            "torchvision.models.list_models() lists the others",
-        )
-        self.check_weights([entry.name for entry in models.get_model_weights(self.name)])
+    def check_weights(self) -> None:
+        """Refuse weights that torchvision does not have for this network."""
+        if self.weights is not None:
+            known = self.construct(models.get_model_weights, self.name)
+            self.construct(known.__getitem__, self.weights)
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
@@ -151,14 +127,12 @@ class Torchvision(NetworkSource):
         elif self.name.startswith("maxvit_"):
             options.setdefault("input_size", (self.image_size, self.image_size))
         if self.weights is None:
-            return self.construct(
-                models.get_model, self.name, weights=None, num_classes=num_classes, **options
-            )
-        network = self.download(
-            lambda: models.get_model(self.name, weights=self.weights, **options),
-            f"copy them to {torch.hub.get_dir()}/checkpoints",
+            options["num_classes"] = num_classes
+        network: nn.Module = self.construct(
+            models.get_model, self.name, weights=self.weights, **options
         )
-        replace_head(network, num_classes)
+        if self.weights is not None:
+            replace_head(network, num_classes)
         return network
 
 
@@ -168,11 +142,6 @@ class ImportPath(NetworkSource):
     It is constructed with ``num_classes`` and the options, and reads images unless it has an attribute ``reads``.
     """
 
-    def check(self) -> None:
-        """Refuse what cannot be imported or is no network, and named weights."""
-        self._kind()
-        self.check_weights([])
-
     @property
     def reads(self) -> str:
         """The class's attribute ``reads``, or ``images``."""
@@ -181,12 +150,13 @@ class ImportPath(NetworkSource):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; what its constructor raises keeps its traceback."""
         kind = self._kind()
+        options = {**self.options, "num_classes": num_classes}
         try:
-            inspect.signature(kind).bind(num_classes=num_classes, **self.options)
+            inspect.signature(kind).bind(**options)
         except TypeError as error:
-            found = f"cannot build {self.name} with num_classes and network.options {self.options} ({error})"
+            found = f"cannot build {self.name} with {options} ({error})"
             raise ConfigurationError(f"{found}; let its __init__ take these") from error
-        return kind(num_classes=num_classes, **self.options)
+        return kind(**options)
 
     def _kind(self) -> type[nn.Module]:
         kind = imported("network.name", self.name, "a class")

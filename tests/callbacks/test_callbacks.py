@@ -33,7 +33,7 @@ def test_the_export_holds_the_trained_network_and_says_what_it_is(tmp_path, fit)
     expert, _ = fit(ExpertExport())
     file = load_network(tmp_path / "run" / "expert.safetensors")
     assert fingerprint(file.network.state_dict()) == fingerprint(expert.network.state_dict())
-    assert file.config == expert.config
+    assert file.config.described() == expert.config.described()
     made, classes = file.provenance, ["class 0", "class 1", "class 2"]
     assert (made["made_by"], made["task"], made["classes"]) == ("coin fit", "Synthetic", classes)
     assert (made["epochs"], made["num_classes"], made["options"]["lr"]) == (2, 3, 0.05)

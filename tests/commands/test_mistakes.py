@@ -115,9 +115,12 @@ RUN = {
     "a seed twice": (["--seeds=[1, 1]"], "seeds"),
     "a seed that is no number": (["--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),
     "a method twice": (["--methods=[{class_path: Coin}, {class_path: Coin}]"], "label"),
-    "unknown network": (["--network.name=resnet51"], "found network.name 'resnet51' (did you mean resnet50?), expecte"),
-    "unknown weights": (["--network={name: resnet18, weights: V9, options: {}}"], "IMAGENET1K_V1"),
-    "missing weights": (["--network.weights=nowhere.pt"], "found network.weights 'nowhere.pt', expected"),
+    "unknown network": (["--network.name=resnet51"], "Unknown model resnet51; change network.name"),
+    "unknown weights": (
+        ["--network={name: resnet18, weights: V9, options: {}}"],
+        "with weights V9 and options",
+    ),
+    "missing weights": (["--network.weights=nowhere.pt"], "found network.weights 'nowhere.pt', expected null"),
     "unknown decoder": (["--decoders=[linear, lineer]"], "found decoder='lineer' (did you mean linear?), expected one"),
     "a decoder twice": (["--decoders=[ridge, ridge]"], "expected at least one and each once"),
     "an expert of no task": (["--expert.overrides={diggits: {epochs: 1}}"], "'diggits' (did you mean digits?)"),
@@ -140,8 +143,8 @@ RUN = {
     "too few samples": (["--calibration.samples_per_task=4000"], "found 4000 calibration samples of digits, expected"),
     "a method's own": ([f"--methods={LARGER}"], "found 4000 calibration samples of digits, expected"),
     "one label for two policies": ([f"--methods={POLICIES}"], "found method mine twice; leave one out, or give one"),
-    "an option of another network": (["--network={name: timm/resnet18}"], "with options {'width': 4}: ResNet.__init__"),
-    "an option of no network": (["--network.options={wide: 1}"], "with options {'wide': 1}: SmallResNet.__init__"),
+    "an option of another network": (["--network={name: timm/resnet18}"], "and options {'width': 4}: ResNet.__init__"),
+    "an option of no network": (["--network.options={wide: 1}"], "and options {'wide': 1}: SmallResNet.__init__"),
     "missing base": (["--base={checkpoint: nowhere.pt, task: null}"], "nowhere.pt"),
     "missing checkpoint": (["--expert.checkpoints={digits: nowhere.ckpt}"], "nowhere.ckpt"),
     "a rate's other name": (["--expert.learning_rate=1"], "unrecognized arguments: --expert.learning_rate=1; se"),
@@ -161,23 +164,16 @@ RUN = {
     ),
     "half an epoch": (["--expert.epochs=1.5"], "\"expert.epochs\": Expected a <class 'int'>. Got value: 1.5; see coin"),
     "a network's name alone": (["--network=resnet18"], "\"network\": Unable to load config 'resnet18'"),
-    "a folder of Hugging Face's": (
-        ["--network={name: hf_folder, options: {}}"],
-        "expected hf/ before it; write hf/hf_",
-    ),
-    "such a folder's weights": (
-        ["--expert.checkpoints={digits: hf_folder}"],
-        "'hf_folder' (Is a directory), expected a f",
-    ),
+    "such a folder's weights": (["--expert.checkpoints={digits: hf_folder}"], "Hugging Face's write hf/hf_folder"),
     "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
 }
 """Options of ``coin run -c small.yaml``."""
 
 IMPORTED = {
     "another architecture": ("other.pt", "it is of another architecture: give one of"),
-    "a pickled network": ("whole.pt", "'whole.pt' holds pickled objects, such as a who"),
-    "a web page": ("page.pt", "'page.pt' is a web page (HTML), expected a network's"),
-    "no checkpoint": ("text.pt", "'text.pt' is no checkpoint, expected a network's we"),
+    "a pickled network": ("whole.pt", "cannot read 'whole.pt' as a network's weights"),
+    "a web page": ("page.pt", "cannot read 'page.pt' as a network's weights"),
+    "no checkpoint": ("text.pt", "cannot read 'text.pt' as a network's weights"),
 }
 """Files of an expert."""
 
@@ -225,7 +221,10 @@ COMMANDS = {
     "an option": (["fit", "--dat=Digits"], "unrecognized arguments: --dat=Digits; see coin fit --help"),
     "a Trainer's option": (["fit", "--data=Digits", "--trainer.max_epoch=1"], "unrecognized arguments: --trainer.max"),
     "an expert's option": (["fit", "--data=Digits", "--model.lrr=1"], "'coin.modules.Expert': Option 'lrr' is not acc"),
-    "an expert's network": (["fit", "--data=Digits", "--model.network=resnet5"], "found network.name 'resnet5' (did"),
+    "an expert's network": (
+        ["fit", "--data=Digits", "--model.network=resnet5"],
+        "Unknown model resnet5; change netw",
+    ),
     "image sizes": (["fit", "--data=Digits", "--data.image_size=8", "--model.network=small_resnet"], "image_size"),
     "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
     "no checkpoint of Lightning's": (

@@ -51,19 +51,12 @@ def test_a_file_gives_back_tensors_and_provenance(tmp_path, mixed):
     assert load_provenance(path) == found
 
 
-@pytest.mark.parametrize(
-    ("value", "made", "error", "message"),
-    [
-        *((bad, {}, StateError, r"state\.safetensors' is not finite: tensor 'b'") for bad in (torch.nan, torch.inf)),
-        (0.0, {"folder": Path()}, TypeError, "JSON"),
-    ],
-)
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path, value, made, error, message):
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     path = tmp_path / "state.safetensors"
     save_state(path, {"a": torch.ones(2)}, {})
     before = path.read_bytes()
-    with pytest.raises(error, match=message):
-        save_state(path, {"a": torch.ones(2), "b": torch.tensor([0.0, value])}, made)
+    with pytest.raises(TypeError, match="JSON"):
+        save_state(path, {"a": torch.ones(2)}, {"folder": Path()})
     assert path.read_bytes() == before
     assert names_in(tmp_path) == ["state.safetensors"]
 
@@ -152,11 +145,9 @@ def test_check_layout_names_the_first_tensor_that_differs():
         weighted_sum([whole, {**whole, "b": torch.zeros(3, 2)}], [0.5, 0.5])
 
 
-def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
-    mask, path = torch.full((2, 2), -torch.inf).triu(1), tmp_path / "state.safetensors"
+def test_infinities_are_taken_where_they_are_named_and_nan_is_not():
+    mask = torch.full((2, 2), -torch.inf).triu(1)
     state = {"mask": mask, "w": torch.ones(2)}
-    save_state(path, state, {}, infinite=["mask"])
-    assert torch.equal(load_state(path)[0]["mask"], mask)
     both = torch.tensor([-torch.inf, torch.inf])  # whose sum is NaN
     check_finite({"mask": both}, "it", ["mask"])
     for bad, infinite, name in (
@@ -164,9 +155,8 @@ def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
         ({**state, "w": torch.tensor([torch.inf])}, ["mask"], "w"),
         ({**state, "mask": torch.tensor([-torch.inf, torch.nan])}, ["mask"], "mask"),
     ):
-        with pytest.raises(StateError, match=rf"is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
-            save_state(path, bad, {}, infinite)
-    assert torch.equal(load_state(path)[0]["mask"], mask)
+        with pytest.raises(StateError, match=rf"^it is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
+            check_finite(bad, "it", infinite)
     check_finite({"count": torch.tensor(2**62), "w": torch.full((4,), 3e38)}, "it")  # only a sum overflows
 
 

@@ -10,7 +10,7 @@ from closeness import close
 from torch import nn
 
 from coin.coding import Code
-from coin.errors import ConfigurationError, DataError, HeadError, StateError
+from coin.errors import DataError, HeadError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.modules import Coded
 from coin.networks import recalibrate
@@ -124,12 +124,6 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
             Experts([kind(3), kind(2)])
     with pytest.raises(StateError, match=r"'expert 1' has no tensor '2\.bias'"):
         merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
-    rectified = nn.Sequential(make(2, 3)[0], nn.ReLU(), make(2, 3)[2])
-    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of Tanh and": rectified}
-    for message, other in others.items():
-        with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
-            Experts([make(1, 3), other])
-    Experts([make(1, 3, each) for each in (nn.Dropout(), nn.Identity())])
     merge_networks(Average(), [nn.Bilinear(3, 3, 2) for _ in "ab"], CODE)  # reads no head
     softmax = [make(1, 3, nn.LogSoftmax(1)), make(2, 2, nn.LogSoftmax(1))]
     with pytest.raises(HeadError, match="the logits of Sequential are not its head '2' of its input"):
@@ -221,8 +215,8 @@ def test_statistics_and_recalibration_read_batches_by_name():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, r"found a batch of \['a', 'text'\], expected tens"),
-        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"of \['a', 'b'\], expected tensors .* of as many"),
+        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, "found a batch of type dict, expected a tensor"),
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, "or tensors by name of as many samples"),
         ((torch.zeros(2, 3),) * 3, "found a batch of type tuple, expected a tensor .*, or ten"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 import coin
 from coin.commands.export import export
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, StateError
 from coin.merging import extract_lora, fit_adapters
 from coin.merging.peft import save_peft
 from coin.networks import NetworkConfig, build_network, head_name, save_network
@@ -36,7 +36,7 @@ def test_convolutions_that_peft_makes_otherwise_are_refused(options, tmp_path):
     body = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     adapter = near(body, "0.weight", (3, 8, 8))
     with pytest.raises(ConfigurationError, match=r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --pe"):
-        save_peft(adapter, body, {}, tmp_path)
+        save_peft(adapter, body, {}, tmp_path, torch.randn(1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
 
 
@@ -45,7 +45,7 @@ def fleet(body, experts, batches, folder):
     adapted = fit_adapters(body, experts, [[each] for each in batches], rank=2, scales=False)
     for name, adapter, expert in zip("abc", adapted.adapters, experts, strict=True):
         head = expert.get_submodule(head_name(expert))
-        save_peft(adapter, body, head.state_dict(), folder / name)
+        save_peft(adapter, body, head.state_dict(), folder / name, batches[0])
     model = peft.PeftModel.from_pretrained(deepcopy(body), str(folder / "a"), adapter_name="a")
     model.load_adapter(str(folder / "b"), adapter_name="b")
     model.load_adapter(str(folder / "c"), adapter_name="c")
@@ -74,14 +74,14 @@ def test_blocks_whose_names_end_as_the_heads_are_refused(tmp_path):
     inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Sequential(nn.Linear(5, 5)))
     body = nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 3))
     with pytest.raises(ConfigurationError, match=r"found '0\.2' of several layers, whose name ends as the head's, '2'"):
-        save_peft(near(body, "0.0.weight", (6,)), body, body[2].state_dict(), tmp_path)
+        save_peft(near(body, "0.0.weight", (6,)), body, body[2].state_dict(), tmp_path, torch.randn(1, 6))
 
 
 def test_a_head_without_bias_has_no_place_for_classes_that_are_not_there(tmp_path):
     body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
     adapter = near(body, "0.weight", (6,))
     with pytest.raises(ConfigurationError, match="found a head of 2 classes without a bias for a body of 3"):
-        save_peft(adapter, body, nn.Linear(5, 2, bias=False).state_dict(), tmp_path)
+        save_peft(adapter, body, nn.Linear(5, 2, bias=False).state_dict(), tmp_path, torch.randn(1, 6))
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +126,7 @@ def test_what_is_exported_answers_with_classes_of_its_own(kind, tmp_path):
         for place, (task, classes) in enumerate(tasks.items()):
             model.set_adapter(task)
             found = model(input_ids=batches[place]).logits
-            expected.append(adapted.network(place, linear_head(experts[place]))(batches[place]))
+            expected.append(adapted.network(place, linear_head(experts[place]))(batches[place]).logits)
             torch.testing.assert_close(found[:, : len(classes)], expected[place], rtol=1e-4, atol=1e-4)
             assert found.argmax(1).max() < len(classes)
             labels = json.loads((folder / task / "labels.json").read_text())["id2label"]
@@ -187,7 +187,7 @@ def test_a_fleet_of_a_classifier_of_texts_answers_in_one_batch_of_pefts(tmp_path
     names = ["a", "b", "c"]
     for name, adapter, expert in zip(names, adapted.adapters, experts, strict=True):
         head = expert.classifier.state_dict()
-        save_peft(adapter, base, head, tmp_path / name, base="body", task_type="SEQ_CLS")
+        save_peft(adapter, base, head, tmp_path / name, {"input_ids": texts[0]}, base="body", task_type="SEQ_CLS")
     options = json.loads((tmp_path / "a/adapter_config.json").read_text())
     told = {"r": 4, "lora_alpha": 4, "bias": "none", "task_type": "SEQ_CLS"}
     assert told.items() <= options.items()
@@ -246,8 +246,21 @@ def test_attention_whose_weights_are_no_layers_is_refused(tmp_path):
         def forward(self, x):
             return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
-    with pytest.raises(ConfigurationError, match=r"found 'attention', an nn\.MultiheadAttention"):
+    with pytest.raises(ConfigurationError, match=r"found 'attention\.in_proj_weight' of a MultiheadAttention, which"):
         extract_lora(Net(), Net(), [torch.randn(20, 4, 8)], 2, tmp_path)
+
+
+def test_layers_whose_weights_others_read_are_refused(tmp_path):
+    """Peft's update is added to what a layer makes of its inputs, and Swin's attention never calls these two."""
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    body = SwinTransformer([4, 4], 8, [2], [2], [2, 2], num_classes=3).eval()
+    name = "features.1.0.attn.qkv"
+    adapter = near(body, f"{name}.weight", (3, 8, 8))
+    with pytest.raises(ConfigurationError, match=rf"found '{name}', whose weight is read without calling the layer"):
+        save_peft(adapter, body, body.head.state_dict(), tmp_path, torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
@@ -265,7 +278,7 @@ def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
     body = adapted.network(0)
     for name, change in adapted.adapters[0].changes.items():
         body.get_parameter(name).data -= change(torch.zeros_like(body.get_parameter(name)))  # without the adapter
-    save_peft(adapted.adapters[1], body, experts[1].fc.state_dict(), tmp_path)
+    save_peft(adapted.adapters[1], body, experts[1].fc.state_dict(), tmp_path, images[1][0])
     loaded = peft.PeftModel.from_pretrained(body, str(tmp_path)).eval()
     with torch.no_grad():
         expected = adapted.network(1, experts[1].fc)(images[1][0])
@@ -276,14 +289,16 @@ def test_what_a_plain_lora_cannot_keep_is_refused(tmp_path):
     layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     scaled = coin.Adapter({"0.weight": {"scale": torch.full((4, 1), 2.0)}})
     with pytest.raises(ConfigurationError, match=r"found a scale or bias of '0\.weight', expected plain LoRA for peft"):
-        save_peft(scaled, layers, layers[2].state_dict(), tmp_path)
+        save_peft(scaled, layers, layers[2].state_dict(), tmp_path, torch.randn(1, 4))
     with pytest.raises(ConfigurationError, match="found rank=0, expected a whole number of at least 1"):
         coin.Refit(adapters={"rank": 0, "scales": False})
     norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with pytest.raises(ConfigurationError, match="found BatchNorms in Sequential"):
         extract_lora(norm, norm, [torch.randn(20, 4)], 2, tmp_path)
     heads = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, outputs)) for outputs in (2, 3)]
-    with pytest.raises(ConfigurationError, match=r"found a head .*3, 4.*expected the base's"):
+    with pytest.raises(
+        StateError, match=r"the network's head' has tensor 'weight' of shape \[3, 4\], expected \[2, 4\]"
+    ):
         extract_lora(heads[1], heads[0], [torch.randn(20, 4)], 2, tmp_path)
     assert not list(Path(tmp_path).iterdir())
 

@@ -19,10 +19,8 @@ from coin.coding import (
 )
 from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
-from coin.merging import Average, Coin, Refit, fit_adapters, merge_networks
-from coin.modules import Coded, evaluate
-from coin.networks import recalibrate
-from coin.statistics import fisher_diagonal, gram_sums
+from coin.merging import Average, merge_networks
+from coin.modules import Coded
 
 CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
 
@@ -338,34 +336,3 @@ def test_what_is_saved_is_loaded_whatever_its_names_classes_and_types(adapters, 
     again = Coded.load(tmp_path / "system.safetensors", experts)
     assert torch.equal(again.decode(inputs[1][0], [0]), decoded)
     assert again.nbytes == system.nbytes
-
-
-IMAGES = {
-    "uint8": (torch.randint(255, (8, 3, 10, 10), dtype=torch.uint8), r"inputs uint8 \[.*expected float images"),
-    "channels last": (torch.randn(8, 10, 10, 3), r"expected channels first, .* inputs.permute\(0, 3, 1, 2\)"),
-    "no batch": (torch.randn(3, 10, 10), r"expected batches \[B, 3, H, W\]; give inputs\[None\]"),
-}
-
-
-@pytest.mark.parametrize("case", IMAGES)
-def test_images_that_a_convolution_refuses_are_one_line(case: str) -> None:
-    layers = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
-    experts = [nn.Sequential(*layers).eval(), nn.Sequential(*map(deepcopy, layers)).eval()]
-    code = Code([[0.5, 0.5]])
-    images, told = IMAGES[case]
-    good = [torch.randn(8, 3, 10, 10)]
-    system = Coded(code, experts, merge_networks(Average(), experts, code, calibration=[good, good]))
-    system.fit_decoder(good, erased=[0], kind="ridge")
-    for use in (
-        lambda: merge_networks(Refit(), experts, code, calibration=[[images], [images]]),
-        lambda: merge_networks(Coin(), experts, code, calibration=[[images], [images]]),
-        lambda: fit_adapters(deepcopy(experts[0]), experts, [[images], [images]]),
-        lambda: fisher_diagonal(experts[0], [images]),
-        lambda: gram_sums(experts[0], [images]),
-        lambda: recalibrate(experts[0], [images]),
-        lambda: system.fit_decoder([images], erased=[0], kind="ridge"),
-        lambda: system.decode(images, [0]),
-        lambda: evaluate(system, [[(images, torch.zeros(len(images)).long())]] * 2, decoders=["linear"]),
-    ):
-        with pytest.raises(DataError, match=told):
-            use()

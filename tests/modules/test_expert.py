@@ -75,7 +75,7 @@ def test_logged_numbers_and_predictions_are_those_of_the_whole_test_set(syntheti
         ({"optimizer": torch.nn.Linear}, "found optimizer=<class .*, expected the name of a class of torch.optim"),
         ({"optimizer": {"class_path": "AdamW", "init_args": {"momentum": 0.9}}}, "unexpected keyword .*'momentum'"),
         ({"lr_scheduler": "StepLR"}, "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'"),
-        ({"network": "small_resnett"}, r"\(did you mean small_resnet\?\)"),
+        ({"network": "small_resnett"}, "Unknown model small_resnett; change network.name"),
         ({"num_classes": 0}, "found 0 classes"),
         ({"freeze_batchnorm": 1}, "^found freeze_batchnorm=1, expected true or false"),
         ({"trainable": "head"}, "^found trainable='head', expected a list"),

@@ -55,7 +55,7 @@ def test_opening_a_file_imports_nothing_until_the_caller_has(foreign):
         with pytest.raises(FileError, match=r"'foreign\.Small', .*, write `import foreign` before, or add --import="):
             use(foreign)
     assert not Path("imported").exists()
-    NetworkConfig("foreign.Small")  # as an experiment names it
+    assert NetworkConfig("foreign.Small").reads == "images"  # as an experiment asks
     assert load_network(foreign).network(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 
@@ -90,7 +90,7 @@ def test_a_compressed_file_or_one_whose_base_is_foreign_imports_nothing(foreign)
 
 
 def test_a_process_that_serves_imports_what_the_one_that_opened_the_run_had(foreign):
-    NetworkConfig("foreign.Small")
+    assert NetworkConfig("foreign.Small").reads == "images"
     experts = [load_network(foreign).network for _ in range(2)]
     coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder([], [0], "linear")
     coded.files = (foreign, foreign, foreign)

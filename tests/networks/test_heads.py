@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import coin
 from coin.errors import HeadError, StateError
-from coin.networks import check_head, features_and_logits, head_name
-from coin.networks.heads import padded_rows, replace_head
+from coin.networks import check_head, features_and_logits, head_name, pad_head
+from coin.networks.heads import padded_state, replace_head
 
 
 class Named(nn.Module):
@@ -232,16 +232,30 @@ def test_logits_of_autocast_or_of_medium_precision_pass_and_wrong_ones_do_not():
 # Padding
 
 
-def test_a_padded_head_has_zero_rows_or_the_mean_of_its_own():
+def test_a_head_s_state_has_zero_rows_or_the_mean_of_its_own():
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
-    padded = {**state, **padded_rows(state, "fc", 4)}
+    padded = padded_state(state, "fc", 4)
     assert torch.equal(padded["fc.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
     assert padded["fc.bias"].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert padded["body"] is state["body"]
     state["fc.weight"] = torch.tensor([[7.0, 8.0, 9.0], [9.0, 6.0, 10.0]])
-    filled = padded_rows(state, "fc", 3, mean=True)
-    assert filled.keys() == {"fc.weight", "fc.bias"}
+    filled = padded_state(state, "fc", 3, mean=True)
     assert filled["fc.weight"][2].tolist() == [8.0, 7.0, 9.5]
     assert filled["fc.bias"].tolist() == [1.0, 2.0, 1.5]
     assert state["fc.weight"].shape == (2, 3)
-    assert padded_rows(state, "fc", 2) == {}
+    assert padded_state(state, "fc", 2) is state
+
+
+def test_a_head_of_other_outputs_has_the_first_rows_of_its_own_and_then_zeros():
+    network = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).requires_grad_(False)
+    assert pad_head(network, 3) is network
+    for outputs in (2, 5):
+        made = pad_head(network, outputs)
+        assert made[0].weight is network[0].weight
+        assert made[1].out_features == outputs
+        assert not made[1].weight.requires_grad
+        x, expected = torch.randn(6, 4), torch.zeros(6, outputs)
+        rows = min(3, outputs)
+        expected[:, :rows] = network(x)[:, :rows]
+        torch.testing.assert_close(made(x), expected)
+    assert network[1].weight.shape == (3, 5)

@@ -10,6 +10,7 @@ import torch
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import packaged_file
+from coin.modules import Expert
 from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, load_network, save_network
 from coin.networks.timm_networks import PACKAGED
 
@@ -78,17 +79,25 @@ def test_a_normalisation_that_is_given_takes_the_place_of_timms(tmp_path):
     torch.testing.assert_close(answers(load_network(tmp_path / "expert.safetensors").network, x), answers(plain, x))
 
 
+def test_a_checkpoint_is_read_without_weights_and_keeps_their_normalisation():
+    """It was that of the architecture's usual weights."""
+    assert timm.get_pretrained_cfg("vit_small_patch16_224").mean == (0.5, 0.5, 0.5)
+    expert = Expert("timm/vit_small_patch16_224", 224, weights="dino")
+    again = Expert(**{**expert.hparams, "weights": None})
+    assert again.config.source.normalisation == ([*IMAGENET_MEAN], [*IMAGENET_STD])
+
+
 @pytest.mark.parametrize(
     "given", [{"mean": [0.5] * 3}, {"mean": [0.5], "std": [0.5]}, {"mean": [0.5] * 3, "std": [0, 1, 1]}]
 )
 def test_half_a_normalisation_is_refused(given):
-    with pytest.raises(ConfigurationError, match=r"expected neither, or both .*: three numbers each, std above 0"):
+    with pytest.raises(ConfigurationError, match="expected neither, or both: three numbers each, std above 0"):
         NetworkConfig(LITE0, 32, **given)
 
 
-@pytest.mark.parametrize("weights", PACKAGED)
-def test_the_packaged_weights_are_timms_to_the_last_bit(weights):
-    name, package, file = PACKAGED[weights]
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_packaged_weights_are_timms_to_the_last_bit(name):
+    weights, package, file = PACKAGED[name]
     whole = timm.create_model(name).eval()
     theirs = torch.load(packaged_file(package, file, extra="timm"), weights_only=True)
     whole.load_state_dict(dict(zip(whole.state_dict(), theirs.values(), strict=True)))
@@ -108,4 +117,4 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
         build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"):
-        NetworkConfig("timm/resnet50")
+        build_network(NetworkConfig("timm/resnet50"), 3)

@@ -24,7 +24,7 @@ from coin.networks import (
     pad_head,
     save_network,
 )
-from coin.networks.heads import padded_rows
+from coin.networks.heads import padded_state
 from coin.statistics import fisher_diagonal, gram_sums
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         method,
         networks,
         Code(ROWS),
-        fishers=[{**state, **padded_rows(state, "fc", 3)} for state in fishers],
+        fishers=[padded_state(state, "fc", 3) for state in fishers],
         grams=[load_state(path)[0] for path in files["gram"].values()],
         initial=load_network(files["initial"]).network,
     )[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dense import CLASSES, Net, assert_exact, dense_loop, random
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, StateError
+from coin.errors import StateError
 from coin.statistics import fisher_diagonal, fisher_sums, gram_sums
 from coin.statistics.intercept import Interceptor
 
@@ -186,11 +186,10 @@ def test_a_complex_buffer() -> None:
     assert_exact(network, x)
 
 
-def test_a_complex_parameter_is_refused() -> None:
+def test_a_complex_parameter_has_no_statistic() -> None:
     network = nn.Linear(4, CLASSES)
     network.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
-    with pytest.raises(ConfigurationError, match=r"'phase' is complex.*requires_grad_\(False\)"):
-        fisher_diagonal(network, [torch.randn(2, 4)])
+    assert fisher_diagonal(network, [torch.randn(2, 4)]).keys() == {"weight", "bias"}
 
 
 def test_a_parameter_without_entries() -> None:

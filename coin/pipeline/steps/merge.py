@@ -27,7 +27,7 @@ from coin.merging.expert_sources import ExpertFiles
 from coin.merging.provenance import Provenance
 from coin.networks import Compression, compress, load_network, save_network
 from coin.networks.batchnorm import batchnorms
-from coin.networks.files import kept_base, save_compressed
+from coin.networks.files import save_compressed
 from coin.pipeline.step import Step
 from coin.pipeline.steps.imported import ImportExpert
 from coin.pipeline.steps.train import TrainNetwork, WriteInitial
@@ -268,7 +268,9 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
             f"found '{network}', a coded model, which has no base, expected an expert; give --base_bits=0"
         )
     started = time.perf_counter()
-    base_path, kept = kept_base(output, base, compression)
+    kept = None
+    if compression.base_bits and base is not None:
+        kept = load_network(base).network
     packed = compress(file.network, kept, bits=compression.bits, base_bits=compression.base_bits)
     packed.adapters = file.adapters
     seconds = time.perf_counter() - started
@@ -290,4 +292,4 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
             "sha256": hashes(read),
             "made_by": "coin compress",
         }
-    save_compressed(output, packed, file.config, file.num_classes, base_path, compression, metadata)
+    save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
