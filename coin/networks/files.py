@@ -37,10 +37,10 @@ class NetworkFile:
     @property
     def nbytes(self) -> int:
         """The bytes of its tensors, tied ones once, and of adapters; for a delta its own only."""
-        if isinstance(self.content, Compressed):
-            return self.content.nbytes
-        own = sum(tensor.nbytes for tensor in stored(self.network).values())
-        return own + sum(adapter.nbytes for adapter in self.adapters)
+        own = self.provenance.get("nbytes")
+        if own is None:
+            own = sum(tensor.nbytes for tensor in stored(self.network).values())
+        return int(own) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property
     def state(self) -> State:
@@ -82,7 +82,7 @@ class NetworkFile:
 
 def nbytes_together(files: Sequence[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
-    bases = [file.content.base_nbytes for file in files if isinstance(file.content, Compressed)]
+    bases = [int(file.provenance.get("base_nbytes", 0)) for file in files]
     return sum(file.nbytes for file in files) + max(bases, default=0)
 
 
@@ -123,6 +123,8 @@ def save_compressed(
         "network": config.described(),
         "num_classes": num_classes,
         "compression": asdict(compression),
+        "nbytes": made.nbytes - sum(adapter.nbytes for adapter in made.adapters),
+        "base_nbytes": made.base_nbytes,
         "base_file": base_file,
     }
     made.save(path, {**provenance, **described})
