@@ -56,8 +56,9 @@ class Compression:
         try:
             return cls(**cast(Any, options), **fixed)
         except TypeError as error:
+            known = "bits" if fixed else "bits and base_bits"
             raise ConfigurationError(
-                f"found {options!r:.100}, expected {{bits: 4}} or so"
+                f"found {options!r:.100}, expected {known}, as in {{bits: 4}}"
             ) from error
 
     @property
