@@ -164,7 +164,10 @@ RUN = {
     ),
     "half an epoch": (["--expert.epochs=1.5"], "\"expert.epochs\": Expected a <class 'int'>. Got value: 1.5; see coin"),
     "a network's name alone": (["--network=resnet18"], "\"network\": Unable to load config 'resnet18'"),
-    "such a folder's weights": (["--expert.checkpoints={digits: hf_folder}"], "Hugging Face's write hf/hf_folder"),
+    "such a folder's weights": (
+        ["--expert.checkpoints={digits: hf_folder}"],
+        "'hf_folder' (Is a directory), expected a f",
+    ),
     "folder that cannot be made": (["--output=/proc/nope"], "/proc/nope"),
 }
 """Options of ``coin run -c small.yaml``."""
