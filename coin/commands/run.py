@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def run_step(file: Path, name: str) -> None:
     """Run one step of an experiment's file, and what it needs: what a job does."""
-    main(["-c", str(file), f"--only={name}"])
+    experiment, options = read_experiment(["-c", str(file)])
+    run_experiment(experiment, options["launch"], run_step, name, show=False)
 
 
 def print_plan(experiment: Experiment, launch: Launch) -> None:

@@ -193,11 +193,6 @@ def unpacked(network: nn.Module) -> nn.Module:
     return copied
 
 
-def is_making(layer: nn.Module) -> bool:
-    """Say whether a layer makes parameters when it reads them."""
-    return hasattr(type(layer), "plain_class")
-
-
 def looks_up(layer: nn.Module) -> bool:
     """Say whether a layer makes of its weight the rows alone that it looks up."""
     return type(layer).forward is _look_up

@@ -57,6 +57,9 @@ class Launch:
         if self.workers > 1 and self.cluster is None:
             found = f"found launch.workers={self.workers} and no launch.cluster"
             raise ConfigurationError(f"{found}; set launch.cluster to local or slurm")
+        if self.slurm and self.cluster != "slurm":
+            found = f"found launch.slurm and launch.cluster={self.cluster}"
+            raise ConfigurationError(f"{found}; set launch.cluster=slurm")
 
 
 class JobsFailedError(CoinError):

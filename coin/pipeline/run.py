@@ -8,7 +8,7 @@ from functools import partial
 
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from coin.core.processes import on_rank_zero, rank_zero_info
+from coin.core.processes import on_rank_zero, process_count, rank_zero_info
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers
 from coin.pipeline.experiment import Experiment
@@ -22,12 +22,16 @@ LONG = 10.0
 
 
 def run_experiment(
-    experiment: Experiment, launch: Launch, run_step: RunStep, only: str | None = None
+    experiment: Experiment,
+    launch: Launch,
+    run_step: RunStep,
+    only: str | None = None,
+    show: bool = True,
 ) -> None:
     """Run every step that is not done, for every seed, and then show what was made in the experiment's folder.
 
     With a cluster `run_step` is what its jobs do; what is not worth a job runs here. With the name of a step, `only`,
-    no more is run, and read, than it needs (`needed_for`).
+    no more is run, and read, than it needs (`needed_for`). A job does not `show` what it made: its run does.
     """
     experiment.check()
     join_processes(experiment)
@@ -40,6 +44,9 @@ def run_experiment(
     if on_rank_zero(lambda: not all(step.is_done for step in steps)):
         experiment.check_data(tasks)
     if launch.cluster is not None and only is None:
+        if process_count() > 1:
+            found = f"found {process_count()} processes that share every training"
+            raise ConfigurationError(f"{found}, and a launch section; leave out one")
         check_launch(launch, steps[0].store)
         for step in steps:
             if not step.remote and all(need.is_done for need in step.needs):
@@ -47,7 +54,8 @@ def run_experiment(
         run_as_jobs(experiment, steps, launch, run_step)
     for place, step in enumerate(steps, 1):
         execute(step, f"[{place}/{len(steps)}] {step.what}")
-    on_rank_zero(partial(publish, experiment, steps, planned))
+    if show:
+        on_rank_zero(partial(publish, experiment, steps, planned))
 
 
 def join_processes(experiment: Experiment) -> None:

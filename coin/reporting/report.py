@@ -35,10 +35,10 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     seeds, frame = read_run(folder)
     kept = standins(frame)
     document = read_document(seeds[0])
-    configuration = document["configuration"]
+    configuration = dict(document["configuration"])
+    network_mib = configuration.pop("network_mib", math.nan)  # measured, no option
     png = b""
     if len(kept):
-        network_mib = configuration.get("network_mib", math.nan)
         png = as_png(nda_against_memory(kept[shortlist(kept)], network_mib))
         with atomic_path(path.parent / PLOT) as temporary:
             temporary.write_bytes(png)

@@ -11,6 +11,8 @@ from coin.reporting.results import (
     KEYS,
     NUMBERS,
     RESULTS_CSV,
+    RESULTS_JSON,
+    read_document,
     read_results,
     requested_policy,
     write_frame,
@@ -20,6 +22,7 @@ SUMMARY_CSV = "summary.csv"
 SEEDS_JSON = "seeds.json"
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
+_OF_SEEDS = ("seed", "seeds", "experts", "output")  # what seeds of one choice of options differ in
 WEAK = 0.2  # how much of the way from chance to being always right an expert has to be
 
 GROUP = [name for name in KEYS if name != "seed"]
@@ -66,7 +69,7 @@ def seed_folders(folder: Path) -> list[Path]:
     """Return an experiment's folders ``seed-*`` that hold results, by increasing seed, or the one seed's that is given.
 
     They are the seeds of its last whole run (``seeds.json``): the folder may hold others, of other options; all where
-    none has ended. Raises FileError where there are no results.
+    none has ended. Raises FileError where there are no results, or the seeds' are of different options.
     """
     if (folder / RESULTS_CSV).is_file():
         return [folder]
@@ -74,12 +77,26 @@ def seed_folders(folder: Path) -> list[Path]:
     if (folder / SEEDS_JSON).is_file():
         seeds = json.loads((folder / SEEDS_JSON).read_text(encoding="utf-8"))["seeds"]
         found = [path for path in found if path.name in [f"seed-{seed}" for seed in seeds]]
+    if len({_options(path) for path in found}) > 1:
+        raise FileError(
+            f"found seeds in '{folder}' that were measured with different options, expected one choice of them; run "
+            "coin run with all seeds, or give one seed's folder"
+        )
     if not found:
         raise FileError(
             f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
             "experiment or of one seed; make it with `coin run`"
         )
     return sorted(found, key=lambda seed: (len(seed.name), seed.name))
+
+
+def _options(seed: Path) -> str:
+    """Return the options of a seed's results, without what the seeds of one experiment may differ in ("" unknown)."""
+    if not (seed / RESULTS_JSON).is_file():  # rows alone, which somebody has kept
+        return ""
+    configuration = read_document(seed)["configuration"]
+    options = {name: value for name, value in configuration.items() if name not in _OF_SEEDS}
+    return json.dumps(options, sort_keys=True)
 
 
 def read_run(folder: Path) -> tuple[list[Path], pd.DataFrame]:

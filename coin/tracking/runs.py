@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,11 +46,12 @@ class RunLog:
                     logger = self._logger(folder / "wandb-run-id")
                     run = logger.experiment
                     loggers.append(logger)
+            failed = True
             try:
                 yield loggers
+                failed = False
             finally:
                 if run is not None:
-                    failed = sys.exc_info()[0] is not None
                     with logging_only(f"the end of the run '{self.name}'"):
                         run.finish(exit_code=int(failed))
 

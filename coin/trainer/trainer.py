@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from coin.callbacks import estimate_statistic
+from coin.core.choices import parse_enum
 from coin.core.lightning import leave_out_anonymous, silence_lightning
 from coin.core.processes import leave_processes_at_exit
 from coin.core.progress import progress_bar
@@ -102,6 +103,7 @@ class Trainer(pl.Trainer):
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
+        statistic = parse_enum(StatisticKind, "statistic", statistic)
         options = None
         if statistic is StatisticKind.fisher:
             options = FisherOptions(kind, mc_samples, memory_mib, samples_per_task)

@@ -196,6 +196,8 @@ def test_what_does_not_fit_is_one_line(
         Launch(workers=0)
     with pytest.raises(ConfigurationError, match=r"launch\.workers=2 and no launch\.cluster; set .* local or slurm"):
         Launch(workers=2)
+    with pytest.raises(ConfigurationError, match=r"found launch\.slurm and launch\.cluster=local; set"):
+        Launch("local", slurm={"timeout_min": 9})
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(Launch("slurm"), r"found no srun .*cluster=local runs jobs here")
     (tmp_path / "srun").touch(mode=0o755)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from coin.errors import FileError
 from coin.reporting import experts, standins, summarise
 from coin.reporting.results import Row, write_results
 from coin.reporting.summary import seed_folders, write_summary
@@ -91,6 +92,16 @@ def test_the_seeds_of_the_last_run_are_read_or_all_where_none_has_ended(tmp_path
     (tmp_path / "seeds.json").write_text(json.dumps({"seeds": [10, 2]}))
     assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-2", "seed-10"]
     assert seed_folders(tmp_path / "seed-0") == [tmp_path / "seed-0"]
+
+
+def test_seeds_of_different_options_are_not_averaged(tmp_path: Path):
+    for seed, rate in ((0, 0.1), (1, 0.1), (2, 0.3)):
+        options = {"expert": {"lr": rate}, "seeds": [seed]}
+        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], options)
+    with pytest.raises(FileError, match="measured with different options"):
+        seed_folders(tmp_path)
+    (tmp_path / "seeds.json").write_text(json.dumps({"seeds": [0, 1]}))
+    assert len(seed_folders(tmp_path)) == 2
 
 
 def test_what_may_be_kept_has_the_worst_task_over_seeds_too():

@@ -83,6 +83,8 @@ def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
     with pytest.raises(DataError, match=r"99 calibration samples of .*, expected at most"):
         make_trainer().fisher(expert, synthetic(), samples_per_task=99)
+    with pytest.raises(ConfigurationError, match="found statistic 'grm'"):
+        make_trainer().fisher(expert, synthetic(), statistic="grm")
     with pytest.raises(ConfigurationError, match="found a model without a network"):
         make_trainer().fisher(Expert(**SMALL), synthetic())
     torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
