@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.merging.peft import SEQUENCE_HEADS, save_peft
 from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
@@ -78,7 +78,12 @@ def _export_peft(file: NetworkFile, tasks: Sequence[str], folder: Path) -> Path:
 def _expert(body: NetworkFile, task: str) -> NetworkFile:
     """Return the file of an expert of the run that a body is of."""
     run = body.path.absolute().parent.parent
-    return load_network(run / "experts" / task / "expert.safetensors")
+    path = run / "experts" / task / "expert.safetensors"
+    if not path.is_file():
+        raise FileError(
+            f"found no expert '{path}' beside the body '{body.path}', expected a run's; put its expert there"
+        )
+    return load_network(path)
 
 
 def _classes(file: NetworkFile) -> Sequence[str]:

@@ -29,7 +29,7 @@ class Record:
     """An expert, or the shared initialisation, with a padded head.
 
     Args:
-        parameters: By name, tied ones once. Those of a file are mapped: read when something computes with them.
+        parameters: By name, tied ones once. Those of a file are read on access.
         buffers: Likewise.
         load: Returns the network.
     """
@@ -193,11 +193,10 @@ def _record_of(
     for name in (f"{head}.weight", f"{head}.bias"):
         if name in own:
             own[name] = with_rows(own[name], file.num_classes)
-    state = file.state
-    check_layout(own, state, str(file.path))
+    check_layout(own, file.state, str(file.path))
     every_name = dict(skeleton.named_parameters(remove_duplicate=False))
-    parameters = {name: state[name] for name, _ in skeleton.named_parameters()}
-    buffers = {name: state[name] for name in own if name not in every_name}
+    parameters = file.select([name for name, _ in skeleton.named_parameters()])
+    buffers = file.select([name for name in own if name not in every_name])
     load = partial(_load_padded, file.path, width, device)
     return Record(padded_state(parameters, head, width), buffers, load)
 

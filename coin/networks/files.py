@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -70,6 +70,13 @@ class NetworkFile:
         if isinstance(self.content, Compressed) and not self.content.base_bits:
             return Adapted(self.content.packed(), self.adapters)
         return with_adapters(self.network, self.adapters)
+
+    def select(self, names: Iterable[str]) -> State:
+        """Return these tensors alone, in this order; of a whole network read on access, too."""
+        if isinstance(self.content, StateFile):
+            return StateFile(self.path, names)
+        state = self.state
+        return {name: state[name] for name in names}
 
 
 def nbytes_together(files: Sequence[NetworkFile]) -> int:
