@@ -262,7 +262,14 @@ def _layout_of(
     output = tape.run(network, ordered(two))
     if size_of(inputs) > 1:
         check_apart(network, two, output)
-    untrusted = tape.misplaced(output) | tape.shared(output)
+    untrusted = {*parameters}
+    try:
+        untrusted = tape.misplaced(output) | tape.shared(output)
+    except (
+        RuntimeError
+    ) as error:  # a backward pass that cannot be batched, unless for the order in memory
+        if ordered is channels_last or is_out_of_memory(error):
+            raise
     rows: dict[str, int] | None = None if tape.sorts else {}
     for call in tape.calls:
         if rows is not None and untrusted.isdisjoint(call.names.values()):

@@ -435,6 +435,30 @@ def test_a_backward_pass_that_cannot_be_batched_with_channels_last() -> None:
     assert_exact(nn.Sequential(*layers, nn.Linear(4, CLASSES)), torch.randn(5, 3, 8, 8), absolute=1e-12)
 
 
+class ByNumpy(torch.autograd.Function):
+    """The square, whose backward pass reads values: it cannot be batched."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(2 * x.detach().numpy() * gradient.numpy())
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return ByNumpy.apply(x)
+
+
+def test_a_backward_pass_that_cannot_be_batched() -> None:
+    torch.manual_seed(0)
+    assert_exact(nn.Sequential(nn.Linear(4, 5), Squared(), nn.Linear(5, CLASSES)), torch.randn(6, 4))
+
+
 PICKED = {
     "by a mask": lambda rows, n: rows[torch.arange(5) < n[:, None]],
     "repeated": lambda rows, n: torch.repeat_interleave(rows[:, 0], n, 0),
