@@ -119,12 +119,13 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
     momenta = {layer: layer.momentum for layer in layers}
     rows_seen: Counter[nn.Module] = Counter()
 
-    def weigh(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+    def weigh(layer: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """Give a layer the momentum of a cumulative average over rows; one that never runs keeps its statistics."""
         assert isinstance(layer, _BatchNorm)
         if layer not in rows_seen:
             layer.reset_running_stats()
-        rows = len(arguments[0])
+        inputs = [*arguments, *named.values()]
+        rows = len(inputs[0])
         rows_seen[layer] += rows
         layer.momentum = rows / rows_seen[layer]
 
@@ -139,7 +140,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> int:
             network.eval()
             for layer in layers:
                 layer.training = True
-                hooks.enter_context(layer.register_forward_pre_hook(weigh))
+                hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
             for batch in _without_singles(as_input(batch, network) for batch in batches):
                 samples += size_of(batch)
                 logits_of(network, map_tensors(torch.clone, batch))  # which it may change in place

@@ -133,6 +133,18 @@ class Stubborn(nn.BatchNorm2d):
         return super().train(False)
 
 
+def test_a_layer_that_is_called_by_name_is_recalibrated(batches):
+    class ByName(nn.BatchNorm2d):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    plain = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten())
+    named = nn.Sequential(ByName(2), nn.Flatten())
+    recalibrate(plain.to(batches[0].dtype), batches)
+    recalibrate(named.to(batches[0].dtype), batches)
+    torch.testing.assert_close(named.state_dict(), plain.state_dict())
+
+
 def test_a_layer_that_stays_in_eval_mode_is_recalibrated_and_one_that_never_runs_is_not_reset(batches):
     net, usual = nn.Sequential(Stubborn(2)).double(), nn.Sequential(nn.BatchNorm2d(2)).double()
     net.unused = nn.BatchNorm2d(2)
