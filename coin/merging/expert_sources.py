@@ -90,8 +90,8 @@ class ExpertSource:
     ) -> "ExpertSource":
         """Return experts in memory; padded ones are copies that share all other tensors.
 
-        Raises ConfigurationError for no experts, HeadError if heads cannot be padded, StateError where experts or the
-        shared initialisation have parameters of other names or shapes.
+        Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError where
+        experts or the shared initialisation have parameters of other names or shapes.
         """
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
@@ -101,6 +101,7 @@ class ExpertSource:
                     f"found an expert of type {type(network).__name__}, expected a torch.nn.Module; load a state dict "
                     "into one, or compile it afterwards"
                 )
+        _check_alike(networks)
         unpadded = list(networks)
         padded = of_one_width(unpadded)
         skeleton = padded[0]
@@ -136,6 +137,30 @@ class ExpertSource:
 def whole_state(tensors: tuple[State, State]) -> State:
     """Return a network's parameters and buffers as one state, still read on access."""
     return ChainMap(*cast(Any, tensors))  # never written to, so that any mapping will do
+
+
+def _check_alike(networks: Sequence[nn.Module]) -> None:
+    """Raise ConfigurationError where modules of a name are of different classes, or parameters of different types."""
+    first = _kinds(networks[0])
+    for network in networks[1:]:
+        for name, kind in _kinds(network).items():
+            expected = first.get(name, kind)
+            if kind != expected:
+                raise ConfigurationError(
+                    f"found experts with '{name or 'network'}' of {expected} and {kind}, "
+                    "expected one class and type; convert them"
+                )
+
+
+def _kinds(network: nn.Module) -> dict[str, str]:
+    """Return the classes of a network's modules, and its parameters' types, by name; dropout is an identity."""
+    kinds = {}
+    for name, module in network.named_modules():
+        kind = type(module).__qualname__
+        kinds[name] = "Identity" if "Drop" in kind else kind
+    for name, parameter in network.named_parameters():
+        kinds[name] = str(parameter.dtype)
+    return kinds
 
 
 class ExpertFiles(ExpertSource):

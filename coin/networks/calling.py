@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, map_tensors, tensors_in
-from coin.errors import DataError
+from coin.errors import DataError, StateError
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -24,7 +25,18 @@ def logits_of(network: nn.Module, batch: Batch) -> Tensor:
 
 
 def clone(network: Network, *, shared: bool = False) -> Network:
-    """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none."""
+    """Return a copy of a network in the same modes, which shares all tensors with it or, by default, none.
+
+    Raises StateError where a module holds a function of a module: the copy would go on calling the original's.
+    """
+    for name, module in network.named_modules():
+        # Metrics and their like make their functions anew in copies.
+        makes_functions_anew = type(module).__setstate__ is not nn.Module.__setstate__
+        if not makes_functions_anew and _holds_closure(module):
+            raise StateError(
+                f"layer '{name}' of {type(network).__name__} holds a function of a module, which copies would share; "
+                "make it a method"
+            )
     memo = {}
     if shared:
         every = (*network.parameters(), *network.buffers())
@@ -37,6 +49,17 @@ def clone(network: Network, *, shared: bool = False) -> Network:
     copied = copy.deepcopy(network, memo)
     clear_caches(copied)
     return copied
+
+
+def _holds_closure(module: nn.Module) -> bool:
+    """Return whether an attribute or a hook is a function that refers to a module, or to a method of one."""
+    for value in vars(module).values():
+        for held in value.values() if isinstance(value, dict) else [value]:
+            cells = held.__closure__ or () if isinstance(held, FunctionType) else ()
+            contents = [cell.cell_contents for cell in cells]
+            if any(isinstance(getattr(each, "__self__", each), nn.Module) for each in contents):
+                return True
+    return False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from closeness import close
 from torch import nn
 
 from coin.coding import Code
-from coin.errors import DataError, HeadError, StateError
+from coin.errors import ConfigurationError, DataError, HeadError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.modules import Coded
 from coin.networks import recalibrate
@@ -122,6 +122,12 @@ def test_heads_that_cannot_be_padded_are_told_in_one_line():
     ):
         with pytest.raises(StateError, match=message):
             Experts([kind(3), kind(2)])
+    rectified = nn.Sequential(make(2, 3)[0], nn.ReLU(), make(2, 3)[2])
+    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of Tanh and": rectified}
+    for message, other in others.items():
+        with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
+            Experts([make(1, 3), other, make(4, 3)])
+    Experts([make(1, 3, each) for each in (nn.Dropout(), nn.Identity())])
     with pytest.raises(StateError, match=r"'expert 1' has no tensor '2\.bias'"):
         merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
     merge_networks(Average(), [nn.Bilinear(3, 3, 2) for _ in "ab"], CODE)  # reads no head

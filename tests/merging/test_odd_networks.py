@@ -6,6 +6,7 @@ from operator import attrgetter
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 import coin
 from coin.errors import CoinWarning, ConfigurationError, HeadError, StateError
@@ -272,6 +273,23 @@ def test_a_function_that_holds_another_expert_is_refused():
 def test_what_is_no_network_or_compiled_is_refused(given):
     with pytest.raises(ConfigurationError, match=r"found an expert of type .*; load a state dict into one, or compile"):
         coin.Experts([given, given])
+
+
+def test_a_function_that_holds_the_network_is_refused():
+    """A copy's hook went on writing to expert 0: answers 79 % off."""
+    experts = [overwriting() for _ in range(2)]
+    for expert in experts:
+        expert[1].register_forward_hook(lambda module, inputs, output, expert=None, kept=expert: None)
+        expert.accuracy = MulticlassAccuracy(CLASSES)  # makes its functions anew in a copy
+    merged(coin.Average(), experts)
+    for expert in experts:
+        expert[1].register_forward_hook(lambda module, inputs, output: setattr(expert, "kept", output))  # noqa: B023
+    for refused in (
+        lambda: merged(coin.Average(), experts),
+        lambda: coin.compress(experts[0], None, bits=4, base_bits=0).network(),
+    ):
+        with pytest.raises(StateError, match="layer '1' of Sequential holds a function of a module"):
+            refused()
 
 
 class Keeping(nn.Module):
