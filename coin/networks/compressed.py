@@ -23,7 +23,7 @@ from coin.networks.delta import (
     quantise,
 )
 from coin.networks.heads import head_name, pad_head
-from coin.networks.kept import keep, not_makeable
+from coin.networks.kept import keep, kept_parameters, not_makeable
 
 _WIDE = (torch.float32, torch.float64)  # types of which float16 keeps the deltas
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
@@ -56,10 +56,8 @@ class Compression:
         try:
             return cls(**cast(Any, options), **fixed)
         except TypeError as error:
-            known = "bits" if fixed else "bits and base_bits"
-            raise ConfigurationError(
-                f"found {options!r:.100}, expected {known}, as in {{bits: 4}}"
-            ) from error
+            expected = "{bits: 4} or so" if fixed else "bits and base_bits"
+            raise ConfigurationError(f"found {options!r:.100}, expected {expected}") from error
 
     @property
     def name(self) -> str:
@@ -247,6 +245,10 @@ def compress(
     torch.Size([32, 64])
     """
     Compression(bits, base_bits)  # checks them
+    if any(kept_parameters(network)):
+        raise StateError(
+            f"the weights of {type(network).__name__} are packed already, expected a plain network; compress that"
+        )
     network = _on_cpu(network)
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite

@@ -153,10 +153,12 @@ def test_options_out_of_range_are_refused(base, options, message):
 def test_no_base_another_architecture_and_a_nan_are_refused(base):
     with pytest.raises(ConfigurationError, match="no base"):
         coin.compress(base, None, bits=3)
+    with pytest.raises(StateError, match=r"packed already, expected a plain network"):
+        coin.compress(coin.compress(base, None, bits=3, base_bits=0).packed(), None, bits=3, base_bits=0)
     other = build_network(NetworkConfig("small_resnet", image_size=16, options={"width": 4}), 6)
     with pytest.raises(StateError, match="shape"):
         coin.compress(base, other, bits=3)
-    with pytest.raises(ConfigurationError, match=r"found .*bas_bits.*, expected bits, as in \{bits: 4\}"):
+    with pytest.raises(ConfigurationError, match=r"found .*bas_bits.*, expected bits and base_bits$"):
         Compression.of({"bits": 3, "bas_bits": 8})
     for half, types in ((near(base).bfloat16(), "torch.bfloat16"), (near(base).double(), "torch.float64")):
         with pytest.raises(StateError, match=rf"is {types}, in the base torch.float32, expected one type"):
