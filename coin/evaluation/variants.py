@@ -217,7 +217,7 @@ def read_copies(
             lost=((without_copy[0],),),
         )
         copies.append(copy)
-        bases[label] = max(bases.get(label, 0), nbytes_together([file]) - file.nbytes)
+        bases[label] = max(bases.get(label, 0), file.base_nbytes)
     found = []
     for label, copies in by_label.items():
         memory = sum(each.memory for each in copies) + bases[label]

@@ -66,8 +66,9 @@ def input_rows(call: Call, unit: Unit, samples: int, places: Tensor | None) -> T
         dims = len(call.geometry.kernel)
         patches = call.geometry.patches(call.inputs)  # [P·k, *output, *kernel, C]
         every_tap = _at(patches, dims, samples, places).flatten(1, dims)
-        taps = every_tap[:, list(unit.taps)]  # [P·q, taps, C]
-        by_channel = taps.permute(2, 0, 1).contiguous()
+        if len(unit.taps) < unit.kernel:
+            every_tap = every_tap[:, list(unit.taps)]
+        by_channel = every_tap.permute(2, 0, 1).contiguous()  # [C, P·q, taps]
         by_group = by_channel.view(unit.groups, -1, *by_channel.shape[1:])  # [G, C/G, P·q, taps]
         rows = by_group.movedim(1, 3).flatten(2)
     elif isinstance(call, ElementwiseCall):

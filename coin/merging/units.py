@@ -95,7 +95,9 @@ class Unit:
     def columns_of(self, weight: Tensor) -> Tensor:
         """Return the matrices [G, O, K'] of a weight, tap by tap, without the columns that multiply padding alone."""
         by_tap = weight.reshape(self.groups, -1, self.unknowns // self.kernel, self.kernel)
-        return by_tap[..., list(self.taps)].transpose(2, 3).flatten(2)
+        if len(self.taps) < self.kernel:
+            by_tap = by_tap[..., list(self.taps)]
+        return by_tap.transpose(2, 3).flatten(2)
 
     def from_columns(self, columns: Tensor) -> Tensor:
         """Return matrices of such columns […, K'] with all columns […, K] as in the weight, zero where left out."""

@@ -42,6 +42,11 @@ class NetworkFile:
         return stored_nbytes(self.network) + sum(adapter.nbytes for adapter in self.adapters)
 
     @property
+    def base_nbytes(self) -> int:
+        """The bytes of the base that a delta is from, as stored; 0 of others."""
+        return self.content.base_nbytes if isinstance(self.content, Compressed) else 0
+
+    @property
     def state(self) -> State:
         """Its tensors, those of a compressed network unpacked."""
         return self.network.state_dict() if isinstance(self.content, Compressed) else self.content
@@ -81,7 +86,7 @@ class NetworkFile:
 
 def nbytes_together(files: Sequence[NetworkFile]) -> int:
     """Return the total bytes of networks; a base shared by compressed ones counts once."""
-    bases = [file.content.base_nbytes for file in files if isinstance(file.content, Compressed)]
+    bases = [file.base_nbytes for file in files]
     return sum(file.nbytes for file in files) + max(bases, default=0)
 
 
