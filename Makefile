@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLO
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all test-anywhere test-lowest lint format types imports pytest bench bench-check bench-gpu notebooks study docs clean
+.PHONY: help install demo demo-small test test-all test-anywhere test-lowest lint format types imports pytest faults bench bench-check bench-gpu notebooks study docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,9 @@ test-lowest:  ## the quick tests with the lowest versions that pyproject.toml al
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[demo,dev]'
 	@touch .venv-lowest/.demo .venv-lowest/.dev
 	$(MAKE) pytest VENV=.venv-lowest
+
+faults: $(VENV)/.dev  ## make the faults of tests/faults.yaml one at a time, and print those that no test catches; ROOMS=coding
+	PYTEST_ADDOPTS="$(PARALLEL)" $(ONE_THREAD) $(BIN)/python tests/faults.py $(ROOMS)
 
 bench: $(VENV)/.demo  ## time the exact Fisher against its limit and the simple ways
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
