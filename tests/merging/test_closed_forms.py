@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import coin
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Base, Coin, Experts, Refit, RegMean, merge_networks
+from coin.merging import Average, Base, Coin, Experts, Refit, RegMean
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
 from coin.statistics import fisher_diagonal, gram_sums
@@ -216,8 +216,6 @@ def test_parts_are_of_every_expert():
         Experts(networks, fishers=fishers)
     with pytest.raises(ConfigurationError, match="calibration of 1 experts, expected 3"):
         Experts(networks, calibration=[[torch.zeros(3, 2)]])
-    with pytest.raises(ConfigurationError, match="found 1 experts, expected at least two"):
-        merge_networks(Average(), networks[:1], [[1.0]])
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])

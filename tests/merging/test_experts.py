@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from coin.coding import Code
 from coin.errors import ConfigurationError, DataError, HeadError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
+from coin.merging.expert_sources import ExpertFiles
+from coin.merging.expert_statistics import statistics_of
 from coin.modules import Coded
 from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums
@@ -69,7 +72,7 @@ def test_fishers_are_of_the_experts_and_not_of_padded_ones(kind):
     experts = [make(1, 10), make(2, 100)]
     own = [fisher_diagonal(*each, kind=kind) for each in zip(experts, CALIBRATION, strict=True)]
     (which,) = Coin(fisher_kind=kind).statistics()
-    found = Experts(experts, calibration=CALIBRATION).statistic(which)
+    found = statistics_of(Experts(experts, calibration=CALIBRATION), which)
     for theirs, wanted in zip(found, own, strict=True):
         assert theirs["2.weight"].shape == (100, 8)
         for name in ("0.weight", "0.bias"):
@@ -238,3 +241,13 @@ def test_batches_of_anything_else_are_told(batch, message):
         with pytest.raises(DataError, match=message) as told:
             use()
         assert "\n" not in str(told.value)
+
+
+def test_a_shared_initialisation_of_more_classes_than_the_experts_is_refused(write_experts):
+    experts = [make(seed, classes) for seed, classes in enumerate((2, 4))]
+    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 4"):
+        merge_networks(Base(), experts, CODE, initial=make(7, 5))
+    paths = write_experts([3, 2, 5])
+    *own, wide = map(Path, paths.values())
+    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 3"):
+        ExpertFiles(dict(enumerate(own)), wide)

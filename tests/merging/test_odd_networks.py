@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import coin
-from coin.errors import CoinWarning, ConfigurationError, HeadError, StateError
+from coin.errors import ConfigurationError, HeadError, StateError
 from coin.networks import NetworkConfig, load_network, save_network, sources
 from coin.networks.calling import clone
 
@@ -338,14 +338,6 @@ def test_gradient_checkpointing_is_to_be_off():
         coin.merge_networks(
             coin.Average(adapters={"rank": 1}), experts, [[0.5, 0.5]], calibration=[[torch.randn(20, 6)]] * 2
         )
-
-
-def test_frozen_parameters_that_differ_are_told():
-    experts = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
-    for expert in experts:
-        expert[0].requires_grad_(False)
-    with pytest.warns(CoinWarning, match=r"2 parameters, such as '0\.weight', are frozen and differ between experts"):
-        coin.merge_networks(coin.Coin(), experts, [[0.5, 0.5]], calibration=[[torch.randn(20, 6)]] * 2)
 
 
 def test_heads_in_16_bits_are_of_the_features_type():

@@ -882,18 +882,6 @@ def test_networks_that_make_other_calls_are_told_in_a_line(way, who, message):
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_says_what_to_set_and_keeps_its_traceback(monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr(coin.merging.body, "fit_units", full)
-    experts = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(2)]
-    inputs = [[torch.randn(10, 4)] for _ in experts]
-    with pytest.raises(torch.OutOfMemoryError, match="no memory left") as caught:
-        coin.merge_networks(Refit(memory_mib=10), experts, coin.uniform(2), calibration=inputs)
-    assert caught.value.__notes__ == ["method 'refit' was fitted with memory_mib=10; set memory_mib=5"]
-
-
 def test_the_bound_on_activations_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 << 30, 8 << 30))
     assert coin.merging.body.default_memory_mib(torch.device("cuda", 0)) == 3 << 10
