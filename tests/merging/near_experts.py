@@ -125,11 +125,6 @@ def geometry():
     return [layer, nn.BatchNorm2d(3), nn.Tanh(), *tail()]
 
 
-def same_padding():
-    layer = nn.Conv2d(2, 3, (1, 5), padding="same", bias=False)
-    return [layer, nn.BatchNorm2d(3), nn.Tanh(), *tail()]
-
-
 def in_time():
     return [nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), *tail()]
 
@@ -185,14 +180,12 @@ PARTS = ["0.first", "0.second+0.norm_second", "0.norm_first", "2"]
 BRANCHES = ["0.conv", "0.norm", "2"]
 IMAGE = (2, 3, 3)
 NETWORKS = {
-    "one layer": Case(lambda: [nn.Linear(6, 3)], (6,), ["0"]),
     "more unknowns": Case(lambda: [nn.Linear(60, 3)], (60,), ["0"]),
     "no bias": Case(lambda: [nn.Linear(6, 3, bias=False)], (6,), ["0"]),
     "two layers": Case(two_layers, (6,), ["0", "2"]),
     "convolutions": Case(convolutions, (2, 5, 5), ["0+1", "3+4", "7"]),
     "groups": Case(groups, (4, 4, 4), ["0+1", "3", "5"]),
     "geometry": Case(geometry, (2, 6, 5), ["0+1", "4"]),
-    "same padding": Case(same_padding, (2, 4, 5), ["0+1", "4"]),
     "in time": Case(in_time, (3, 6), ["0+1", "4"]),
     "linear norm": Case(linear_norm, (5,), ["0+1", "3"]),
     "layer norm": Case(layer_norm, (4, 5), ["0", "1", "4"]),
@@ -204,7 +197,6 @@ NETWORKS = {
     "in turn": Case(in_turn, IMAGE, PARTS),
     "read once": Case(branched(lambda z, y: y), IMAGE, ["0.conv+0.norm", "2"]),
     "read twice": Case(branched(lambda z, y: z + y), IMAGE, BRANCHES),
-    "read in a list": Case(branched(lambda z, y: torch.cat([z, y], 1)), IMAGE, BRANCHES),
     "read in pieces": Case(branched(lambda z, y: y * gate(z)), IMAGE, BRANCHES),
     "read detached": Case(branched(lambda z, y: y + z.detach()), IMAGE, BRANCHES),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from near_experts import answers
 from torch import nn
+from torch.testing import assert_close
 
 import coin
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
@@ -175,5 +176,5 @@ def test_statistics_are_averaged_or_those_of_the_initialisation(policy, mean):
     for kind in (Average, Base):
         method = kind(batchnorm=policy)
         (made,) = coin.merge_networks(method, experts, [(0.2, 0.3, 0.5)], initial=initial)
-        torch.testing.assert_close(made[1].running_mean, torch.full((6,), mean).double())
+        assert_close(made[1].running_mean, torch.full((6,), mean).double())
         assert torch.equal(made[0].weight, initial[0].weight)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.testing import assert_close
 
 import coin
 from coin.errors import NumericalError, StateError
@@ -40,7 +41,7 @@ AVERAGE = weighted_sum(EXPERTS, WEIGHTS)
 def assert_states_close(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-12)
+        assert_close(found[name], tensor, rtol=1e-10, atol=1e-12)
 
 
 # COIN
@@ -116,16 +117,16 @@ def test_regmean_is_the_damped_regression_of_each_group(groups, alpha, damping):
                 pull = pull + weight * (own_map - average[group]) @ shrunk
             ridge = damping * total.diagonal().mean() * torch.eye(len(total)).double()
             expected = average[group] + pull @ torch.linalg.inv(total + ridge)
-            torch.testing.assert_close(found[group], expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(merged["conv.bias"], AVERAGE["conv.bias"])
+            assert_close(found[group], expected, rtol=1e-9, atol=1e-10)
+    assert_close(merged["conv.bias"], AVERAGE["conv.bias"])
 
 
 def test_regmean_of_linear_layers_leaves_convolutions_averaged():
     grams = [random_grams(seed, 1) for seed in range(3)]
     linear = regmean_parameters(EXPERTS, grams, WEIGHTS, layers="linear")
     everything = regmean_parameters(EXPERTS, grams, WEIGHTS, layers="all")
-    torch.testing.assert_close(linear["conv.weight"], AVERAGE["conv.weight"])
-    torch.testing.assert_close(linear["head.weight"], everything["head.weight"])
+    assert_close(linear["conv.weight"], AVERAGE["conv.weight"])
+    assert_close(linear["head.weight"], everything["head.weight"])
     assert not torch.allclose(everything["conv.weight"], linear["conv.weight"])
 
 
@@ -203,7 +204,7 @@ def test_a_linear_network_on_pooled_data_reaches_the_mixture(linear_experts):
         coin_parameters(experts, fishers, WEIGHTS),
     ):
         found = functional_call(networks[0], merged, (pooled,))
-        torch.testing.assert_close(found, sum(outputs), rtol=1e-9, atol=1e-9)
+        assert_close(found, sum(outputs), rtol=1e-9, atol=1e-9)
 
 
 def test_regmean_on_own_data_minimises_the_weighted_output_error(linear_experts):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from closeness import close
 from torch import nn
+from torch.testing import assert_close
 
 import coin
 from coin.errors import ConfigurationError, DataError, HeadError, StateError
@@ -83,24 +84,13 @@ def test_fishers_are_of_the_experts_and_not_of_padded_ones(kind, is_given, calib
         missing = found["2.weight"][len(head) :]
         # Each logit of an exact Fisher is its own row times the features; a class that is not there is no evidence.
         row = head.mean(0) if kind == "exact" else torch.zeros_like(head[0])
-        torch.testing.assert_close(missing, row.expand_as(missing))
-
-
-def test_statistics_that_are_given_give_what_those_that_are_computed_do(calibration):
-    experts = [perceptron(1, 4), perceptron(2, 2)]
-    fishers = [fisher_diagonal(*each) for each in zip(experts, calibration, strict=True)]
-    grams = [gram_sums(*each).mean() for each in zip(experts, calibration, strict=True)]
-    for method, given in ((Coin(), {"fishers": fishers}), (RegMean(), {"grams": grams})):
-        (found,) = merge_networks(method, experts, CODE, **given)
-        (expected,) = merge_networks(method, experts, CODE, calibration=calibration)
-        for name, tensor in expected.state_dict().items():
-            torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
+        assert_close(missing, row.expand_as(missing))
 
 
 def test_a_network_that_is_its_head_is_padded():
     layers = [nn.Linear(6, 2), nn.Linear(6, 3)]
     (coded,) = merge_networks(Average(), layers, CODE)
-    torch.testing.assert_close(coded.weight[2], 0.6 * layers[1].weight[2])
+    assert_close(coded.weight[2], 0.6 * layers[1].weight[2])
 
 
 def test_networks_without_a_head_are_merged_where_they_are_alike():
@@ -143,7 +133,7 @@ def test_statistics_in_files_are_read_and_counted(of_files, tmp_path):
     experts = Experts(files, statistics={which: statistics})
     found = method.make(experts, CODE[0]).network.state_dict()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor)
+        assert_close(found[name], tensor)
     assert experts.seconds == 4.0
     assert experts.passes == in_memory.passes
     without = Experts(files, statistics={which: {"a": statistics["a"]}})
@@ -300,27 +290,6 @@ def test_batches_by_name_merge_as_one_tensor_does(method, stacked):
         assert torch.equal(found.state_dict()[name], tensor)
     assert type(found) is Texts
     assert vars(found).keys() == vars(Texts()).keys()
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda network, batches: fisher_diagonal(network, batches),
-        lambda network, batches: fisher_diagonal(network, batches, memory_mib=1),
-        lambda network, batches: fisher_diagonal(network, batches, kind="categorical"),
-        lambda network, batches: gram_sums(network, batches).mean(),
-        lambda network, batches: {"samples": torch.tensor(recalibrate(network, batches))},
-    ],
-    ids=["exact", "in parts", "categorical", "gram", "recalibrate"],
-)
-def test_statistics_and_recalibration_read_batches_by_name(use, stacked):
-    plain = text_networks(Stacked)[0]
-    own = text_networks(Texts)[0]
-    expected = use(plain, stacked[0])
-    found = use(own, by_name(stacked[0]))
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor)
-    assert torch.equal(plain.norm.running_var, own.norm.running_var)
 
 
 @pytest.mark.parametrize(

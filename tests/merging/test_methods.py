@@ -9,6 +9,7 @@ import pytest
 import torch
 from near_experts import answers, near_experts
 from torch import nn
+from torch.testing import assert_close
 
 import coin
 from coin.errors import CoinError, CoinWarning, ConfigurationError, NumericalError, StateError
@@ -68,7 +69,7 @@ def experts_of(networks, tasks):
 def assert_same_function(network, other, tasks, tolerance):
     x = torch.cat(tasks)
     found = answers(network, x)
-    torch.testing.assert_close(found, answers(other, x), rtol=tolerance, atol=tolerance)
+    assert_close(found, answers(other, x), rtol=tolerance, atol=tolerance)
 
 
 @every_network

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import distance
 from torch import nn
+from torch.testing import assert_close
 from torchmetrics.classification import MulticlassAccuracy
 
 import coin
@@ -80,9 +80,9 @@ def test_networks_that_cache_answer_as_without_a_cache(method):
     made = merged(method, experts, calibration=batches(4))
     uncached = deepcopy(network).train()  # in which nothing else depends on the mode
     uncached.load_state_dict(made.state_dict())
-    torch.testing.assert_close(made(x), uncached(x))
+    assert_close(made(x), uncached(x))
     for expert, answer in zip(experts, before, strict=True):
-        torch.testing.assert_close(expert(x), answer)
+        assert_close(expert(x), answer)
 
 
 # Buffers that are no statistics
@@ -118,11 +118,11 @@ def test_shared_masks_stay_and_buffers_that_are_not_persistent_are_averaged(meth
     assert made.head.weight is made.embedding.weight  # two names of one parameter
     assert torch.equal(made.mask, networks[0].mask)
     assert torch.equal(made.turn, networks[0].turn)
-    torch.testing.assert_close(made.scale, torch.tensor([2 * row[0] + 3 * row[1]]))
+    assert_close(made.scale, torch.tensor([2 * row[0] + 3 * row[1]]))
     assert bool(made(calibration[0][0]).isfinite().all())
     if method.name == "average":
         wanted = row[0] * networks[0].head.weight + row[1] * networks[1].head.weight
-        torch.testing.assert_close(made.head.weight, wanted)
+        assert_close(made.head.weight, wanted)
 
 
 @pytest.mark.parametrize(("name", "value"), [("turn", torch.inf), ("mask", torch.nan)])
@@ -161,7 +161,7 @@ def test_identical_experts_whose_weights_are_computed_merge_to_themselves(wrap, 
     expert = nn.Sequential(*layers).double().eval()
     made = merged(method, [expert, clone(expert)], calibration=batches(4))
     x = torch.randn(5, 4, dtype=torch.float64)
-    torch.testing.assert_close(made(x), expert(x))
+    assert_close(made(x), expert(x))
 
 
 # Frozen parameters
@@ -236,7 +236,7 @@ def test_inputs_that_a_network_writes_over_are_its_own(method):
     assert torch.equal(given[0][0], batches(4)[0][0])
     assert_equal(coded, merged(method, plain, calibration=given))
     answers = coin.Coded([PAIR], experts, [coded]).answers(given[0][0])
-    torch.testing.assert_close(answers.experts[1], plain[1](given[0][0]).detach())
+    assert_close(answers.experts[1], plain[1](given[0][0]).detach())
 
 
 def test_activations_that_a_network_keeps_are_not_copied():
@@ -318,13 +318,3 @@ def test_an_exit_of_a_later_sample_is_seen():
     inputs[20, 0] = 11
     with pytest.raises(HeadError, match="are not its head"):
         coin.networks.linear_heads([Early().eval()], inputs)
-
-
-def test_networks_in_16_bits_are_decoded_in_float32():
-    experts = [nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).bfloat16().eval() for _ in range(2)]
-    system = coin.Coded([PAIR], experts, experts[:1])
-    features = system.answers(torch.randn(4, 6), erased=[0, 1], features=True).coded_features[0]
-    weight, bias = system.heads()[1]
-    assert (features @ weight.T + bias).dtype == torch.float32
-    (coded,) = coin.merge_networks(coin.Average(), [experts[0]] * 2, [PAIR])
-    assert distance(coded, experts[0], torch.randn(4, 6).bfloat16()) == 0

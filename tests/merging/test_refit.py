@@ -1,7 +1,6 @@
 """Refit against regressions written out layer by layer, and what every network and every caller may rely on."""
 
 import re
-import warnings
 from copy import deepcopy
 
 import pytest
@@ -24,9 +23,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-import coin
-from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
-from coin.merging import Average, Refit
+from coin.errors import CoinWarning, ConfigurationError, DataError, StateError
+from coin.merging import Experts, Refit
 from coin.merging.average import average_parameters
 from coin.merging.body import default_memory_mib
 from coin.merging.rows import chosen_rows
@@ -236,29 +234,38 @@ def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
 def test_the_order_of_the_experts_does_not_matter(kind):
     networks, tasks = case_of(kind, sizes=(40, 60, 50))
     one = Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
-    order = (2, 0, 1)
-    turned = experts_of([networks[i] for i in order], [tasks[i] for i in order])
-    other = Refit(RIDGE).coded_model(turned, [ROW[i] for i in order])
+    turned = experts_of(networks[::-1], tasks[::-1])
+    other = Refit(RIDGE).coded_model(turned, ROW[::-1])
     assert_answers_close(one.network, other.network, tasks, 1e-9)
 
 
-def test_a_deep_linear_network_reaches_the_mixture():
-    networks, tasks = near_experts(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), (4,))
-    tasks = [torch.cat(tasks)] * 3  # on one set of samples all targets are the mixture
-    made = Refit(1e-12, head=False).coded_model(experts_of(networks, tasks), ROW)
-    x = torch.randn(5, 4, dtype=torch.float64)
-    wanted = sum(share * answers(each, x) for share, each in zip(ROW, networks, strict=True))
-    torch.testing.assert_close(answers(made.network, x), wanted, rtol=1e-8, atol=1e-8)
+def test_an_expert_that_has_no_share_of_the_row_is_not_run():
+    networks, tasks = case_of("convolutions")
+    experts = experts_of(networks, tasks)
+    ran = []
+    networks[1].register_forward_pre_hook(lambda *_: ran.append(1))
+    made = Refit(RIDGE, head=False).coded_model(experts, (0.4, 0.0, 0.6))
+    assert not ran
+    without = experts_of(networks[::2], tasks[::2])
+    other = Refit(RIDGE, head=False).coded_model(without, (0.4, 0.6))
+    assert_answers_close(made.network, other.network, tasks, 1e-9)
 
 
 def test_a_convolution_whose_taps_meet_no_image_stays_finite():
-    def make():
-        layer = nn.Conv1d(2, 2, 2, padding=1, dilation=2)
-        return nn.Sequential(layer, nn.Flatten(), nn.Linear(2, 3))
-
-    networks, tasks = near_experts(make, (2, 1))
+    layer = nn.Conv1d(2, 2, 2, padding=1, dilation=2)
+    networks, tasks = near_experts(lambda: nn.Sequential(layer, nn.Flatten(), nn.Linear(2, 3)), (2, 1))
     made = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     assert bool(answers(made.network, torch.cat(tasks)).isfinite().all())
+
+
+def test_bfloat16_is_fitted_in_float32():
+    """Regressions in bfloat16 itself, of 8 bits, were far off."""
+    networks, tasks = case_of("layer norm")
+    made = Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW).network
+    halves = [deepcopy(network).bfloat16() for network in networks]
+    found = Refit(RIDGE).coded_model(experts_of(halves, tasks), ROW).network
+    assert found[0].weight.dtype == torch.bfloat16
+    assert distance(found.double(), made, torch.cat(tasks)) < 0.05
 
 
 # Passes and memory
@@ -286,43 +293,24 @@ def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
     needed = int(found[2])
     assert experts.passes == PROBES + 2 * samples
     assert 2 / needed == pytest.approx(samples / 2400, rel=0.2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        enough = Refit(RIDGE, head=False, memory_mib=needed)
-        enough.coded_model(experts_of(networks, tasks), ROW)
 
 
 def test_experts_run_once_for_every_layer_where_their_outputs_do_not_fit():
     """Two layers whose outputs for 100 samples take 38 MiB each; at least 64 MiB of outputs are held."""
     width = 100_000
-    torch.manual_seed(0)
-    networks = []
-    for _ in range(2):
-        pool = Apply(lambda x: x.view(len(x), 10, -1).mean(2))
-        network = nn.Sequential(Scale(width), Scale(width), pool, nn.Linear(10, 3))
-        network[0].weight.data = torch.rand(width)
-        networks.append(network)
+    pool = Apply(lambda x: x.view(len(x), 10, -1).mean(2))
+    network = nn.Sequential(Scale(width), Scale(width), pool, nn.Linear(10, 3))
+    networks = [network, deepcopy(network)]
+    networks[1][0].weight.data.uniform_()
     calibration = [[torch.randn(50, width)] for _ in networks]
     made = []
     for memory_mib, groups in ((8192, 1), (200, 2)):
-        experts = coin.Experts(networks, calibration=calibration)
+        experts = Experts(networks, calibration=calibration)
         method = Refit(head=False, memory_mib=memory_mib)
         made.append(method.coded_model(experts, (0.5, 0.5)).network)
         assert experts.passes == PROBES + (groups + 1) * 100
     for one, other in zip(made[0].parameters(), made[1].parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_an_expert_that_has_no_share_of_the_row_is_not_run():
-    networks, tasks = case_of("convolutions")
-    experts = experts_of(networks, tasks)
-    ran = []
-    experts.networks[1].register_forward_pre_hook(lambda *_: ran.append(1))
-    made = Refit(RIDGE, head=False).coded_model(experts, (0.4, 0.0, 0.6))
-    assert not ran
-    without = experts_of(networks[::2], tasks[::2])
-    other = Refit(RIDGE, head=False).coded_model(without, (0.4, 0.6))
-    assert_answers_close(made.network, other.network, tasks, 1e-9)
 
 
 def test_the_bound_on_activations_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
@@ -343,91 +331,70 @@ def test_a_task_with_a_share_and_no_samples_is_refused(row):
         Refit(RIDGE, head=False).coded_model(experts, row)
 
 
-def test_a_ridge_that_is_too_small_is_refused():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3))
-    networks = [network, deepcopy(network)]
-    calibration = [[torch.randn(200, 3) @ torch.randn(3, 40)] for _ in networks]
-    experts = coin.Experts(networks, calibration=calibration)
-    with pytest.raises(NumericalError, match="give a larger ridge"):
-        Refit(1e-10).coded_model(experts, (0.5, 0.5))
-
-
 class Forks(nn.Module):
     """Calls its layers as it was told, or by the size of the batch."""
 
-    def __init__(self, way):
+    def __init__(self):
         super().__init__()
-        self.way = way
+        self.way = "straight"
         self.first = nn.Linear(6, 6)
         self.second = nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
-        first, second = self.first, self.second
         if self.way == "turned":
-            first, second = second, first
-        hidden = first(x)
-        is_short = self.way == "shorter" or (self.way == "by size" and len(x) > 2)
-        if not is_short:
-            hidden = second(hidden)
-        answer = self.head(hidden)
-        return answer + self.head(x) if self.way == "longer" else answer
+            return self.head(self.first(self.second(x)))
+        x = self.first(x)
+        is_short = self.way == "short" or (self.way == "by size" and len(x) > 2)
+        return self.head(x if is_short else self.second(x))
 
 
-@pytest.mark.parametrize("way", ["shorter", "longer", "turned"])
+@pytest.mark.parametrize("way", ["short", "turned"])
 def test_an_expert_that_makes_other_calls_is_refused(way):
-    networks, tasks = near_experts(lambda: Forks("straight"), (6,))
+    networks, tasks = near_experts(Forks, (6,))
     networks[1].way = way
     with pytest.raises(StateError, match=r"^an expert calls other layers than [^\n]*$"):
         Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
 
 
 def test_calls_that_depend_on_the_number_of_samples_are_refused():
-    networks, tasks = near_experts(lambda: Forks("by size"), (6,))
+    networks, tasks = near_experts(Forks, (6,))
+    networks[0].way = "by size"
     with pytest.raises(StateError, match="Forks makes other calls on two samples than on three"):
         Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
 
 
 class Chunks(nn.Module):
-    """A network that runs a batch in chunks."""
+    """A network that runs a batch in chunks of two."""
 
-    def __init__(self, size):
+    def __init__(self):
         super().__init__()
-        self.size = size
         self.map = nn.Linear(5, 6)
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
-        chunks = [self.head(torch.tanh(self.map(chunk))) for chunk in x.split(self.size)]
-        return torch.cat(chunks)
+        return torch.cat([self.head(self.map(chunk).tanh()) for chunk in x.split(3)])
 
 
-@pytest.mark.parametrize("method", [Average(adapters={"rank": 2}), Refit()], ids=["adapters", "refit"])
-@pytest.mark.parametrize("size", [16, 100])  # less than the experts' batches, and than what is fitted at once
-def test_networks_that_run_in_chunks_are_refused_where_batches_are_larger(method, size):
-    networks = [Chunks(size).eval() for _ in range(2)]
-    many = [[torch.randn(60, 5)] for _ in networks]
-    message = r"'(map|head)\.weight' is called on \d+ rows for \d+ samples.*not in chunks"
+def test_networks_that_run_in_chunks_are_refused():
+    networks, tasks = near_experts(Chunks, (5,))
+    message = r"'map\.weight' is called on \d+ rows for \d+ samples.*not in chunks"
     with pytest.raises(StateError, match=message):
-        coin.merge_networks(method, networks, coin.uniform(2), calibration=many)
-    few = [[batch[:8]] for (batch,) in many]
-    coin.merge_networks(method, networks, coin.uniform(2), calibration=few)
+        Refit().coded_model(experts_of(networks, tasks), ROW)
 
 
 def test_a_network_that_mixes_samples_is_refused():
     """Identical experts were 3 to 15 % off."""
     norm = nn.BatchNorm1d(6, track_running_stats=False)
-    make = nn.Sequential(nn.Conv1d(4, 6, 1), norm, nn.Flatten(), nn.Linear(18, 3))
-    experts = coin.Experts([make, make], calibration=[[torch.randn(12, 4, 3)]] * 2)
+    layers = nn.Conv1d(4, 6, 1), norm, nn.Flatten(), nn.Linear(18, 3)
+    networks, tasks = near_experts(lambda: nn.Sequential(*layers), (4, 3))
     with pytest.raises(StateError, match="gives a sample other outputs beside others than alone"):
-        Refit().coded_model(experts, (0.5, 0.5))
+        Refit().coded_model(experts_of(networks, tasks), ROW)
 
 
 def test_gradient_checkpointing_is_to_be_off():
     networks, tasks = case_of("two layers")
-    for network in networks:
-        network.grad_checkpointing = True
+    networks[0].grad_checkpointing = True
     with pytest.raises(ConfigurationError, match=r"call set_grad_checkpointing\(False\)"):
         Refit().coded_model(experts_of(networks, tasks), ROW)
 
@@ -444,10 +411,8 @@ class ComputedBias(nn.Linear):
 
 
 def test_a_layer_whose_bias_is_computed_keeps_the_average():
-    def make():
-        return nn.Sequential(ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-    networks, tasks = near_experts(make, (6,))
+    layers = ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)
+    networks, tasks = near_experts(lambda: nn.Sequential(*layers), (6,))
     made = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     assert_averaged(made, networks, ["0.bias", "0.weight"])
 
@@ -487,14 +452,6 @@ def test_what_is_shared_or_read_elsewhere_keeps_the_average():
     assert_averaged(made, networks, averaged)
 
 
-def test_a_network_without_a_layer_that_can_be_refitted_is_averaged():
-    layer = nn.Linear(4, 4)
-    networks, tasks = near_experts(lambda: nn.Sequential(layer, nn.Tanh(), layer), (4,))
-    with pytest.warns(CoinWarning, match="leaves 100% of the parameters of Sequential unfitted"):
-        made = Refit(head=False).coded_model(experts_of(networks, tasks), ROW)
-    assert_averaged(made, networks, ["0.bias", "0.weight"])
-
-
 class Arranged(nn.Module):
     """Tokens [B, T, 4] through two layers, in rows that lie sample by sample or otherwise."""
 
@@ -507,51 +464,34 @@ class Arranged(nn.Module):
         self.arrange = arrange
 
     def forward(self, x):
-        rows, back = self.arrange(x, self.score)
+        rows = self.arrange(x, self.score)
         hidden = self.second(self.first(rows).tanh()).tanh()
-        return self.head(back(hidden).mean(1))
+        is_in_time = self.arrange is by_time
+        return self.head(hidden.mean(0 if is_in_time else 1))
 
 
 def by_sample(x, score):
-    return x.flatten(0, 1), lambda rows: rows.view(len(x), -1, rows.shape[1])
+    return x
 
 
 def by_time(x, score):
-    in_time = x.transpose(0, 1)
-    return in_time.flatten(0, 1), lambda rows: rows.view(-1, len(x), rows.shape[1]).transpose(0, 1)
-
-
-def by_position(x, score):
-    return x.transpose(0, 1), lambda rows: rows.transpose(0, 1)
+    return x.transpose(0, 1)
 
 
 def by_score(x, score):
     order = score(x).argsort(1)  # of an expert's own: in another network the rows lie otherwise
-    return by_sample(torch.gather(x, 1, order.expand(x.shape)), score)
+    return torch.gather(x, 1, order.expand(x.shape))
 
 
-def by_detached_score(x, score):
-    with torch.no_grad():
-        order = score(x).argsort(1)
-    return by_sample(torch.gather(x, 1, order.expand(x.shape)), score)
-
-
-@pytest.mark.parametrize("arrange", [by_sample, by_time, by_position, by_score, by_detached_score])
+@pytest.mark.parametrize("arrange", [by_sample, by_time, by_score])
 @pytest.mark.filterwarnings("ignore:method 'refit' leaves")
 def test_rows_that_are_not_of_the_sample_that_they_are_taken_for_are_left_alone(arrange):
-    """One function in three layouts: it took row r for sample r // k and looked at shapes alone."""
+    """It took row r for sample r // k and looked at shapes alone."""
     networks, tasks = near_experts(lambda: Arranged(arrange), (3, 4))
-    experts = experts_of(networks, tasks)
-    made = Refit(head=False).coded_model(experts, ROW)
+    made = Refit(head=False).coded_model(experts_of(networks, tasks), ROW)
     rows = {"first.weight", "first.bias", "second.weight", "second.bias"}
     left = rows & set(made.chosen["averaged"])
     assert left == (set() if arrange is by_sample else rows)
-    average = Average().coded_model(experts, ROW).network
-    fitted = averaged = 0.0
-    for own, x in zip(networks, tasks, strict=True):
-        fitted += distance(made.network, own, x)
-        averaged += distance(average, own, x)
-    assert fitted < averaged
 
 
 class Chosen(nn.Module):
@@ -566,22 +506,13 @@ class Chosen(nn.Module):
 
     def forward(self, x):  # [B, 4, 4]
         chosen = self.choose(self.first(x))
-        return self.head(torch.tanh(self.second(chosen)).mean(1))
+        return self.head(self.second(chosen).tanh().mean(1))
 
 
 def set_to_zero(x):
     y = x.clone()
     y[x < 0] = 0
     return y
-
-
-def of_a_table(x):
-    table = x.mean(1, keepdim=True) * torch.ones(4, 1)
-    return x + table[:, torch.tensor([0, 1, 1, 3])]
-
-
-def masked_attention(x):
-    return F.scaled_dot_product_attention(x, x, x, attn_mask=(x @ x.mT) > -9)
 
 
 def product(x):
@@ -591,19 +522,16 @@ def product(x):
 
 IN_PLACE = {
     "where": lambda x: torch.where(x > 0, x, 0.1 * x),
-    "mask": lambda x: x * (x > 0).to(x),
     "masked fill": lambda x: x.masked_fill(x.lt(0), 0),
     "set": set_to_zero,
     "rounded": lambda x: x + (x.round() - x).detach(),
-    "masked attention": masked_attention,
-    "table": of_a_table,
+    "masked attention": lambda x: F.scaled_dot_product_attention(x, x, x, (x @ x.mT) > -9),
 }
 PLACED = {
     "index": lambda x: x[(x > -9).all(2)].view(x.shape),
     "gathered": lambda x: x.gather(1, (0 * x).long()),
     "product": product,
     "sorted": lambda x: x.sort(1).values,
-    "looked up": lambda x: x[:, (0 * x[0, :, 0]).long()],
 }
 
 
@@ -622,50 +550,21 @@ class Ordered(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(5, 6)
-        self.second = nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
         order = x[:, 0].argsort(stable=True)  # by a length, which is of the inputs alone
-        rows = torch.tanh(self.first(x[order]))
-        return self.head(torch.tanh(self.second(rows[order.argsort()])))
+        rows = self.first(x[order]).tanh()
+        return self.head(rows[order.argsort()])
 
 
-class Unpadded(Ordered):
-    """Takes padding out before its first layer, and puts zeros in its place afterwards."""
-
-    def forward(self, x):  # [B, 4, 5]
-        used = x[..., 0] > 0
-        rows = torch.tanh(self.first(x[used]))
-        nothing = rows.new_zeros(*x.shape[:2], 6)
-        padded = nothing.masked_scatter(used[..., None], rows)
-        return self.head(torch.tanh(self.second(padded)).mean(1))
-
-
-def sequences_in_order():
-    """Inputs of `Ordered`: the first four are as long as one another."""
-    x = torch.randn(30, 5)
-    x[:, 0] = torch.randint(1, 9, (30,))
-    x[:4, 0] = 1
-    return x
-
-
-def sequences_with_padding():
-    """Inputs of `Unpadded`: the first four are without padding."""
-    x = torch.randn(30, 4, 5)
-    lengths = torch.randint(1, 5, (30, 1))
-    x[..., 0] = (torch.arange(4) < lengths).float()
-    x[:4, :, 0] = 1
-    return x
-
-
-@pytest.mark.parametrize(("kind", "draw"), [(Ordered, sequences_in_order), (Unpadded, sequences_with_padding)])
 @pytest.mark.filterwarnings("ignore:method 'refit' leaves")
-def test_rows_that_inputs_place_are_not_fitted_though_the_first_samples_lie_in_order(kind, draw):
-    torch.manual_seed(0)
-    networks = [kind().eval() for _ in range(2)]
-    experts = coin.Experts(networks, calibration=[[draw()] for _ in networks])
-    made = Refit().coded_model(experts, (0.5, 0.5))
+def test_rows_that_inputs_place_are_not_fitted_though_the_first_samples_lie_in_order():
+    networks, tasks = near_experts(Ordered, (5,), sizes=(10, 10, 10))
+    for task in tasks:
+        task[:, 0] = torch.randint(1, 9, (10,))
+        task[:4, 0] = 1  # as long as one another
+    made = Refit().coded_model(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == ["first.bias", "first.weight"]
 
 
@@ -682,22 +581,10 @@ class Unbatched(torch.autograd.Function):
 
 
 def test_networks_whose_backward_pass_cannot_be_batched_are_fitted():
-    def make():
-        return nn.Sequential(nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3))
-
-    networks, tasks = near_experts(make, (4,))
+    layers = nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3)
+    networks, tasks = near_experts(lambda: nn.Sequential(*layers), (4,))
     made = Refit().coded_model(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == []
-
-
-def test_bfloat16_is_fitted_in_float32():
-    """Regressions in bfloat16 itself, of 8 bits, were far off."""
-    networks, tasks = case_of("layer norm")
-    made = Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW).network
-    halves = [deepcopy(network).bfloat16() for network in networks]
-    found = Refit(RIDGE).coded_model(experts_of(halves, tasks), ROW).network
-    assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
-    assert distance(found.double(), made, torch.cat(tasks)) < 0.05
 
 
 # The caller
@@ -707,7 +594,6 @@ def settings():
     """What of torch's settings the fit changes while it runs."""
     return (
         torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -719,32 +605,21 @@ def breaks(*_):
     raise RuntimeError("broken off")
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_the_caller_finds_everything_as_it_was(is_broken):
-    def make():
-        layers = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)
-        return nn.Sequential(*layers)
-
-    networks, tasks = near_experts(make, (6,))
+def test_where_an_expert_breaks_off_the_caller_finds_everything_as_it_was():
+    networks, tasks = case_of("linear norm")
     for network in networks:
         network.train()
         network[1].eval()
     states = [deepcopy(network.state_dict()) for network in networks]
     before = settings()
-    if is_broken:
-        networks[1][3].register_forward_pre_hook(breaks)
-        with pytest.raises(RuntimeError, match=r"^broken off$"):
-            Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
-    else:
+    networks[1][3].register_forward_pre_hook(breaks)
+    with pytest.raises(RuntimeError, match=r"^broken off$"):
         Refit(RIDGE).coded_model(experts_of(networks, tasks), ROW)
     assert settings() == before
     for network, state in zip(networks, states, strict=True):
+        assert [each.training for each in network.modules()] == [True, True, False, True, True]
         for name, tensor in network.state_dict().items():
             assert torch.equal(tensor, state[name])
-        assert [each.training for each in network.modules()] == [True, True, False, True, True]
-        for parameter in network.parameters():
-            assert parameter.grad is None
-            assert parameter.requires_grad
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -754,6 +629,5 @@ def test_it_works_inside_a_callers_context(context):
     with context():
         own = [task.clone() for task in tasks]
         found = Refit(RIDGE).coded_model(experts_of(deepcopy(networks), own), ROW).network
-    for name, tensor in wanted.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor)
+    assert_answers_close(found, wanted, tasks, 1e-12)
     found(tasks[0]).sum().backward()  # an ordinary network that can be trained on
