@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from coin.errors import NumericalError
 from coin.files.tensors import State
-from coin.merging.expert_sources import whole_state
 from coin.merging.regression import Regression
 from coin.merging.units import Unit, folded_unit
 from coin.networks.adapter import Adapter, AdapterOptions, Change
@@ -24,20 +23,26 @@ class AdapterFit:
     """Fits every expert's adapter, unit by unit, while the body runs on all tasks' samples.
 
     Each sample goes on with the adapter of its own expert so far. For one unit and one expert let a be the inputs in
-    the body, W a + b the body's outputs and z the expert's, on the expert's own samples. The adapter makes of W a + b
+    that pass, W a + b the body's outputs and z the expert's, on the expert's own samples. The adapter makes of W a + b
 
-        s ⊙ (W + V̂ U) a + t.
+        s ⊙ ((W + V̂ U) a) + t,
 
-    1. V̂ U is a correction of rank r, the reduced-rank ridge regression V Vᵀ B of what W a lacks of z
-       (`Moments.low_rank`). V is rounded as `Adapter` keeps it, to V̂, and U = V̂⁺ B.
-    2. s and t are a scale and a shift of every output, by least squares (`Moments.scale`, `Moments.shift`).
+    in three steps, each the least squares of what the steps before it leave:
+
+    1. **The correction** V̂ U of rank r. Without a bound on the rank the best change of W would be B, the ridge
+       regression of z − W a on a that is drawn to the expert's own map: with few samples B leads to the expert's
+       weights, with many to the fit. Of rank r the best one is V Vᵀ B, for some V with orthonormal columns
+       (`Moments.low_rank`). V is rounded as `Adapter` keeps it, to V̂. For the rounded V̂ the best right factor is no
+       longer Vᵀ B but the least squares V̂⁺ B, which is U; it is rounded too.
+    2. **The scales** s, one for each output of the corrected map, drawn to 1 (`Moments.scale`), then rounded.
+    3. **The shifts** t, which make the means of outputs equal given the rounded scales (`Moments.shift`).
 
     A grouped convolution and a normalisation have s and t alone, a unit without a bias no t.
 
     Args:
         network: The body.
         options: r (`rank`), μ (`ridge`), and whether there are scales and shifts.
-        experts: The experts' parameters and buffers.
+        experts: The experts' states.
         row: β [N]; experts without a share have no adapters.
 
     Attributes:
@@ -48,12 +53,12 @@ class AdapterFit:
         self,
         network: nn.Module,
         options: AdapterOptions,
-        experts: Sequence[tuple[State, State]],
+        experts: Sequence[State],
         row: Sequence[float],
     ) -> None:
         self._network = network
         self._options = options
-        self._experts = [whole_state(tensors) for tensors in experts]
+        self._experts = experts
         self._row = row
         self.adapters = [Adapter() for _ in experts]
 
@@ -62,17 +67,18 @@ class AdapterFit:
 
         The samples lie task by task.
         """
-        counts = torch.bincount(regression.tasks, minlength=len(self._row)).tolist()
         each = len(call.inputs) // len(regression.tasks)  # k
-        inputs_of = torch.split(call.inputs, [each * count for count in counts])
-        parts = zip(regression.split(counts), inputs_of, strict=True)
+        first = 0
         outputs = []
-        for expert, (own, inputs) in enumerate(parts):
+        for expert, adapter in enumerate(self.adapters):
+            count = int((regression.tasks == expert).sum())
+            inputs = call.inputs[each * first : each * (first + count)]
             changes: dict[str, Change] = {}
             if self._row[expert] > 0:
-                changes = self._changes(expert, unit, own)
-                self.adapters[expert].changes.update(changes)
+                changes = self._changes(expert, unit, regression.part(first, count))
+                adapter.changes.update(changes)
             outputs.append(self._output(unit, call, inputs, changes))
+            first += count
         return torch.cat(outputs)
 
     def _output(self, unit: Unit, call: Call, inputs: Tensor, changes: dict[str, Change]) -> Tensor:
@@ -119,8 +125,7 @@ class AdapterFit:
         left = round_factor(outer * balanced(outer, outer @ best))
         rounded = read_factor(left, unit.outputs).to(best)  # V̂ᵀ [r, O]
         inner = torch.linalg.pinv(rounded.T) @ best  # V̂⁺ B [r, K']
-        used = unit.columns_of(torch.arange(unit.unknowns)).flatten()
-        return Change(left=left, right=round_factor(unit.from_columns(inner), used))
+        return Change(left=left, right=round_factor(unit.from_columns(inner), unit.columns))
 
 
 class Moments:
@@ -175,11 +180,15 @@ class Moments:
         B is the change of W by ridge regression of z − W a, drawn to the expert's own map W_i,
 
             B = argmin E‖(W + B) a + c − z‖² + μ‖W + B − W_i‖²
-              = W_i − W + cov(z − W_i a, a) M⁻¹    with M = cov(a) + μI.
+              = W_i − W + cov(z − W_i a, a) M⁻¹    with M = cov(a) + μI,
 
-        Another change B' costs tr((B' − B) M (B' − B)ᵀ) more. Of rank r that is least for B' = V Vᵀ B, with V the first
-        r left singular vectors of B M^{1/2}, the eigenvectors of B M Bᵀ. With few samples it is the singular value
-        decomposition of W_i − W, weighted by the inputs, and with many the fit.
+        by the substitution B = W_i − W + D: D minimises E‖D a + c − (z − W_i a)‖² + μ‖D‖². The objective is quadratic
+        with the Hessian M, so another change B' costs
+
+            tr((B' − B) M (B' − B)ᵀ) = ‖(B' − B) M^½‖²
+
+        more. Among those of rank r that is least where B' M^½ is the singular value decomposition of B M^½ cut to rank
+        r (Eckart and Young), which is V Vᵀ B M^½ with V the first r left singular vectors, the eigenvectors of B M Bᵀ.
 
         μ = ridge × the mean diagonal entry of cov(a).
         """

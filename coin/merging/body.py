@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +15,6 @@ from coin.errors import CoinWarning
 from coin.files.tensors import State, check_layout, weighted_sum
 from coin.merging.adapter_fit import AdapterFit
 from coin.merging.expert_outputs import ExpertOutputs, check_rows, grouped
-from coin.merging.expert_sources import whole_state
 from coin.merging.experts import Experts
 from coin.merging.head import fit_head
 from coin.merging.regression import fit_unit, unit_outputs
@@ -28,7 +26,7 @@ from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import mark_folded
 from coin.networks.calling import clone
 from coin.networks.heads import head_weight, without_head
-from coin.networks.weights import parameters_of, tensors_of, to_compute
+from coin.networks.weights import parameters_of, to_compute
 from coin.statistics.rules import Call
 
 MEMORY_MIB = 8192  # the bound on the activations of a fit on the CPU
@@ -76,7 +74,7 @@ class Body(NamedTuple):
         network: nn.Module,
         experts: Experts,
         label: str,
-        states: Sequence[tuple[State, State]] = (),
+        states: Sequence[State] = (),
         row: Sequence[float] = (1.0,),
     ) -> Self:
         """Return a copy of a network with its BatchNorms folded, as the β-average of other networks' folded maps.
@@ -85,22 +83,22 @@ class Body(NamedTuple):
             network: It has the β-average of the other networks' tensors.
             experts: Their calibration samples show its units.
             label: The method's, for a warning where much is in no unit.
-            states: The other networks' parameters and buffers; by default its own.
+            states: The other networks'; by default its own.
             row: β.
         """
         network = clone(network).to(experts.source.device).eval()
-        states = states or [tensors_of(network)]
+        tensors = {**parameters_of(network), **dict(network.named_buffers())}
+        states = states or [tensors]
         pooled = experts.pooled
         few = torch.arange(min(3, pooled.num_samples))
         unlike = torch.linspace(pooled.num_samples - 1, 0, min(UNLIKE, pooled.num_samples)).long()
         trace = affine_units(network, pooled.inputs(few), pooled.inputs(unlike))
         experts.passes += trace.probes
-        tensors = {**parameters_of(network), **dict(network.named_buffers())}
         in_units: set[str | None] = set()
         for unit in trace.units:
             in_units |= {unit.weight, unit.bias, unit.end, unit.shift}
             if unit.norm is not None:
-                maps = [folded_unit(network, unit, whole_state(state)) for state in states]
+                maps = [folded_unit(network, unit, state) for state in states]
                 for name, tensor in weighted_sum(maps, row).items():
                     tensors[name].copy_(tensor)
                 mark_folded(network, {unit.norm: unit.weight})
@@ -137,8 +135,12 @@ def fit_body(
 ) -> tuple[nn.Module, list[Adapter]]:
     """Return a copy of a body, fitted to the experts' outputs on the calibration samples, and its adapters.
 
-    The copy runs once. Just before a unit's call, with all units before it fitted already, its inputs a and the
-    experts' outputs z make a regression, in which the unit is fitted, then rounded, then its adapters are fitted.
+    1. What is in no unit is rounded to the nearest, if anything is rounded.
+    2. Of the samples whose activations fit the memory, positions are chosen as the rows of regressions (`chosen_rows`).
+    3. The copy runs once on these samples. Just before a unit's call, with all units before it fitted already, its
+       inputs a and the experts' outputs z make a regression, in which the unit is fitted, then rounded, then its
+       adapters are fitted (`fit_units`).
+    4. Without adapters the head is fitted to Σ_i β_i f_i at last (`fit_head`).
 
     Args:
         body: The body.
@@ -159,14 +161,15 @@ def fit_body(
     if fit.adapters is not None:
         units = [unit for unit in units if unit.weight != head_weight(network)]
         samples = samples[experts.tasks[samples].argsort(stable=True)]  # task by task
-        adapters = adapter_fit(network, fit.adapters, experts.source.tensors, row)
+        states = [record.state for record in experts.source.records]
+        adapters = adapter_fit(network, fit.adapters, states, row)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
     inputs = experts.pooled.inputs(samples)
     rows = chosen_rows(network, units, inputs, experts.tasks[samples], row, budget)
     groups = grouped(units, rows, budget)
     passes = len(groups) * int(rows.shares.count_nonzero())
     doing = "layers" if rounding is None else "layers again, rounded"
-    with progress_bar(f"{label}, {doing}", passes) as bar, _advising(label, memory_mib):
+    with progress_bar(f"{label}, {doing}", passes) as bar:
         outputs = ExpertOutputs(experts, body.trace.calls, rows, groups, bar.update)
         fit_units(network, rows, outputs, fit.ridge, rounding, adapters)
     experts.passes += rows.passes + passes + len(samples)
@@ -200,19 +203,6 @@ def _samples_that_fit(trace: Trace, experts: Experts, label: str, memory_mib: in
             stacklevel=5,
         )
     return torch.arange(samples)
-
-
-@contextmanager
-def _advising(label: str, memory_mib: int) -> Iterator[None]:
-    """Run a block; where it runs out of memory the error says what to set."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        half = max(1, memory_mib // 2)
-        error.add_note(
-            f"method '{label}' was fitted with memory_mib={memory_mib}; set memory_mib={half}"
-        )
-        raise
 
 
 def fit_units(

@@ -13,8 +13,8 @@ from coin.core.choices import parse_enum
 from coin.core.devices import double
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import State, weighted_sum
-from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, Method, fill
+from coin.merging.experts import Experts, fill
+from coin.merging.method import CodedModel, Method
 from coin.networks.batchnorm import BatchNormPolicy, batchnorms, recalibrate
 
 

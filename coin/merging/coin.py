@@ -12,6 +12,7 @@ from coin.core.choices import check_number, parse_enum
 from coin.errors import CoinWarning
 from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import MergeMethod
+from coin.merging.expert_statistics import statistics_of
 from coin.merging.experts import Experts, in_all
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -70,9 +71,9 @@ class Coin(MergeMethod):
         return method
 
     def parameters(self, experts: Experts, row: Sequence[float]) -> State:
-        """Return the closed form; warns where an expert's Fisher is zero, or frozen parameters differ."""
+        """Return the closed form; warns where an expert's Fisher is zero."""
         (which,) = self.statistics()
-        fishers = experts.statistic(which)
+        fishers = statistics_of(experts, which)
         zero = []
         for index, fisher in enumerate(fishers):
             if not any(map(torch.any, fisher.values())):
@@ -81,21 +82,6 @@ class Coin(MergeMethod):
             warnings.warn(
                 f"the Fisher of expert {', '.join(zero)} is zero everywhere, so it counts in the average alone; "
                 "check the expert's outputs on the calibration data",
-                CoinWarning,
-                stacklevel=4,
-            )
-        known = in_all(fishers)
-        first, *others = experts.parameters
-        frozen = [
-            name
-            for name in first
-            if name not in known
-            and any(not torch.equal(first[name], each[name]) for each in others)
-        ]
-        if frozen:
-            warnings.warn(
-                f"{len(frozen)} parameters, such as '{frozen[0]}', are frozen and differ between experts: they "
-                "have no Fisher and are averaged; train them, or freeze what is equal",
                 CoinWarning,
                 stacklevel=4,
             )

@@ -13,10 +13,10 @@ from torch import nn
 
 from coin.core.devices import device_of
 from coin.errors import ConfigurationError
-from coin.files.tensors import State, check_layout, fingerprint, on_device
+from coin.files.tensors import State, check_layout, fingerprint, on_device, weighted_mean
 from coin.networks.calling import clone
 from coin.networks.files import NetworkFile, load_network, open_network
-from coin.networks.heads import head_name, of_one_width, pad_head, padded_state, with_rows
+from coin.networks.heads import head_name, linear_head, of_one_width, pad_head, padded_state
 from coin.networks.registry import build_network, empty_network
 from coin.networks.weights import parameters_of, tensors_of
 
@@ -45,11 +45,14 @@ class Record:
         check_layout(parameters_of(like), parameters, source)
         return cls(parameters, buffers, lambda: network)
 
-    def tensors(self, device: torch.device) -> tuple[State, State]:
-        """Return the parameters and buffers on a device."""
-        return on_device(self.parameters, device), on_device(self.buffers, device)
+    @property
+    def state(self) -> State:
+        """Both as one state."""
+        # Never written to, so that any mapping will do.
+        return ChainMap(*cast(Any, (self.parameters, self.buffers)))
 
 
+@dataclass(eq=False)
 class ExpertSource:
     """N experts of one architecture, whose heads are padded with zeros to the largest class count.
 
@@ -60,29 +63,14 @@ class ExpertSource:
         padding: The head's name and its number of outputs, where heads are padded.
         unpadded: The experts in memory as they are.
         device: The device of all tensors.
-
-    Attributes:
-        count: N.
-        tensors, initial_tensors: The experts' and the shared initialisation's parameters and buffers.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        initial: Record | None,
-        skeleton: nn.Module,
-        padding: tuple[str, int] | None,
-        unpadded: Sequence[nn.Module],
-        device: torch.device,
-    ) -> None:
-        self.count = len(records)
-        self.skeleton = skeleton
-        self.padding = padding
-        self.unpadded = unpadded
-        self.device = device
-        self._records = records
-        self.tensors = [record.tensors(device) for record in records]
-        self.initial_tensors = None if initial is None else initial.tensors(device)
+    records: Sequence[Record]
+    initial: Record | None
+    skeleton: nn.Module
+    padding: tuple[str, int] | None
+    unpadded: Sequence[nn.Module]
+    device: torch.device
 
     @classmethod
     def of_networks(
@@ -90,8 +78,8 @@ class ExpertSource:
     ) -> "ExpertSource":
         """Return experts in memory; padded ones are copies that share all other tensors.
 
-        Raises ConfigurationError for no experts or unlike ones, HeadError if heads cannot be padded, StateError where
-        experts or the shared initialisation have parameters of other names or shapes.
+        Raises ConfigurationError for no experts, unlike ones or an initialisation of more classes, HeadError if heads
+        cannot be padded, StateError where experts or the shared initialisation have other names or shapes.
         """
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
@@ -102,52 +90,56 @@ class ExpertSource:
                     "into one, or compile it afterwards"
                 )
         _check_alike(networks)
-        unpadded = list(networks)
-        padded = of_one_width(unpadded)
+        padded = of_one_width(networks)
         skeleton = padded[0]
         padding = None
-        if padded != unpadded:
-            head = head_name(skeleton)
-            outputs = len(skeleton.get_submodule(head).get_parameter("weight"))
-            padding = (head, outputs)
+        if any(own is not given for own, given in zip(padded, networks, strict=True)):
+            width = linear_head(skeleton).out_features
+            padding = (head_name(skeleton), width)
+            if initial is not None:
+                _check_width(linear_head(initial).out_features, width)
+                initial = pad_head(initial, width)
         start = None
         if initial is not None:
-            like_experts = initial if padding is None else pad_head(initial, padding[1])
-            start = Record.of_network(like_experts, skeleton, "the shared initialisation")
+            start = Record.of_network(initial, skeleton, "the shared initialisation")
         records = [
             Record.of_network(network, skeleton, f"expert {place}")
             for place, network in enumerate(padded)
         ]
-        return ExpertSource(records, start, skeleton, padding, unpadded, device_of(unpadded[0]))
+        return ExpertSource(records, start, skeleton, padding, networks, device_of(networks[0]))
 
     def network(self, place: int) -> nn.Module:
         """Return an expert; one in a file is loaded anew."""
-        return self._records[place].load()
+        return self.records[place].load()
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the experts, those in files one at a time."""
-        for place in range(self.count):
-            yield self.network(place)
+        for record in self.records:
+            yield record.load()
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
         return clone(self.skeleton)
 
 
-def whole_state(tensors: tuple[State, State]) -> State:
-    """Return a network's parameters and buffers as one state, still read on access."""
-    return ChainMap(*cast(Any, tensors))  # never written to, so that any mapping will do
+def _check_width(found: int, width: int) -> None:
+    """Raise ConfigurationError where the shared initialisation has more classes than the experts."""
+    if found > width:
+        raise ConfigurationError(
+            f"found a shared initialisation of {found} classes for experts of up to {width}, expected no more; "
+            "give one with the experts' head"
+        )
 
 
 def _check_alike(networks: Sequence[nn.Module]) -> None:
     """Raise ConfigurationError where modules of a name are of different classes, or parameters of different types."""
-    first = _kinds(networks[0])
-    for network in networks[1:]:
+    kinds: dict[str, str] = {}
+    for network in networks:
         for name, kind in _kinds(network).items():
-            expected = first.get(name, kind)
-            if kind != expected:
+            known = kinds.setdefault(name, kind)
+            if kind != known:
                 raise ConfigurationError(
-                    f"found experts with '{name or 'network'}' of {expected} and {kind}, "
+                    f"found experts with '{name or 'network'}' of {known} and {kind}, "
                     "expected one class and type; convert them"
                 )
 
@@ -184,7 +176,7 @@ class ExpertFiles(ExpertSource):
         device: torch.device | str = "cpu",
     ) -> None:
         self.paths = dict(paths)
-        self.initial = initial
+        self.initial_path = initial
         files = [open_network(path) for path in self.paths.values()]
         self.config = files[0].config
         self.class_counts = [file.num_classes for file in files]
@@ -195,7 +187,9 @@ class ExpertFiles(ExpertSource):
         records = [_record_of(file, skeleton, padding, home) for file in files]
         start = None
         if initial is not None:
-            start = _record_of(open_network(initial), skeleton, padding, home)
+            file = open_network(initial)
+            _check_width(file.num_classes, self.width)
+            start = _record_of(file, skeleton, padding, home)
         super().__init__(records, start, skeleton, padding, (), home)
 
     @cached_property
@@ -215,15 +209,14 @@ def _record_of(
     """Return a record of a file; a StateError where it is not like the skeleton, but for the head's outputs."""
     head, width = padding
     own = skeleton.state_dict()
-    for name in (f"{head}.weight", f"{head}.bias"):
-        if name in own:
-            own[name] = with_rows(own[name], file.num_classes)
-    check_layout(own, file.state, str(file.path))
+    expected = padded_state(own, head, file.num_classes)
+    check_layout(expected, file.state, str(file.path))
     every_name = dict(skeleton.named_parameters(remove_duplicate=False))
     parameters = file.select([name for name, _ in skeleton.named_parameters()])
     buffers = file.select([name for name in own if name not in every_name])
     load = partial(_load_padded, file.path, width, device)
-    return Record(padded_state(parameters, head, width), buffers, load)
+    padded = padded_state(parameters, head, width)
+    return Record(on_device(padded, device), on_device(buffers, device), load)
 
 
 def _load_padded(path: Path, width: int, device: torch.device) -> nn.Module:
@@ -240,14 +233,11 @@ def spread(experts: Sequence[State], row: Sequence[float], without: tuple[str, .
     for name, first in experts[0].items():
         if first.ndim < 2 or not first.is_floating_point() or name.startswith(without):
             continue
-        # Which may be read from files.
-        matrices = [expert[name].detach().double() for expert in experts]
-        mean = torch.zeros_like(matrices[0])
-        for beta, matrix in zip(row, matrices, strict=True):
-            mean = mean + beta * matrix
+        mean = weighted_mean(experts, row, name, torch.float64).detach()
         square = 0.0
-        for beta, matrix in zip(row, matrices, strict=True):
-            square += beta * float((matrix - mean).square().sum())
+        for expert, beta in zip(experts, row, strict=True):
+            off = expert[name].detach().double() - mean
+            square += beta * float(off.square().sum())
         size = max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)
         found.append((square / size) ** 0.5)
     return statistics.median(found) if found else 0.0

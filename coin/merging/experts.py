@@ -1,6 +1,6 @@
 """The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from coin.core.batches import Batch, map_tensors, size_of
 from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.files.tensors import State, check_finite, on_device
+from coin.files.tensors import State, check_finite
 from coin.merging.expert_sources import ExpertFiles, ExpertSource
 from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter
 from coin.networks.calling import as_input, checked_batch, clone
 from coin.networks.guard import evaluating
-from coin.networks.heads import padded_state
 from coin.networks.running import Run, check_as_plain, linear_heads, run_network
 from coin.networks.weights import fill_network
-from coin.statistics import FisherKind, FisherOptions
-from coin.statistics.files import StatisticPaths, check_statistic, open_statistics
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, statistic_sums
+from coin.statistics.files import StatisticPaths
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
@@ -43,10 +41,16 @@ def in_all(states: Sequence[State]) -> list[str]:
     return [name for name in states[0] if all(name in state for state in states)]
 
 
-def _logits(network: nn.Module, inputs: Batch) -> Tensor:
-    """Return a network's logits in eval mode."""
-    with evaluating(network, gradients=False):
-        return run_network(network, as_input(inputs, network), features=False).logits
+def fill(network: nn.Module, state: State) -> None:
+    """Copy parameters and buffers into a network; tied ones may have two names."""
+    tensors = network.state_dict()  # which share the network's memory
+    tensors.update({name: tensor for name, tensor in state.items() if name in tensors})
+    fill_network(network, tensors, "the coded model")
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            # An expanded buffer cannot be written to.
+            if name in state and not torch.equal(buffer, state[name].to(buffer.device)):
+                buffer.copy_(state[name])
 
 
 class Experts:
@@ -92,7 +96,7 @@ class Experts:
         if not isinstance(networks, ExpertSource):
             networks = ExpertSource.of_networks(networks, initial)
         self.source = networks
-        self.count = networks.count
+        self.count = len(networks.records)
         for what, given in {"fishers": fishers, "grams": grams, "calibration": calibration}.items():
             if given is not None and len(given) != self.count:
                 raise ConfigurationError(
@@ -101,9 +105,9 @@ class Experts:
         self.train = train
         self.passes = 0.0
         self.seconds = 0.0
+        self.given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         self.statistic_paths = statistics or {}
-        self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
-        self._statistics: dict[Statistic, Sequence[State]] = {}
+        self.statistics: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[int, Tensor] = {}  # by the part of `split`
         self.is_calibrated = calibration is not None
         self._calibration = [self._samples_of(each) for each in calibration or ()]
@@ -154,12 +158,12 @@ class Experts:
     @property
     def parameters(self) -> Sequence[State]:
         """Every expert's parameters, same names and shapes; those in files are read on access."""
-        return [parameters for parameters, _ in self.source.tensors]
+        return [record.parameters for record in self.source.records]
 
     @property
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers; those in files are read on access."""
-        return [buffers for _, buffers in self.source.tensors]
+        return [record.buffers for record in self.source.records]
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
@@ -170,19 +174,18 @@ class Experts:
 
         Raises StateError where its parameters are not like the experts', or not finite.
         """
-        initial = self.source.initial_tensors
+        initial = self.source.initial
         if initial is None:
             raise ConfigurationError(
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give one, or "
                 "choose another"
             )
-        parameters, _ = initial
-        check_finite(parameters, "the shared initialisation")
-        return initial
+        check_finite(initial.parameters, "the shared initialisation")
+        return initial.parameters, initial.buffers
 
     def samples(self, data: DataChoice) -> Sequence[Calibration]:
         """Return for every expert the samples for its statistics: its own task's, or all tasks'."""
-        if data is DataChoice.pooled:
+        if data == DataChoice.pooled:
             return [self.pooled] * self.count
         if not self.is_calibrated:
             raise ConfigurationError(
@@ -228,17 +231,12 @@ class Experts:
         """Raise StateError where a copy of the first expert with the last's tensors does not answer as the last."""
         if not self.is_calibrated or isinstance(self.source, ExpertFiles):
             return
-        inputs = self._two_samples()
         first, last = self.networks[0], self.networks[-1]
-        _logits(first, inputs)  # a copy has what a pass leaves in attributes
+        self._logits(first)  # a copy has what a pass leaves in attributes
         copied = clone(first)
-        fill_network(copied, last.state_dict(), "the last expert")
-        with torch.no_grad():
-            for own, other in zip(copied.buffers(), last.buffers(), strict=True):
-                if not torch.equal(own, other):  # one that is not persistent
-                    own.copy_(other)
-        found = _logits(copied, inputs)
-        expected = _logits(last, inputs)
+        fill(copied, self.source.records[-1].state)
+        found = self._logits(copied)
+        expected = self._logits(last)
         tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
         if bool(((found - expected).abs() > tolerance).any()):
             raise StateError(
@@ -246,19 +244,22 @@ class Experts:
                 "expected a network that is its parameters and buffers; keep nothing made of them in an attribute"
             )
 
-    def _two_samples(self) -> Batch:
-        """Return two calibration samples, or the one that there is."""
+    def _logits(self, network: nn.Module) -> Tensor:
+        """Return a network's logits on `_few` samples."""
+        with evaluating(network, gradients=False):
+            return run_network(network, self._few(network), features=False).logits
+
+    def _few(self, network: nn.Module) -> Batch:
+        """Return two calibration samples, or the one that there is, as a network takes them."""
         count = min(2, self.pooled.num_samples)
-        inputs: Batch = self.pooled.inputs(torch.arange(count))
-        return inputs
+        return as_input(self.pooled.inputs(torch.arange(count)), network)
 
     def check_as_plain(self, body: nn.Module, adapters: Sequence[Adapter]) -> None:
         """Raise StateError as `coin.networks.running.check_as_plain`, on two samples if there are any."""
         if self.is_calibrated:
             adapted = Adapted(body, adapters).to(self.source.device)
-            few = self._two_samples()
             with evaluating(adapted, gradients=False):
-                check_as_plain(adapted, as_input(few, adapted))
+                check_as_plain(adapted, self._few(adapted))
 
     def _run_experts(self, part: int) -> Tensor:
         """Return all experts' logits ``[N, P, C]`` on a part of `split`."""
@@ -270,57 +271,3 @@ class Experts:
                 logits.append(run.logits)
             self._outputs[part] = torch.stack(logits)
         return self._outputs[part]
-
-    def statistic(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert: given, from files, or computed on the calibration samples and counted.
-
-        It is like the padded experts. A Fisher's head gets the mean of its rows where outputs weigh alike, since each
-        logit is its own row times the features, and zeros where they weigh by probabilities, which padded ones lack.
-        Raises ConfigurationError where it is not given, nor calibration data for it.
-        """
-        if which in self._statistics:
-            return self._statistics[which]
-        source = self.source
-        states: Sequence[State]
-        if isinstance(source, ExpertFiles):
-            states = self._read(which, source.fingerprints)
-        else:
-            given = self._given[which.name]
-            states = self._compute(which) if given is None else given
-            _check_statistics(states, which, source.unpadded)
-        if source.padding is not None and which.kind is not None:
-            head, outputs = source.padding
-            weigh_alike = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
-            states = [padded_state(state, head, outputs, mean=weigh_alike) for state in states]
-        self._statistics[which] = [on_device(state, source.device) for state in states]
-        return self._statistics[which]
-
-    def _read(self, which: Statistic, fingerprints: Mapping[str, str]) -> Sequence[State]:
-        """Open the files of a statistic, and count what making them took."""
-        files = open_statistics(self.statistic_paths, which, fingerprints)
-        for file in files:
-            self.seconds += file.provenance.get("seconds", 0.0)
-            self.passes += file.provenance.get("passes", 0.0)
-        return files
-
-    def _compute(self, which: Statistic) -> Sequence[State]:
-        """Compute a statistic on the calibration samples: of padded experts, but for a Fisher.
-
-        There a padded class would get a probability too.
-        """
-        options = None if which.kind is None else FisherOptions(which.kind)
-        networks = self.networks if which.kind is None else self.source.unpadded
-        means = []
-        for network, batches in zip(networks, self.samples(which.data), strict=True):
-            sums = statistic_sums(network, batches, options)
-            means.append(sums.mean())
-            self.passes += sums.passes
-        return means
-
-
-def _check_statistics(
-    states: Sequence[State], which: Statistic, networks: Sequence[nn.Module]
-) -> None:
-    """Raise StateError where a statistic is not the network's."""
-    for index, (state, network) in enumerate(zip(states, networks, strict=True)):
-        check_statistic(which.name, state, network, f"the {which.name} of expert {index}")

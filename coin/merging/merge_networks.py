@@ -66,10 +66,6 @@ def merge_networks(
         raise ConfigurationError(
             f"found method {method!r}, expected an object of a method's class; give coin.Refit()"
         )
-    if len(networks) < 2:
-        raise ConfigurationError(
-            f"found {len(networks)} experts, expected at least two; give those of two tasks"
-        )
     if not isinstance(code, Code):
         code = Code(code)
     home = device_of(networks[0])
@@ -82,15 +78,13 @@ def merge_networks(
     )
     began = time.perf_counter()
     made = []
-    compressed: dict[str, list[Compressed]] = {
-        f"{method.label}-{each.name}": [] for each in method.compress
-    }
+    compressed: dict[str, list[Compressed]] = {label: [] for label in method.compressed_labels}
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        for row in code.matrix.tolist():
-            coded = method.coded_model(experts, row)
-            made.append(coded)
-            for variants, each in zip(compressed.values(), method.compress, strict=True):
-                variants.append(method.pack(experts, row, coded, each.bits))
+        for variant in method.coded_models(experts, code):
+            if variant.packed is None:
+                made.append(variant.made)
+            else:
+                compressed[variant.label].append(variant.packed)
     merged = Merged(made, compressed, experts.passes, time.perf_counter() - began)
     for network in merged:
         network.to(home)

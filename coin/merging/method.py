@@ -1,16 +1,18 @@
 """The base class of merge methods."""
 
 import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-import torch
 from torch import nn
 
+from coin.coding import Code
 from coin.errors import ConfigurationError
-from coin.files.tensors import State, check_finite
+from coin.files.tensors import check_finite
 from coin.merging.body import Body, Fit, fit_body
 from coin.merging.experts import Experts
 from coin.merging.rounding import Rounding
@@ -18,9 +20,11 @@ from coin.networks.adapter import Adapter, AdapterOptions
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.delta import Rounded
-from coin.networks.weights import fill_network, parameters_of
+from coin.networks.weights import parameters_of
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
+
+T = TypeVar("T")
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section ``{bits: 4}``, or several."""
@@ -44,6 +48,27 @@ class CodedModel:
     chosen: dict[str, Any] = field(default_factory=dict)
     body: Body | None = None
     adapters: Sequence[Adapter] = ()
+
+
+class Variant(NamedTuple):
+    """A method's result for one row of a code, whole or compressed.
+
+    Attributes:
+        label: What results call it.
+        row: Which of the code's rows it is for.
+        made: The coded model.
+        seconds, passes: What making it took, with the coded model that is compressed, and the statistics read for that.
+        compression: How it is compressed, if it is.
+        packed: The compressed coded model, if it is one.
+    """
+
+    label: str
+    row: int
+    made: CodedModel
+    seconds: float
+    passes: float
+    compression: Compression | None = None
+    packed: Compressed | None = None
 
 
 class Method(ABC):
@@ -106,6 +131,11 @@ class Method(ABC):
         self.compress = [Compression.of(each, base_bits=0) for each in sections if each is not None]
 
     @property
+    def compressed_labels(self) -> list[str]:
+        """What results call its compressed variants."""
+        return [f"{self.label}-{each.name}" for each in self.compress]
+
+    @property
     def fit(self) -> Fit:
         """How a body is fitted: its adapters alone, if there are any."""
         return Fit(adapters=self.adapters)
@@ -128,14 +158,14 @@ class Method(ABC):
         experts.check(row)
         made = self.make(experts, row)
         made.network.to(experts.source.device)  # one that was trained is where its Trainer left it
-        check_coded(made.network, experts, self.label)
+        check_coded(made.network, self.label)
         body = made.body
         if body is None and self.adapters is not None:
             body = Body.of(made.network, experts, self.label)
         if body is None:
             return made
         network, adapters = fit_body(body, experts, row, self.fit, self.label)
-        check_coded(network, experts, self.label)
+        check_coded(network, self.label)
         if adapters:
             experts.check_as_plain(network, adapters)
         return CodedModel(network, made.chosen, body, adapters)
@@ -161,6 +191,22 @@ class Method(ABC):
         experts.check_as_plain(packed.packed(), adapters)
         return packed
 
+    def coded_models(
+        self, experts: Experts, code: Code, *, whole_only: bool = False
+    ) -> Iterator[Variant]:
+        """Make the coded model of every row of a code, each followed by its compressed variants; see `coded_model`."""
+        for row, weights in enumerate(code.matrix.tolist()):
+            make = partial(self.coded_model, experts, weights)
+            made, seconds, passes = _measured(experts, make)
+            yield Variant(self.label, row, made, seconds, passes)
+            if whole_only:
+                continue
+            for label, how in zip(self.compressed_labels, self.compress, strict=True):
+                pack = partial(self.pack, experts, weights, made, how.bits)
+                packed, more, more_passes = _measured(experts, pack)
+                cost = (seconds + more, passes + more_passes)
+                yield Variant(label, row, made, *cost, how, packed)
+
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it needs."""
         return ()
@@ -170,25 +216,16 @@ class Method(ABC):
         return self
 
 
-def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
-    """Raise StateError where a method's coded model is not finite, but for buffers that are infinite in experts."""
-    infinite = [
-        name for name, buffer in experts.buffers[0].items() if bool(torch.isinf(buffer).any())
-    ]
-    tensors = {**parameters_of(network), **dict(network.named_buffers())}
-    check_finite(tensors, f"the coded model of method '{label}'", infinite)
+def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, float, float]:
+    """Return what is made of experts, and the seconds and passes that it took, with those of the statistics it read."""
+    started = time.perf_counter() - experts.seconds
+    passes = experts.passes
+    made = make()
+    return made, time.perf_counter() - started + experts.seconds, experts.passes - passes
 
 
-def fill(network: nn.Module, state: State) -> None:
-    """Copy parameters and buffers into a network; tied ones may have two names."""
-    tensors = network.state_dict()  # which share the network's memory
-    tensors.update({name: tensor for name, tensor in state.items() if name in tensors})
-    fill_network(network, tensors, "the coded model")
-    kept = network.state_dict()
-    with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            if name not in state or name in kept:
-                continue
-            value = state[name].to(buffer.device)  # of a buffer that is not persistent
-            if not torch.equal(buffer, value):  # an expanded buffer cannot be written to
-                buffer.copy_(value)
+def check_coded(network: nn.Module, label: str) -> None:
+    """Raise StateError where a method's coded model is not finite; buffers, such as masks, may be infinite."""
+    buffers = dict(network.named_buffers())
+    tensors = {**parameters_of(network), **buffers}
+    check_finite(tensors, f"the coded model of method '{label}'", buffers)

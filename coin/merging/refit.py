@@ -6,8 +6,8 @@ from coin.core.choices import check_integer, check_number
 from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters
 from coin.merging.body import Body, Fit
-from coin.merging.experts import Experts
-from coin.merging.method import Adapters, CodedModel, Compress, Method, fill
+from coin.merging.experts import Experts, fill
+from coin.merging.method import Adapters, CodedModel, Compress, Method
 from coin.networks.batchnorm import BatchNormPolicy
 
 
@@ -77,6 +77,7 @@ class Refit(Method):
         parameters = average_parameters(experts.parameters, row)
         buffers = weighted_sum(experts.buffers, row)
         fill(average, {**parameters, **buffers})
-        body = Body.of(average, experts, self.label, experts.source.tensors, row)
+        states = [record.state for record in experts.source.records]
+        body = Body.of(average, experts, self.label, states, row)
         chosen = {"ridge": self.ridge, "averaged": body.rest}
         return CodedModel(body.network, chosen, body)

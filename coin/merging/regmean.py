@@ -1,9 +1,8 @@
 """RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from enum import StrEnum
-from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -15,6 +14,7 @@ from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import MergeMethod
+from coin.merging.expert_statistics import statistics_of
 from coin.merging.experts import Experts, in_all
 from coin.statistics import FisherKind
 from coin.statistics.solvers import solve_damped
@@ -81,7 +81,7 @@ class RegMean(MergeMethod):
     def parameters(self, experts: Experts, row: Sequence[float]) -> State:
         """Return the solution."""
         (which,) = self.statistics()
-        grams = experts.statistic(which)
+        grams = statistics_of(experts, which)
         return regmean_parameters(
             experts.parameters, grams, row, self.alpha, self.damping, self.layers
         )
@@ -109,52 +109,54 @@ def regmean_parameters(
     for name in progress_bar(RegMean.name, items=in_all(grams)):
         is_linear = experts[0][name].ndim == 2
         if is_linear or layers == RegMeanLayers.all:
-            of_map = (gram[name] for gram in grams)  # one at a time: they may lie in files
-            merged |= regmean_map(experts, of_map, weights, name, alpha, damping)
+            merged |= regmean_map(experts, grams, weights, name, alpha, damping)
     return merged
 
 
 def regmean_map(
     experts: Sequence[State],
-    grams: Iterable[Tensor],
+    grams: Sequence[State],
     weights: Sequence[float],
     name: str,
     alpha: float,
     damping: float,
 ) -> dict[str, Tensor]:
     """Return one map's weight, and its bias if the Gram matrices have a row for it; see `regmean_parameters`."""
-    rest = iter(grams)
-    first = next(rest)
-    names = _solved_by(first, name, experts[0])
+    shape = grams[0][name].shape
+    names = _solved_by(shape, name, experts[0])
     means = {each: weighted_mean(experts, weights, each, torch.float64) for each in names}
-    average = _joint_map(means, names, len(first))  # W̄ [G, C_out/G, K]
+    average = _joint_map(means, names, shape[0])  # W̄ [G, C_out/G, K]
     pull = torch.zeros_like(average)
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for expert, gram, weight in zip(experts, chain([first], rest), weights, strict=True):
-        if gram.shape != total.shape:
+    total = average.new_zeros(shape)
+    for expert, state, weight in zip(experts, grams, weights, strict=True):
+        gram = state[name].double()
+        if gram.shape != shape:
             raise StateError(
                 f"the Gram matrices of '{name}' are not of one shape; give those of experts alike"
             )
-        diagonal = torch.diag_embed(gram.double().diagonal(dim1=1, dim2=2))
-        shrunk = alpha * gram.double() + (1 - alpha) * diagonal
-        own = _joint_map(expert, names, len(gram))
+        diagonal = torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+        shrunk = alpha * gram + (1 - alpha) * diagonal
+        own = _joint_map(expert, names, shape[0])
         pull += weight * (own - average) @ shrunk
         total.add_(shrunk, alpha=weight)
     solved = average + solve_damped(total, pull, damping, name)
-    likes = [experts[0][each] for each in names]
-    widths = [like[0].numel() for like in likes]
-    columns = torch.split(solved.flatten(0, 1), widths, 1)
+    columns = solved.flatten(0, 1)
     merged = {}
-    for each, like, own in zip(names, likes, columns, strict=True):
+    first = 0
+    for each in names:
+        like = experts[0][each]
+        width = like[0].numel()
+        own = columns[:, first : first + width]
         merged[each] = own.reshape(like.shape).to(like.dtype)
+        first += width
     return merged
 
 
-def _solved_by(gram: Tensor, weight: str, state: State) -> list[str]:
-    """Return what a Gram matrix ``[G, K, K]`` solves for, a weight and perhaps its bias; StateError if it fits none."""
+def _solved_by(gram: torch.Size, weight: str, state: State) -> list[str]:
+    """Return what a Gram matrix of this shape solves for, a weight and perhaps its bias; StateError if it fits none."""
     outputs = len(state[weight])
     width = state[weight][0].numel()
-    groups, rows, _ = gram.shape
+    groups, rows, _ = gram
     bias = weight.removesuffix("weight") + "bias"
     if outputs % groups == 0 and rows == width:
         return [weight]

@@ -1,6 +1,6 @@
 """The regression of one unit at its call in a forward pass: its rows, and the fit of its weight and its bias."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
@@ -33,16 +33,13 @@ class Regression(NamedTuple):
     weights: Tensor
     tasks: Tensor
 
-    def split(self, counts: Sequence[int]) -> Iterator["Regression"]:
-        """Yield the regressions of so many samples each, in their order."""
-        sizes = list(counts)
-        rows = [self.weights.shape[1] * count for count in counts]
-        return map(
-            Regression,
-            torch.split(self.inputs, rows, 1),
-            torch.split(self.targets, rows, 1),
-            torch.split(self.weights, sizes),
-            torch.split(self.tasks, sizes),
+    def part(self, first: int, count: int) -> "Regression":
+        """Return the regression of so many samples from the first of them on."""
+        samples = slice(first, first + count)
+        positions = self.weights.shape[1]
+        rows = slice(positions * first, positions * (first + count))
+        return Regression(
+            self.inputs[:, rows], self.targets[:, rows], self.weights[samples], self.tasks[samples]
         )
 
 

@@ -1,5 +1,6 @@
 """The affine units of a network, its maps with the BatchNorms behind them, found in a forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -92,19 +93,23 @@ class Unit:
         """Return the bytes of its outputs at so many positions in all, in float32."""
         return 4 * positions * self.channels
 
+    @property
+    def columns(self) -> Tensor:
+        """The places of these taps' columns among all K of the weight, tap by tap [K']."""
+        channels = torch.arange(self.unknowns // self.kernel)
+        places = torch.tensor(self.taps)[:, None] + self.kernel * channels
+        return places.flatten()
+
     def columns_of(self, weight: Tensor) -> Tensor:
-        """Return the matrices [G, O, K'] of a weight, tap by tap, without the columns that multiply padding alone."""
-        by_tap = weight.reshape(self.groups, -1, self.unknowns // self.kernel, self.kernel)
-        if len(self.taps) < self.kernel:
-            by_tap = by_tap[..., list(self.taps)]
-        return by_tap.transpose(2, 3).flatten(2)
+        """Return the matrices [G, O, K'] of a weight, without the columns that multiply padding alone."""
+        matrices = weight.reshape(self.groups, -1, self.unknowns)
+        return matrices if self.kernel == 1 else matrices[..., self.columns]
 
     def from_columns(self, columns: Tensor) -> Tensor:
         """Return matrices of such columns […, K'] with all columns […, K] as in the weight, zero where left out."""
-        by_tap = columns.reshape(*columns.shape[:-1], len(self.taps), -1)
-        every = by_tap.new_zeros(*by_tap.shape[:-2], self.kernel, by_tap.shape[-1])
-        every[..., list(self.taps), :] = by_tap
-        return every.transpose(-1, -2).flatten(-2)
+        whole = columns.new_zeros(*columns.shape[:-1], self.unknowns)
+        whole[..., self.columns] = columns
+        return whole
 
 
 class Trace(NamedTuple):
@@ -141,12 +146,11 @@ def run_visited(network: nn.Module, inputs: Batch, visit: Visit) -> None:
 def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None) -> Trace:
     """Find the affine units of a network in eval mode, by a forward and two backward passes of three samples.
 
-    A call is a unit's where
+    A call of a function with parameters is a unit's where
 
     1. it is affine in its weight: a linear map, a convolution, a normalisation or a scale;
-    2. nothing else in the forward pass reads its weight or its bias;
-    3. its output has k rows for each sample, sample by sample. With the gradients of the three samples' outputs scaled
-       by 1, 2 and 4, what arrives at each row has the scale of its sample.
+    2. nothing else in the forward pass reads its weight or its bias (`Tape.shared`);
+    3. its output has k rows for each sample, sample by sample (`Tape.misplaced`);
     4. a sample has a single row, or no activation has placed rows before, as sorting does: gradients do not show the
        order of the rows within a sample, and another network may have another one.
 
@@ -186,21 +190,25 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
             output = more.run(network, as_input(others, network))
             excluded |= more.shared(output) | more.misplaced(output, batched=False)
             probes += size_of(others) * (1 + 2 * more.repetitions)
-    largest = 3
+    numbers = [max(call.inputs.numel(), call.made.numel()) for call in three.calls]
+    floats = _ALIVE * max(numbers, default=3) // 3
+    return Trace(_units_of(three.calls, network, excluded), three.weights, floats, probes)
+
+
+def _units_of(calls: Sequence[Call], network: nn.Module, excluded: set[str]) -> list[Unit]:
+    """Return the units of a network's calls on three samples; `excluded` are the parameters that violate 2 or 3."""
     units: list[Unit] = []
-    before: Call | None = None  # the call just before, where it is a unit's
-    for call in three.calls:
-        largest = max(largest, call.inputs.numel(), call.made.numel())
-        if before is not None and _is_norm_of(call, before, network, excluded):
-            module, _, _ = call.names["weight"].rpartition(".")
-            units[-1] = replace(units[-1], norm=module)
-            before = None
+    unit_before: Call | None = None  # the call just before, where it is a unit's
+    for call in calls:
+        if unit_before is not None and _is_norm_of(call, unit_before, network, excluded):
+            units[-1] = replace(units[-1], norm=_module_of(call))
+            unit_before = None
         elif _is_unit(call, excluded):
             units.append(_unit(call))
-            before = call
+            unit_before = call
         elif "weight" in call.names:
-            before = None
-    return Trace(units, three.weights, _ALIVE * largest // 3, probes)
+            unit_before = None
+    return units
 
 
 def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
@@ -210,12 +218,13 @@ def _samples(inputs: Batch, count: int, network: nn.Module) -> Batch:
 
 
 def _is_unit(call: Call, excluded: set[str]) -> bool:
-    """Whether a call on three samples is a unit's map; `excluded` are the parameters that violate 2 or 3."""
+    """Whether a call on three samples is a unit's map."""
     is_scale = isinstance(call, ElementwiseCall) and not call.added
     is_affine = is_scale or isinstance(call, LinearCall)
     # A bias may also be a buffer.
     has_parameters = "weight" in call.names and (call.bias is None or "bias" in call.names)
-    is_in_order = call.made[:-1] == (3,) or not call.decided
+    has_one_row = call.made[:-1] == (3,)
+    is_in_order = has_one_row or not call.decided
     return is_affine and has_parameters and is_in_order and excluded.isdisjoint(call.names.values())
 
 
@@ -224,23 +233,33 @@ def _is_norm_of(norm: Call, call: Call, network: nn.Module, excluded: set[str]) 
     is_matrix = isinstance(call, LinearCall) and len(call.made) == 2
     is_per_row = is_matrix or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
-    has_parameters = norm.names.keys() == {"weight", "bias"}
-    if not (is_per_row and reads_it_alone and has_parameters):
+    if not (is_per_row and reads_it_alone and norm.names.keys() == {"weight", "bias"}):
         return False
-    module, _, _ = norm.names["weight"].rpartition(".")
-    is_batchnorm = isinstance(network.get_submodule(module), _BatchNorm)
+    is_batchnorm = isinstance(network.get_submodule(_module_of(norm)), _BatchNorm)
     return is_batchnorm and excluded.isdisjoint(norm.names.values())
+
+
+def _module_of(call: Call) -> str:
+    """Return the name of the module whose weight a call reads."""
+    module, _, _ = call.names["weight"].rpartition(".")
+    return module
 
 
 def _unit(call: Call) -> Unit:
     """Return a call on three samples as a unit without a BatchNorm."""
     size = call.weight.numel()
-    if isinstance(call, ElementwiseCall):
-        groups = channels = size
-    else:
-        groups = 1
-        channels = len(call.weight)
-    unit = Unit(
+    is_scale = isinstance(call, ElementwiseCall)
+    channels = size if is_scale else len(call.weight)
+    groups = channels if is_scale else 1
+    kernel = 1
+    taps: tuple[int, ...] = (0,)
+    if isinstance(call, ConvolutionCall):
+        groups = call.geometry.groups
+        _, every_tap = call.taps
+        kernel = len(every_tap)
+        met = tuple(tap for tap, (places, _) in enumerate(every_tap) if len(places) > 0)
+        taps = met or taps  # which multiplies zeros
+    return Unit(
         weight=call.names["weight"],
         bias=call.names.get("bias"),
         norm=None,
@@ -248,19 +267,9 @@ def _unit(call: Call) -> Unit:
         groups=groups,
         outputs=channels // groups,
         unknowns=size // channels,
-    )
-    if not isinstance(call, ConvolutionCall):
-        return unit
-    groups = call.geometry.groups
-    _, all_taps = call.taps
-    met = tuple(tap for tap, (places, _) in enumerate(all_taps) if len(places) > 0)
-    return replace(
-        unit,
-        groups=groups,
-        outputs=channels // groups,
-        is_convolution=True,
-        kernel=len(all_taps),
-        taps=met or (0,),  # which multiplies zeros
+        is_convolution=isinstance(call, ConvolutionCall),
+        kernel=kernel,
+        taps=taps,
     )
 
 

@@ -11,8 +11,8 @@ from coin.core.devices import seeded
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
 from coin.files.user_code import source_of
-from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, Compress, Method, fill
+from coin.merging.experts import Experts, fill
+from coin.merging.method import CodedModel, Compress, Method
 from coin.networks.calling import as_input, clone
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice

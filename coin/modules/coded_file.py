@@ -14,7 +14,7 @@ from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import check_layout, fingerprint
-from coin.merging.method import fill
+from coin.merging.experts import fill
 from coin.networks import Adapted, Compressed
 from coin.networks.calling import clone
 from coin.networks.compressed import stored

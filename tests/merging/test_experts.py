@@ -1,142 +1,225 @@
-"""Experts of unequal class counts, and networks that are called with batches of anything made of tensors."""
+"""Experts of unequal class counts, in memory and in files, and batches of anything made of tensors."""
 
 from copy import deepcopy
-from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from closeness import close
 from torch import nn
+from torch.testing import assert_close
 
-from coin.coding import Code
+import coin
 from coin.errors import ConfigurationError, DataError, HeadError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
-from coin.modules import Coded
-from coin.networks import recalibrate
-from coin.statistics import fisher_diagonal, gram_sums
+from coin.merging.expert_sources import FAR, ExpertFiles, spread
+from coin.merging.expert_statistics import statistics_of
+from coin.networks import load_network, recalibrate
+from coin.statistics import fisher_diagonal, fisher_sums, gram_sums, save_statistic
 
-CODE = Code([[0.4, 0.6]])
-by_label = attrgetter("label")
+CODE = [(0.4, 0.6)]
 
 
-def equal(first, second):
-    return all(torch.equal(second[name], tensor) for name, tensor in first.items()) and first.keys() == second.keys()
+def labels(method):
+    return method.label
 
 
 # Class counts
 
-METHODS = [Average(), Coin(), RegMean(), HeadFit(), Base(), Refit()]
-DRAW = torch.Generator().manual_seed(5)
-CALIBRATION = [[torch.randn(12, 6, generator=DRAW, dtype=torch.float64)] for _ in range(2)]
 
-
-def make(seed, classes, last=None):
+def perceptron(seed, classes, *after):
     torch.manual_seed(seed)
-    body = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes)]
-    return nn.Sequential(*body, *([last] if last is not None else [])).double()
+    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes), *after
+    return nn.Sequential(*layers).double()
 
 
 def padded(network, classes):
     """The same network with a head of more rows, all zero."""
     wide = deepcopy(network)
-    for name in ("weight", "bias"):
-        own = getattr(wide[2], name)
-        zeros = own.new_zeros(classes - len(own), *own.shape[1:])
-        setattr(wide[2], name, nn.Parameter(torch.cat([own, zeros])))
+    for name, own in network[2].named_parameters():
+        rows = own.new_zeros(classes, *own.shape[1:])
+        rows[: len(own)] = own.detach()
+        setattr(wide[2], name, nn.Parameter(rows))
     return wide
 
 
-@pytest.mark.parametrize("method", METHODS, ids=by_label)
-def test_heads_are_padded_with_zeros_to_the_largest_count(method):
-    counts = (2, 4)
-    experts, initial = [make(seed, classes) for seed, classes in enumerate(counts)], make(7, 3)
-    before = deepcopy([expert.state_dict() for expert in experts])
-    (found,) = merge_networks(method, experts, CODE, calibration=CALIBRATION, initial=initial)
+@pytest.fixture
+def calibration():
+    draw = torch.Generator().manual_seed(5)
+    return [[torch.randn(12, 6, generator=draw, dtype=torch.float64)] for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", [Average(), Coin(), RegMean(), HeadFit(), Base(), Refit()], ids=labels)
+def test_heads_are_padded_with_zeros_to_the_largest_count(method, calibration):
+    experts = [perceptron(0, 2), perceptron(1, 4)]
+    initial = perceptron(7, 3)
+    before = deepcopy(experts[0].state_dict())
+    (found,) = merge_networks(method, experts, CODE, calibration=calibration, initial=initial)
     wide = [padded(expert, 4) for expert in experts]
-    (expected,) = merge_networks(method, wide, CODE, calibration=CALIBRATION, initial=padded(initial, 4))
-    wanted = expected.state_dict()
-    for name, tensor in found.state_dict().items():  # of heads of two rows, and of four
-        assert close(tensor, wanted[name], sums=CALIBRATION[0][0].numel()), name
+    start = padded(initial, 4)
+    (expected,) = merge_networks(method, wide, CODE, calibration=calibration, initial=start)
+    for name, tensor in expected.state_dict().items():  # of heads of two rows, and of four
+        assert close(found.state_dict()[name], tensor, sums=72), name
     assert found[2].out_features == 4
-    assert all(equal(state, expert.state_dict()) for state, expert in zip(before, experts, strict=True))
-    assert [expert[2].out_features for expert in experts] == list(counts)
+    assert experts[0][2].out_features == 2
+    for name, tensor in experts[0].state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("kind", ["exact", "categorical"])
-def test_fishers_are_of_the_experts_and_not_of_padded_ones(kind):
+@pytest.mark.parametrize("is_given", [False, True])
+def test_fishers_are_of_the_experts_and_not_of_padded_ones(kind, is_given, calibration):
     """With 10 and 100 classes the categorical Fisher of the body had 0.138 of its own mass: padding took the rest."""
-    experts = [make(1, 10), make(2, 100)]
-    own = [fisher_diagonal(*each, kind=kind) for each in zip(experts, CALIBRATION, strict=True)]
+    networks = [perceptron(1, 10), perceptron(2, 100)]
+    own = []
+    for network, batches in zip(networks, calibration, strict=True):
+        own.append(fisher_diagonal(network, batches, kind=kind))
+    experts = Experts(networks, calibration=calibration, fishers=own if is_given else None)
     (which,) = Coin(fisher_kind=kind).statistics()
-    found = Experts(experts, calibration=CALIBRATION).statistic(which)
-    for theirs, wanted in zip(found, own, strict=True):
-        assert theirs["2.weight"].shape == (100, 8)
+    for found, expected in zip(statistics_of(experts, which), own, strict=True):
         for name in ("0.weight", "0.bias"):
-            assert torch.equal(theirs[name], wanted[name])
-    if kind == "categorical":
-        wide = fisher_diagonal(padded(experts[0], 100), CALIBRATION[0], kind=kind)
-        assert wide["0.weight"].sum() < 0.5 * own[0]["0.weight"].sum()
-
-
-@pytest.mark.parametrize("kind", ["exact", "categorical"])
-def test_given_statistics_are_padded_like_those_that_are_computed(kind):
-    experts = [make(1, 4), make(2, 2)]
-    fishers = [fisher_diagonal(*each, kind=kind) for each in zip(experts, CALIBRATION, strict=True)]
-    grams = [gram_sums(*each).mean() for each in zip(experts, CALIBRATION, strict=True)]
-    for method, given in (
-        (Coin(fisher_kind=kind, fisher_data="own"), {"fishers": fishers}),
-        (RegMean(gram_data="own"), {"grams": grams}),
-    ):
-        (found,) = merge_networks(method, experts, CODE, calibration=CALIBRATION, **given)
-        expected = merge_networks(method, experts, CODE, calibration=CALIBRATION)[0].state_dict()
-        for name, tensor in found.state_dict().items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
-        # A probability of a class that is none of the task's is no evidence: its rows are the other expert's alone.
-        if kind == "categorical" and "fishers" in given:
-            torch.testing.assert_close(found[2].weight[2:], experts[0][2].weight[2:], rtol=1e-2, atol=1e-3)
+            assert torch.equal(found[name], expected[name])
+        head = expected["2.weight"]
+        missing = found["2.weight"][len(head) :]
+        # Each logit of an exact Fisher is its own row times the features; a class that is not there is no evidence.
+        row = head.mean(0) if kind == "exact" else torch.zeros_like(head[0])
+        assert_close(missing, row.expand_as(missing))
 
 
 def test_a_network_that_is_its_head_is_padded():
     layers = [nn.Linear(6, 2), nn.Linear(6, 3)]
     (coded,) = merge_networks(Average(), layers, CODE)
-    torch.testing.assert_close(coded.weight[2], 0.6 * layers[1].weight[2])
+    assert_close(coded.weight[2], 0.6 * layers[1].weight[2])
 
 
-def test_heads_that_cannot_be_padded_are_told_in_one_line():
-    class Tied(nn.Module):
-        def __init__(self, classes):
-            super().__init__()
-            self.words, self.head = nn.Embedding(classes, 8), nn.Linear(8, classes, bias=False)
-            self.head.weight = self.words.weight
+def test_networks_without_a_head_are_merged_where_they_are_alike():
+    merge_networks(Average(), [nn.Bilinear(3, 3, 2), nn.Bilinear(3, 3, 2)], CODE)
+    merge_networks(Average(), [perceptron(1, 3, nn.Dropout()), perceptron(1, 3, nn.Identity())], CODE)
 
-    class Early(nn.Module):
-        def __init__(self, classes):
-            super().__init__()
-            self.classes, self.inner = nn.Linear(6, classes), nn.Linear(6, 6)
 
-    for kind, message in (
-        (Tied, r"'expert 1' has a tensor 'head\.weight' too many"),
-        (Early, r"'expert 1' has tensor 'classes\.weight' of shape \[2, 6\], expected \[3, 6\]"),
-        (lambda classes: nn.Sequential(nn.Bilinear(3, 3, classes)), "found no Linear layer in Sequential"),
-    ):
-        with pytest.raises(StateError, match=message):
-            Experts([kind(3), kind(2)])
-    rectified = nn.Sequential(make(2, 3)[0], nn.ReLU(), make(2, 3)[2])
-    others = {"0.weight' of torch": make(2, 3).float(), "network' of ": Early(3).double(), "1' of Tanh and": rectified}
-    for message, other in others.items():
-        with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
-            Experts([make(1, 3), other, make(4, 3)])
-    Experts([make(1, 3, each) for each in (nn.Dropout(), nn.Identity())])
-    with pytest.raises(StateError, match=r"'expert 1' has no tensor '2\.bias'"):
-        merge_networks(Average(), [make(1, 3), nn.Sequential(nn.Linear(6, 8)).double()], CODE)
-    merge_networks(Average(), [nn.Bilinear(3, 3, 2) for _ in "ab"], CODE)  # reads no head
-    softmax = [make(1, 3, nn.LogSoftmax(1)), make(2, 2, nn.LogSoftmax(1))]
+@pytest.fixture
+def of_files(write_experts):
+    """Return the files of two experts of unequal heads and of an initialisation, and the networks in them."""
+    paths = list(map(Path, write_experts([3, 2, 3]).values()))
+    networks = [load_network(path).network for path in paths]
+    return paths, networks
+
+
+@pytest.mark.parametrize("method", [Average(batchnorm="keep"), Base()], ids=labels)
+def test_experts_in_files_merge_as_those_in_memory(method, of_files):
+    paths, networks = of_files
+    files = ExpertFiles({"a": paths[0], "b": paths[1]}, paths[2])
+    assert files.class_counts == [3, 2]
+    found = method.make(Experts(files), CODE[0]).network.state_dict()
+    expected = Experts(networks[:2], initial=networks[2])
+    for name, tensor in method.make(expected, CODE[0]).network.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_statistics_in_files_are_read_and_counted(of_files, tmp_path):
+    paths, networks = of_files
+    calibration = [[torch.randn(6, 3, 16, 16)] for _ in networks[:2]]
+    method = Coin(batchnorm="average")
+    in_memory = Experts(networks[:2], calibration=calibration)
+    expected = method.make(in_memory, CODE[0]).network.state_dict()
+    (which,) = method.statistics()
+    statistics = {}
+    for task, network, batches in zip("ab", networks, calibration, strict=False):
+        statistics[task] = tmp_path / f"{task}.safetensors"
+        fisher = fisher_sums(network, batches)
+        save_statistic(statistics[task], fisher, network, data="own", seconds=2.0)
+    files = ExpertFiles({"a": paths[0], "b": paths[1]})
+    experts = Experts(files, statistics={which: statistics})
+    found = method.make(experts, CODE[0]).network.state_dict()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor)
+    assert experts.seconds == 4.0
+    assert experts.passes == in_memory.passes
+    without = Experts(files, statistics={which: {"a": statistics["a"]}})
+    with pytest.raises(ConfigurationError, match=r"found no Fisher \(exact, own\) of expert 'b'"):
+        method.make(without, CODE[0])
+
+
+def test_a_shared_initialisation_of_more_classes_than_the_experts_is_refused(write_experts):
+    experts = [perceptron(0, 2), perceptron(1, 4)]
+    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 4"):
+        merge_networks(Base(), experts, CODE, initial=perceptron(7, 5))
+    first, second, wide = map(Path, write_experts([3, 2, 5]).values())
+    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 3"):
+        ExpertFiles({"a": first, "b": second}, wide)
+
+
+# Unlike experts
+
+
+class Tied(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.words = nn.Embedding(classes, 8)
+        self.head = nn.Linear(8, classes, bias=False)
+        self.head.weight = self.words.weight
+
+
+class Early(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = nn.Linear(6, classes)
+        self.inner = nn.Linear(6, 6)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ([Tied(3), Tied(2)], r"'expert 1' has a tensor 'head\.weight' too many"),
+        ([Early(3), Early(2)], r"'expert 1' has tensor 'classes\.weight' of shape \[2, 6\]"),
+        ([perceptron(1, 3), perceptron(1, 3)[:2]], r"'expert 1' has no tensor '2\.bias'"),
+        ([nn.Bilinear(3, 3, 3), nn.Bilinear(3, 3, 2)], "found no Linear layer in Bilinear"),
+    ],
+)
+def test_experts_whose_tensors_differ_are_refused(experts, message):
+    with pytest.raises(StateError, match=message):
+        Experts(experts)
+
+
+def rectified():
+    network = perceptron(1, 3)
+    network[1] = nn.ReLU()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (perceptron(1, 3).float(), "0.weight' of torch"),
+        (Early(3).double(), "network' of "),
+        (rectified(), "1' of Tanh and"),
+    ],
+)
+def test_experts_of_unlike_layers_or_types_are_refused(other, message):
+    with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
+        Experts([perceptron(1, 3), other, perceptron(4, 3)])
+
+
+def test_heads_that_do_not_give_the_logits_cannot_be_padded(calibration):
+    softmax = [perceptron(1, 3, nn.LogSoftmax(1)), perceptron(2, 2, nn.LogSoftmax(1))]
     with pytest.raises(HeadError, match="the logits of Sequential are not its head '2' of its input"):
-        Experts(softmax, calibration=CALIBRATION)
+        Experts(softmax, calibration=calibration)
 
 
-# Batches by name
+@pytest.mark.parametrize("given", [{"weight": torch.ones(3, 4)}, torch.compile(nn.Linear(4, 3))])
+def test_what_is_no_network_or_compiled_is_refused(given):
+    message = r"found an expert of type .*; load a state dict into one, or compile"
+    with pytest.raises(ConfigurationError, match=message):
+        Experts([given, given])
+
+
+def test_no_experts_are_refused():
+    with pytest.raises(ConfigurationError, match="found no experts"):
+        Experts([])
+
+
+# Batches
 
 
 class Texts(nn.Module):
@@ -151,7 +234,8 @@ class Texts(nn.Module):
 
     def forward(self, input_ids, attention_mask):
         words = self.words(input_ids) * attention_mask[..., None]
-        hidden = self.norm(torch.tanh(self.inner(words.sum(1) / attention_mask.sum(1, keepdim=True))))
+        pooled = words.sum(1) / attention_mask.sum(1, keepdim=True)
+        hidden = self.norm(torch.tanh(self.inner(pooled)))
         return SimpleNamespace(logits=self.classifier(hidden))
 
 
@@ -159,63 +243,53 @@ class Stacked(Texts):
     """The same network of one tensor: tokens and mask ``[B, 2, T]``."""
 
     def forward(self, inputs):
-        return super().forward(*inputs.unbind(1)).logits
+        return super().forward(*inputs.unbind(1))
 
 
-def call(network, batch):
-    return network(**batch).logits
-
-
-def named(batch):
-    return dict(zip(("input_ids", "attention_mask"), batch.unbind(1), strict=True))
-
-
-def stacked_batches(seed):
-    draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(11, (14, 5), generator=draw)
-    lengths = torch.randint(1, 6, (14, 1), generator=draw)
-    whole = torch.stack([tokens, (torch.arange(5) < lengths).long()], 1)
-    return list(whole.split(5))
-
-
-def networks(kind):
-    made = []
+def text_networks(kind):
+    networks = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        made.append(kind().double().eval())
-        made[-1].norm.running_mean += 0.1 * seed
-    return made
+        network = kind().double().eval()
+        network.norm.running_mean += 0.1 * seed
+        networks.append(network)
+    return networks
 
 
-STACKED = [stacked_batches(seed) for seed in (5, 6)]
-NAMED = [[named(batch) for batch in batches] for batches in STACKED]
+@pytest.fixture
+def stacked():
+    """Return the batches of two tasks, tokens and masks ``[B, 2, T]``."""
+    tasks = []
+    for seed in (5, 6):
+        draw = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(11, (14, 5), generator=draw)
+        lengths = torch.randint(1, 6, (14, 1), generator=draw)
+        mask = torch.arange(5) < lengths
+        tasks.append(torch.stack([tokens, mask.long()], 1).split(5))
+    return tasks
+
+
+def by_name(batches):
+    named = []
+    for batch in batches:
+        tokens, mask = batch.unbind(1)
+        named.append({"input_ids": tokens, "attention_mask": mask})
+    return named
 
 
 @pytest.mark.parametrize(
     "method",
     [Average(batchnorm="recalibrate"), Coin(), RegMean(), HeadFit(), Refit()],
-    ids=by_label,
+    ids=labels,
 )
-def test_batches_by_name_merge_as_one_tensor_does(method):
-    (expected,) = merge_networks(method, networks(Stacked), CODE, calibration=STACKED)
-    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED)
-    assert equal(expected.state_dict(), found.state_dict())
+def test_batches_by_name_merge_as_one_tensor_does(method, stacked):
+    named = [by_name(batches) for batches in stacked]
+    (expected,) = merge_networks(method, text_networks(Stacked), CODE, calibration=stacked)
+    (found,) = merge_networks(method, text_networks(Texts), CODE, calibration=named)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
     assert type(found) is Texts
     assert vars(found).keys() == vars(Texts()).keys()
-    assert torch.equal(call(found, NAMED[0][0]), expected(STACKED[0][0]))
-
-
-def test_statistics_and_recalibration_read_batches_by_name():
-    plain, own = networks(Stacked)[0], networks(Texts)[0]
-    for statistic in (
-        fisher_diagonal,
-        lambda *given, **options: fisher_diagonal(*given, memory_mib=1, **options),
-        lambda *given, **options: fisher_diagonal(*given, kind="categorical", **options),
-        lambda *given, **options: gram_sums(*given, **options).mean(),
-    ):
-        assert equal(statistic(plain, STACKED[0]), statistic(own, NAMED[0]))
-    assert recalibrate(plain, STACKED[0]) == recalibrate(own, NAMED[0]) == 14
-    assert torch.equal(plain.norm.running_var, own.norm.running_var)
 
 
 @pytest.mark.parametrize(
@@ -226,15 +300,72 @@ def test_statistics_and_recalibration_read_batches_by_name():
         ((torch.zeros(2, 3),) * 3, "found a batch of type tuple, expected a tensor .*, or ten"),
     ],
 )
-def test_batches_of_anything_else_are_told(batch, message):
-    network = networks(Texts)[0]
+def test_batches_of_anything_else_are_refused(batch, message):
+    network = text_networks(Texts)[0]
     for use in (
         lambda: fisher_diagonal(network, [batch]),
         lambda: gram_sums(network, [batch]),
         lambda: recalibrate(network, [batch]),
         lambda: Experts([network] * 2, calibration=[[batch]] * 2),
-        lambda: Coded(Code([[1.0]]), [network], [network]).answers(batch),
+        lambda: coin.Coded([[1.0]], [network], [network]).answers(batch),
     ):
-        with pytest.raises(DataError, match=message) as told:
+        with pytest.raises(DataError, match=message):
             use()
-        assert "\n" not in str(told.value)
+
+
+@pytest.fixture
+def ragged():
+    """Return the batches of two tasks, of two lengths each."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [4, 7, 4, 7]
+    first, second, third, fourth = (torch.randint(9, (10, length), generator=draw) for length in lengths)
+    return [[first, second], [third, fourth]]
+
+
+def bags():
+    return [nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 3)) for _ in range(3)]
+
+
+def test_samples_of_unlike_shapes_and_labelled_ones_are_pooled(ragged):
+    networks = bags()
+    experts = Experts(networks[:2], calibration=ragged)
+    shapes = [tuple(batch.shape) for batch in experts.pooled]
+    assert shapes == [(10, 4), (10, 4), (10, 7), (10, 7)]
+    assert experts.tasks.tolist() == [0, 1] * 20
+    assert experts.samples("pooled")[0].num_samples == 40
+    labelled = [[(batch, torch.zeros(10)) for batch in batches] for batches in ragged]
+    for found, expected in zip(Experts(networks[:2], calibration=labelled).pooled, experts.pooled, strict=True):
+        assert torch.equal(found, expected)
+    with_none = Experts(networks, calibration=[*ragged, []])
+    assert set(with_none.tasks.tolist()) == {0, 1}
+
+
+def test_no_batches_and_a_tensor_in_the_place_of_batches_are_refused(ragged):
+    networks = bags()[:2]
+    with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
+        Experts(networks, calibration=[[], []])
+    with pytest.raises(DataError, match=r"found a tensor for a task's calibration, .* write \[tensor\]"):
+        Experts(networks, calibration=[ragged[0][0], ragged[1][0]])
+
+
+# How far experts are apart
+
+
+def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 50), nn.Linear(50, 30), nn.Linear(30, 3)).double()
+    states = []
+    for sign in (1, 0, -1):
+        network = deepcopy(base)
+        for layer, share in zip(network, (1, 1, 1000), strict=True):
+            layer.weight.data *= 1 + sign * share * FAR
+        states.append(dict(network.named_parameters()))
+    assert spread(states, (0.5, 0.0, 0.5)) == pytest.approx(FAR)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"weight": torch.randn(3, 2), "bias": torch.randn(3)}, {"weight": torch.zeros(3, 2)}, {"bias": torch.ones(3)}],
+)
+def test_experts_that_agree_or_have_no_matrix_are_not_apart(state):
+    assert spread([state, state], (0.3, 0.7)) == pytest.approx(0, abs=1e-12)

@@ -1,41 +1,48 @@
-"""What every method keeps to, on networks of several kinds."""
+"""What every method keeps to on networks of several kinds, damaged inputs, and options."""
 
+import math
 import re
 import warnings
 from copy import deepcopy
 
 import pytest
 import torch
+from near_experts import answers, near_experts
 from torch import nn
+from torch.testing import assert_close
 
+import coin
 from coin.errors import CoinError, CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
+from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.networks import BatchNormPolicy
-from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
-from coin.statistics import fisher_sums, gram_sums
+from coin.statistics import fisher_diagonal, fisher_sums, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
+SIZES = (30, 20, 25)
 
 
-def head():
-    return nn.Flatten(), nn.Linear(16, 3)
+def groups():
+    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
 
 
-def small_vit():
-    network = SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12)
-    replace_head(network, 3)
-    return network
+def batchnorm():
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    return nn.Sequential(*layers)
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 NETWORKS = {
-    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), (2, 3)),
-    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
-    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), *head()), (2, 4, 4)),
-    "batchnorm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), *head()), (2, 4, 4)),
-    "vit": (small_vit, (3, 8, 8)),
+    "linear": (lambda: nn.Linear(6, 4), (6,)),
+    "perceptron": (perceptron, (6,)),
+    "groups": (groups, (2, 4, 4)),
+    "batchnorm": (batchnorm, (2, 4, 4)),
+    "vit": (lambda: SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12), (3, 8, 8)),
 }
-# With the relative tolerance to which a method solves what it solves.
+# With the tolerance to which a method solves what it solves.
 METHODS = {
     "average": (Average(), 1e-12),
     "coin": (Coin(), 1e-10),
@@ -45,230 +52,339 @@ METHODS = {
     "head_fit": (HeadFit(), 1e-8),
     "refit": (Refit(), 1e-8),
 }
+every_network = pytest.mark.parametrize("kind", NETWORKS)
 every_method = pytest.mark.parametrize("name", METHODS)
-KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "vit" else ()) for kind in NETWORKS]
-every_network = pytest.mark.parametrize("kind", KINDS)
 
 
-def setup(kind, dtype=torch.float64):
-    """An initialisation, three experts a little way from it in every parameter, and each one's calibration batches."""
+def parts_of(kind):
+    """Return experts and their tasks."""
     make, shape = NETWORKS[kind]
-    draw = torch.Generator().manual_seed(3)
-    torch.manual_seed(0)
-    initial = make().to(dtype).eval()
-    with torch.no_grad():
-        for parameter in initial.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(dtype)
-        experts = [deepcopy(initial) for _ in WEIGHTS]
-        for expert in experts:
-            for parameter in expert.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(dtype)
-        for buffer in (buffer for expert in experts for buffer in expert.buffers() if buffer.ndim):
-            buffer += 0.1 * torch.rand(buffer.shape, generator=draw).to(dtype)
-    tasks = [torch.randn(20, *shape, generator=draw).to(dtype) * (1 + index) for index in range(3)]
-    return initial, experts, [task.split(15) for task in tasks]
+    return near_experts(make, shape, SIZES)
 
 
-def parameters_of(network):
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+def experts_of(networks, tasks):
+    return Experts(networks, calibration=[task.split(15) for task in tasks])
 
 
-def assert_parameters_close(found, expected, tolerance):
-    for key, tensor in parameters_of(expected).items():
-        torch.testing.assert_close(
-            found.get_parameter(key).detach(), tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
-        )
+def assert_same_function(network, other, tasks, tolerance):
+    x = torch.cat(tasks)
+    found = answers(network, x)
+    assert_close(found, answers(other, x), rtol=tolerance, atol=tolerance)
 
 
 @every_network
 @every_method
 def test_identical_experts_merge_to_themselves(kind, name):
-    initial, (expert, *_), calibration = setup(kind)
-    experts = Experts([expert, deepcopy(expert), deepcopy(expert)], initial=initial, calibration=calibration)
-    coded = METHODS[name][0].coded_model(experts, WEIGHTS).network
-    if "refit" in name and kind == "batchnorm":  # which is folded in: other parameters of the same function
-        answers = [experts.run(network, experts.pooled).logits for network in (coded, expert)]
-        torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-10)
-    else:
-        assert_parameters_close(coded, expert, 1e-10)
+    networks, tasks = parts_of(kind)
+    network = networks[0]
+    method, _ = METHODS[name]
+    experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
+    coded = method.coded_model(experts, WEIGHTS).network
+    assert_same_function(coded, network, tasks, 1e-9)
 
 
 @every_network
 @every_method
 def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
-    initial, networks, calibration = setup(kind)
+    networks, tasks = parts_of(kind)
     method, tolerance = METHODS[name]
-    one, two = (
-        method.coded_model(
-            Experts([networks[i] for i in order], initial=initial, calibration=[calibration[i] for i in order]),
-            [WEIGHTS[i] for i in order],
-        )
-        for order in ((0, 1, 2), (2, 0, 1))
-    )
-    assert_parameters_close(one.network, two.network, tolerance)
-    if kind != "linear":  # whose residuals are rounding, as then are choices by them
-        residuals = [made.chosen.get("held_out_residual", {}) for made in (one, two)]
-        assert residuals[1] == pytest.approx(residuals[0], rel=1e-6)
+    made = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        experts = experts_of([networks[i] for i in order], [tasks[i] for i in order])
+        made.append(method.coded_model(experts, [WEIGHTS[i] for i in order]))
+    one, other = made
+    assert_same_function(one.network, other.network, tasks, tolerance)
+    residuals = one.chosen.get("held_out_residual", {})
+    assert other.chosen.get("held_out_residual", {}) == pytest.approx(residuals, rel=1e-6)
 
 
 @every_network
 @every_method
-def test_experts_stay_as_they_are_and_give_their_type_and_a_network_of_its_own(kind, name):
-    initial, networks, calibration = setup(kind, torch.float32)
-    networks = [network.train() for network in networks]
-    before = [deepcopy(network.state_dict()) for network in [initial, *networks]]
-    experts = Experts(networks, initial=initial, calibration=calibration)
-    coded = METHODS[name][0].coded_model(experts, WEIGHTS).network
+def test_experts_stay_and_give_their_type_and_a_network_of_its_own(kind, name):
+    networks, tasks = parts_of(kind)
+    networks = [network.float().train() for network in networks]
+    before = [deepcopy(network.state_dict()) for network in networks]
+    method, _ = METHODS[name]
+    coded = method.coded_model(experts_of(networks, tasks), WEIGHTS).network
     assert not coded.training
-    assert {tensor.dtype for tensor in coded.parameters()} == {torch.float32}
-    assert all(bool(parameter.isfinite().all()) for parameter in coded.parameters())
-    for key, parameter in coded.named_parameters():
-        for network in [initial, *networks]:
-            assert not torch.equal(parameter, network.get_parameter(key)), key
-    with torch.no_grad():
-        for parameter in coded.parameters():
-            parameter.zero_()
-    assert all(module.training for network in networks for module in network.modules())
-    for network, state in zip([initial, *networks], before, strict=True):
-        assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+    for parameter in coded.parameters():
+        assert parameter.dtype == torch.float32
+        assert bool(parameter.isfinite().all())
+        parameter.data.zero_()
+    for network, state in zip(networks, before, strict=True):
+        assert all(module.training for module in network.modules())
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, state[key]), key
+
+
+# The head
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_fitted_head_on_equal_bodies_is_the_mixture_and_one_that_gives_no_logits_is_refused(bias):
-    _, networks, calibration = setup("mlp")
+def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves(bias):
+    def make():
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3, bias))
+
+    networks, tasks = near_experts(make, (6,), SIZES)
+    experts = experts_of(networks, tasks)
+    average = Average().make(experts, WEIGHTS).network
+    fitted = HeadFit().make(experts, WEIGHTS).network
+    assert torch.equal(fitted[0].weight, average[0].weight)
+    x = torch.cat(tasks)
+    outputs = [weight * answers(each, x) for weight, each in zip(WEIGHTS, networks, strict=True)]
+    mixture = sum(outputs)
+
+    def error(network):
+        return float((answers(network, x) - mixture).norm())
+
+    assert error(fitted) < 0.9 * error(average)
+    columns = answers(fitted[:2], x)
+    if bias:
+        columns = torch.cat([columns, torch.ones(len(x), 1)], 1)
+    best = torch.linalg.lstsq(columns, mixture).solution
+    assert error(fitted) < 1.1 * float((columns @ best - mixture).norm())
+
+
+def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
+    networks, tasks = parts_of("perceptron")
     for network in networks:
-        network[0] = deepcopy(networks[0][0])
-        if not bias:
-            network[2].bias = None
-    experts = Experts(networks, calibration=calibration)
-    merged, average = (method.make(experts, WEIGHTS).network for method in (HeadFit(), Average()))
-    assert_parameters_close(merged, average, 1e-10)
-    networks[1][0].weight.data *= 2
-    experts = Experts(networks, calibration=calibration)
-    fitted, average = (method.make(experts, WEIGHTS).network for method in (HeadFit(), Average()))
-    target = sum(w * experts.run(each, experts.pooled).logits for w, each in zip(WEIGHTS, networks, strict=True))
-    errors = [(experts.run(each, experts.pooled).logits - target).square().sum() for each in (fitted, average)]
-    assert errors[0] < errors[1]
-    assert torch.equal(fitted[0].weight, average[0].weight)  # nothing but the head moves
-    for network in networks:
-        network.append(nn.Softmax(1))
-    with pytest.raises(StateError, match=r"^the logits of Sequential are not its head '2' of [^\n]*$"):
-        HeadFit().make(Experts(networks, calibration=calibration), WEIGHTS)
+        network[0] = networks[0][0]
+    experts = experts_of(networks, tasks)
+    average = Average().make(experts, WEIGHTS).network
+    assert_same_function(HeadFit().make(experts, WEIGHTS).network, average, tasks, 1e-9)
 
 
-# Policies and compression
+def test_a_head_that_does_not_give_the_logits_is_refused():
+    networks, tasks = near_experts(lambda: nn.Sequential(perceptron(), nn.Softmax(1)), (6,), SIZES)
+    message = r"^the logits of Sequential are not its head '0\.2' of [^\n]*$"
+    with pytest.raises(StateError, match=message):
+        HeadFit().make(experts_of(networks, tasks), WEIGHTS)
 
 
-def same(first, second):
-    return all(torch.equal(tensor, second[name]) for name, tensor in first.items()) and first.keys() == second.keys()
-
-
-def test_averages_are_of_parameters_and_of_statistics_or_keep_those_of_the_initialisation():
-    initial, networks, _ = setup("batchnorm")
-    merged = Average(batchnorm="average").make(Experts(networks), WEIGHTS).network
-    for name, tensor in merged.state_dict().items():
-        every = [network.state_dict()[name] for network in networks]
-        if tensor.is_floating_point():
-            mean = sum(weight * each for weight, each in zip(WEIGHTS, every, strict=True))
-            torch.testing.assert_close(tensor, mean, rtol=1e-14, atol=1e-14)
-        else:
-            assert tensor == every[0]
-    keep = Average(batchnorm=BatchNormPolicy.keep)
-    kept = keep.make(Experts(networks, initial=initial), WEIGHTS).network
-    assert same(dict(kept.named_buffers()), dict(initial.named_buffers()))
-    assert same(dict(kept.named_parameters()), dict(merged.named_parameters()))
-    with pytest.raises(ConfigurationError, match="no shared initialisation, which the method or its B"):
-        keep.make(Experts(networks), WEIGHTS)
-    assert keep.make(Experts(setup("mlp")[1]), WEIGHTS).chosen == {}  # without BatchNorm a policy needs nothing
-    for wrong in (Coin, "Coin"):
-        with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
-            merge_networks(wrong, networks, [WEIGHTS])
+# Compression
 
 
 @pytest.mark.parametrize("method", [Average, Refit])
 def test_compressed_coded_models_stand_beside_the_whole_ones(method):
-    _, networks, calibration = setup("batchnorm")
-    options = {} if method is Refit else {"batchnorm": "average"}
-    packed = method(**options, compress=[{"bits": 8}, {"bits": 2}])
-    whole = merge_networks(method(**options), networks, [WEIGHTS], calibration=calibration)
+    networks, tasks = parts_of("perceptron")
+    calibration = [[task] for task in tasks]
+    whole = merge_networks(method(), networks, [WEIGHTS], calibration=calibration)
     assert whole.compressed == {}
     code = [WEIGHTS, (0.4, 0.3, 0.3)]
-    merged = merge_networks(packed, networks, code, calibration=calibration)
-    assert same(merged[0].state_dict(), whole[0].state_dict())
-    names = [f"{packed.label}-8bit", f"{packed.label}-2bit"]
-    assert list(merged.compressed) == names
-    x = torch.cat(calibration[0])
-    with torch.no_grad():
-        for network, compressed in zip(merged, merged.compressed[names[0]], strict=True):
-            assert (compressed.network()(x) - network(x)).norm() < 0.1 * network(x).norm()
-    if method is Average:  # Refit rounds rows as short as these to 8 bits
-        assert merged.compressed[names[1]][0].nbytes < merged.compressed[names[0]][0].nbytes
+    both = method(compress=[{"bits": 8}, {"bits": 4}])
+    merged = merge_networks(both, networks, code, calibration=calibration)
+    assert_same_function(merged[0], whole[0], tasks, 1e-12)
+    assert list(merged.compressed) == [f"{both.label}-8bit", f"{both.label}-4bit"]
+    for network, packed in zip(merged, merged.compressed[f"{both.label}-8bit"], strict=True):
+        assert_same_function(packed.network(), network, tasks, 0.1)
+
+
+def test_every_row_is_followed_by_its_compressed_variants_and_the_cost_of_both():
+    networks, tasks = parts_of("perceptron")
+    method = Refit(head=False, compress=[{"bits": 8}, {"bits": 4}])
+    code = coin.Code([WEIGHTS, (0.4, 0.3, 0.3)])
+    experts = experts_of(networks, tasks)
+    found = list(method.coded_models(experts, code))
+    labels = ["refit", "refit-8bit", "refit-4bit"]
+    assert [(each.row, each.label) for each in found] == [(row, label) for row in (0, 1) for label in labels]
+    for whole, *variants in (found[:3], found[3:]):
+        assert whole.packed is None
+        for variant in variants:
+            assert variant.made is whole.made
+            assert variant.seconds > whole.seconds
+            assert variant.passes == whole.passes + 2 * sum(SIZES)
+    assert len(list(method.coded_models(experts, code, whole_only=True))) == 2
 
 
 # Damage
 
 DAMAGED = {
-    **{name: METHODS[name][0] for name in ("average", "coin", "coin undamped", "regmean", "head_fit")},
+    "average": Average(),
+    "coin": Coin(),
+    "regmean": RegMean(),
     "regmean undamped": RegMean(alpha=1, damping=0),
+    "head_fit": HeadFit(),
+    "refit": Refit(),
 }
-USES_FISHERS = ("coin", "coin undamped")
 
 
-def damaged(damage: str) -> Experts:
-    """Three experts in float32 with everything that a method may want."""
-    networks = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        networks.append(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
-    generator = torch.Generator().manual_seed(7)
-    samples = 1 if damage == "one sample a task" else 30
-    data = [torch.randn(samples, 6, generator=generator) for _ in networks]
-    if damage == "constant inputs":
-        data = [torch.ones(samples, 6) for _ in networks]
-    if damage == "outputs that overflow":
+def damaged(damage):
+    """Return three experts in float32 with everything that a method may want."""
+    networks, tasks = parts_of("perceptron")
+    networks = [network.float() for network in networks]
+    tasks = [task.float() for task in tasks]
+    if damage == "one sample a task":
+        tasks = [task[:1] for task in tasks]
+    elif damage == "constant inputs":
+        tasks = [torch.ones_like(task) for task in tasks]
+    elif damage == "outputs that overflow":
         networks[1][2].weight.data.fill_(3e38)
         networks[1][0].weight.data.mul_(100)
-    fishers = [fisher_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
-    grams = [gram_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
-    initial = deepcopy(networks[0])
+    pairs = list(zip(networks, tasks, strict=True))
+    fishers = [fisher_sums(network, [x]).mean() for network, x in pairs]
+    grams = [gram_sums(network, [x]).mean() for network, x in pairs]
     if damage == "a NaN in an expert":
         networks[1][2].bias.data[0] = torch.nan
-    if damage == "no Fisher anywhere":
-        fishers = [{key: torch.zeros_like(value) for key, value in fisher.items()} for fisher in fishers]
-    return Experts(networks, initial=initial, fishers=fishers, grams=grams, calibration=[[x] for x in data])
+    elif damage == "no Fisher anywhere":
+        for fisher in fishers:
+            for tensor in fisher.values():
+                tensor.zero_()
+    return Experts(networks, fishers=fishers, grams=grams, calibration=[[x] for x in tasks])
 
 
-SINGULAR = r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise the method's damping"
-OVERFLOW = {
-    **dict.fromkeys(USES_FISHERS, (StateError, "the fisher of expert 1 is not finite: tensor '0")),
-    "head_fit": (StateError, "the calibration output of expert 1 is not finite: tensor 'logits'"),
-}
-EVERYWHERE = r"the Fisher of expert 0, 1, 2 is zero everywhere"
-
-# Damage → method → the error or the warning that is due; where there is none, a finite network without a word.
-DUE: dict[str, dict[str, tuple[type[Exception], str]]] = {
+SINGULAR = (NumericalError, r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise")
+NO_FISHER = (CoinWarning, "the Fisher of expert 0, 1, 2 is zero everywhere")
+OVERFLOW = (StateError, "the fisher of expert 1 is not finite: tensor '0")
+NO_LOGITS = (StateError, "the calibration output of expert 1 is not finite: tensor 'logits'")
+NO_ROWS = (NumericalError, "a layer's inputs or outputs on calibration data are not finite")
+# Damage → method → the error or warning that is due; where there is none, a finite network without a word.
+DUE = {
     "none": {},
     "a NaN in an expert": dict.fromkeys(DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")),
-    "no Fisher anywhere": dict.fromkeys(USES_FISHERS, (CoinWarning, EVERYWHERE)),
-    "constant inputs": {"regmean undamped": (NumericalError, SINGULAR)},
-    "one sample a task": {"regmean undamped": (NumericalError, SINGULAR)},
-    "outputs that overflow": OVERFLOW,
+    "no Fisher anywhere": {"coin": NO_FISHER},
+    "constant inputs": {"regmean undamped": SINGULAR},
+    "one sample a task": {"regmean undamped": SINGULAR},
+    "outputs that overflow": {"coin": OVERFLOW, "head_fit": NO_LOGITS, "refit": NO_ROWS},
 }
 
 
 @pytest.mark.parametrize("damage", DUE)
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_method_gives_a_finite_network_or_names_the_cause(damage: str, name: str) -> None:
+def test_a_method_gives_a_finite_network_or_names_the_cause(damage, name):
     experts = damaged(damage)
-    due, message = DUE[damage].get(name, (None, ""))
+    kind, message = DUE[damage].get(name, (None, ""))
+    if kind is not None and issubclass(kind, CoinError):
+        with pytest.raises(kind, match=message) as caught:
+            DAMAGED[name].coded_model(experts, WEIGHTS)
+        assert "\n" not in str(caught.value)
+        return
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", CoinWarning)
-        if due is not None and issubclass(due, CoinError):
-            with pytest.raises(due, match=message) as caught:
-                DAMAGED[name].coded_model(experts, WEIGHTS)
-            assert "\n" not in str(caught.value)
-            return
         coded = DAMAGED[name].coded_model(experts, WEIGHTS).network
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in coded.parameters())
-    said = [str(each.message) for each in told if issubclass(each.category, CoinWarning)]
-    assert [bool(re.search(message, each)) for each in said[:1]] == [True] * (due is not None)
+    for parameter in coded.parameters():
+        assert bool(parameter.isfinite().all())
+    assert len(told) == (kind is not None)
+    for each in told:
+        assert re.search(message, str(each.message))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Coin(), "found no calibration inputs, which the merge needs; give them as calibration"),
+        (RegMean(), "found no calibration inputs, which the merge needs; give them as calibration"),
+        (Refit(), "found no calibration inputs, which the merge needs; give them as calibration"),
+        (Base(), "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs"),
+        (Average(batchnorm="keep"), "found no shared initialisation, which the method or its BatchNorm"),
+    ],
+)
+def test_what_a_method_needs_is_named(method, message):
+    networks, _ = parts_of("batchnorm")
+    with pytest.raises(ConfigurationError, match=message):
+        method.make(Experts(networks), WEIGHTS)
+
+
+@pytest.mark.parametrize("wrong", [Coin, "Coin"])
+def test_what_is_no_method_is_refused(wrong):
+    networks, _ = parts_of("linear")
+    with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
+        merge_networks(wrong, networks, [WEIGHTS])
+
+
+@pytest.mark.parametrize("given", ["fishers", "grams", "calibration"])
+def test_parts_are_of_every_expert(given):
+    networks, tasks = parts_of("linear")
+    parts = [{"weight": tasks[0]}] * 2
+    with pytest.raises(ConfigurationError, match=f"found {given} of 2 experts, expected 3"):
+        Experts(networks, **{given: parts})
+
+
+@pytest.mark.parametrize("row", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])
+def test_a_row_that_is_none_of_a_code_is_refused(row):
+    networks, _ = parts_of("linear")
+    with pytest.raises(ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"):
+        Average().coded_model(Experts(networks), row)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Coin(damping=-1), "damping=-1"),
+        (lambda: Coin(fisher_data="mixed"), "^found fisher_data='mixed', expected one of own, pooled$"),
+        (lambda: Coin(fisher_kind="mc"), "^found fisher_kind='mc', expected one of exact, monte_carlo, "),
+        (lambda: RegMean("conv"), "expected one of linear, all"),
+        (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
+        (lambda: RegMean(damping=-1), "damping=-1"),
+        (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled"),
+        (lambda: Refit(ridge=0.0), "found ridge=0.0, expected a number above 0"),
+        (lambda: Refit(ridge=math.inf), "found ridge=inf"),
+        (lambda: Refit(memory_mib=0), "found memory_mib=0, expected a whole number of at least 1"),
+        (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
+    ],
+)
+def test_options_are_checked_at_construction(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("start", ["refined", "ties", "distillation", "user_method", 3])
+def test_a_start_of_distillation_is_a_closed_form_by_its_name(start):
+    message = r"^found start=.*, expected one of auto, average, head_fit, coin, re"
+    with pytest.raises(ConfigurationError, match=message):
+        coin.Distillation(start=start)
+
+
+@pytest.mark.parametrize("label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"])
+def test_a_label_that_cannot_name_results_and_files_is_refused(label):
+    with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
+        Average(label=label)
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        (Average(), "average"),
+        (Average(batchnorm="keep"), "average-keep"),
+        (Average(batchnorm=BatchNormPolicy.keep, adapters={"rank": 4}), "average+rank4-keep"),
+        (Average(adapters={"rank": 2, "scales": False}), "average+lora2"),
+        (Base(), "base"),
+        (Base(batchnorm="average"), "base-average"),
+        (Refit(), "refit"),
+        (Average(batchnorm="keep", label="-v1.2_b+c"), "-v1.2_b+c"),
+    ],
+)
+def test_a_label_names_what_is_not_the_classs_own(method, label):
+    assert method.label == label
+
+
+def test_a_policy_needs_nothing_without_batchnorm():
+    networks, _ = parts_of("perceptron")
+    assert Average(batchnorm="keep").make(Experts(networks), WEIGHTS).chosen == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"bias": torch.full((4,), math.inf)}, "fisher of expert 1 is not finite"),
+        ({"bias": -torch.ones(4)}, "fisher of expert 1 is negative in 'bias'"),
+        ({"tail": torch.ones(2)}, "fisher of expert 1 has a tensor 'tail', which Linear has not"),
+        ({"bias": torch.ones(2)}, r"fisher of expert 1 has 'bias' of \[2\], expected \[4\] of a fisher"),
+    ],
+)
+def test_a_damaged_statistic_is_named(damage, message):
+    networks, tasks = parts_of("linear")
+    fishers = [fisher_diagonal(network, [task]) for network, task in zip(networks, tasks, strict=True)]
+    fishers[1] = fishers[1] | damage
+    with pytest.raises(StateError, match=message):
+        merge_networks(Coin(), networks, [WEIGHTS], fishers=fishers)
+
+
+def test_gram_matrices_of_different_shapes_are_refused():
+    networks, tasks = parts_of("linear")
+    grams = [gram_sums(network, [task]).mean() for network, task in zip(networks, tasks, strict=True)]
+    grams[1] = {"weight": torch.eye(6)[None]}
+    with pytest.raises(StateError, match=r"Gram matrices of 'weight' are not of one shape"):
+        merge_networks(RegMean(), networks, [WEIGHTS], grams=grams)

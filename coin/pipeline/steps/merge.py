@@ -2,12 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -37,7 +36,6 @@ from coin.statistics.statistic import Statistic
 from coin.tracking.runs import RunLog
 from coin.trainer import Trainer, estimate_over_tasks, make_trainer
 
-T = TypeVar("T")
 ExpertStep = TrainNetwork | ImportExpert
 
 
@@ -157,47 +155,37 @@ def make_coded_models(
     read = list(files.paths.values())
     for statistic in experts.statistic_paths.values():
         read += statistic.values()
-    if method.reads_initial and files.initial is not None:
-        read.append(files.initial)
+    if method.reads_initial and files.initial_path is not None:
+        read.append(files.initial_path)
     every_path = coded_paths(method, code.num_coded, folder)
-    for row, weights in enumerate(code.matrix.tolist()):
-        made, cost = _measured(experts, partial(method.coded_model, experts, weights))
+    for each in method.coded_models(experts, code, whole_only=not is_rank_zero()):
         if not is_rank_zero():
             continue
         made_by = Provenance(
-            label=method.label,
+            label=each.label,
             method={"name": method.name, "options": json.loads(as_json(vars(method)))},
             batchnorm=str(method.batchnorm) if batchnorms(files.skeleton) else "",
             code=code.matrix.tolist(),
-            row=row,
+            row=each.row,
             tasks=list(files.paths),
             class_counts=files.class_counts,
             experts=list(files.fingerprints.values()),
             samples_per_task=method.samples_per_task or samples_per_task,
-            chosen=made.chosen,
+            chosen=each.made.chosen,
+            seconds=each.seconds,
+            passes=each.passes,
             sha256=hashes(read),
-            **cost,
-        )
-        path, *variants = every_path[row :: code.num_coded]
-        described = made_by.as_dict()
-        save_network(path, made.network, files.config, files.width, described, made.adapters)
-        for variant, how in zip(variants, method.compress, strict=True):
-            pack = partial(method.pack, experts, weights, made, how.bits)
-            packed, more = _measured(experts, pack)
-            total = {name: cost[name] + more[name] for name in cost}
-            described = replace(made_by, label=f"{method.label}-{how.name}", **total).as_dict()
-            save_compressed(variant, packed, files.config, files.width, None, how, described)
+        ).as_dict()
+        place = variant_files(method).index(each.label) * code.num_coded + each.row
+        path = every_path[place]
+        made = each.made
+        if each.packed is None or each.compression is None:
+            save_network(path, made.network, files.config, files.width, made_by, made.adapters)
+        else:
+            save_compressed(
+                path, each.packed, files.config, files.width, None, each.compression, made_by
+            )
     return every_path
-
-
-def _measured(experts: Experts, make: Callable[[], T]) -> tuple[T, dict[str, Any]]:
-    """Return what is made of experts, and what it cost: seconds and passes, with those of the statistics it read."""
-    started = time.perf_counter()
-    passes = experts.passes
-    seconds = experts.seconds
-    made = make()
-    seconds = time.perf_counter() - started + experts.seconds - seconds
-    return made, {"seconds": seconds, "passes": experts.passes - passes}
 
 
 def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
@@ -216,7 +204,7 @@ def read_code(option: list[list[float]] | int | None, num_experts: int) -> Code:
 
 def variant_files(method: Method) -> list[str]:
     """Return the names of a method's coded models and of every compression of them, which results have too."""
-    return [method.label, *(f"{method.label}-{each.name}" for each in method.compress)]
+    return [method.label, *method.compressed_labels]
 
 
 def coded_paths(method: Method, num_coded: int, folder: Path) -> list[Path]:
