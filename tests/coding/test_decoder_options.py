@@ -71,14 +71,14 @@ def test_answers_of_servers_are_padded_and_silent_ones_have_none():
     assert torch.equal(found.coded[0], torch.nn.functional.pad(logits[:, :2], (0, 1)))
     assert [feature.shape for feature in found.expert_features] == [(4, 6), (4, 0)]
     assert torch.equal(found.coded_features[0], features)
-    assert Answers.of_servers([(features[:, :0], logits)] * 3, 2).expert_features is None
+    assert Answers.of_servers([(features[:, :0], logits)] * 3, 2).expert_features == []
 
 
 def test_answers_check_their_parts_which_join_and_split():
     answers = noisy_answers(7, 1)
     for change, message in (
         ({"tasks": torch.zeros(5, dtype=torch.int64)}, r"found tasks \[5\], expected \[7\]"),
-        ({"coded_features": None}, "both or neither"),
+        ({"coded_features": []}, "or none"),
         ({"coded": answers.coded[:, :4]}, r"expected \[N, B, C\]"),
     ):
         with pytest.raises(DecodingError, match=message):

@@ -49,31 +49,6 @@ def test_a_lost_expert_is_read_from_the_coded_model_that_weighs_it_most():
     assert make_decoder("expert_head", PAIR, [2, 1], heads).servers(2) == {3}
 
 
-def test_heads_are_kept_without_the_rows_that_pad_them():
-    answers, heads = linear_system(PAIR, 7)
-    for expert, classes in enumerate((4, 2, 0)):
-        for part in heads[expert]:
-            part[classes:] = 0
-    decoder = make_decoder("expert_head", PAIR, [2, 0, 1], heads)
-    assert decoder.nbytes == (1 + 4 + 2) * (5 + 1) * 8 + 3 * 8  # one row where all are zero
-    found = decoder.decode(answers)
-    for place, expert in enumerate(decoder.erased):
-        weight, bias = heads[expert]
-        row = decoder.row_of[expert]
-        torch.testing.assert_close(found[place], answers.coded_features[row] @ weight.T + bias)
-    again = Decoder(decoder.kind, PAIR, (2, 0, 1), decoder.tensors)
-    assert torch.equal(again.decode(answers), found)
-
-
-def test_a_last_class_with_a_bias_alone_is_no_padding():
-    answers, heads = linear_system(PAIR, 7)
-    weight, bias = heads[1]
-    weight[3] = 0
-    bias[3] = 5
-    decoded = make_decoder("expert_head", PAIR, [1], heads).decode(answers)
-    torch.testing.assert_close(decoded[0, :, 3], torch.full((7,), 5.0, dtype=torch.float64))
-
-
 def test_what_a_stand_in_costs():
     (answers, heads), names = linear_system(PAIR, 40), ("linear", "ridge", "feature_ridge", "expert_head")
     kinds = [*map(DecoderKind, names)]
@@ -99,4 +74,4 @@ def test_heads_of_unequal_class_counts_are_padded_and_read_back_to_the_last_bit(
     torch.testing.assert_close(decoder.decode(answers), answers.experts[[1, 0]], rtol=0, atol=1e-12)
     again = Decoder(decoder.kind, PAIR, (1, 0), decoder.tensors)
     assert torch.equal(again.decode(answers), decoder.decode(answers))
-    assert (again.row_of, again.nbytes) == (decoder.row_of, 8 * (3 + 4) * (5 + 1) + 2 * 8)
+    assert (again.rows, again.nbytes) == (decoder.rows, 8 * (3 + 4) * (5 + 1) + 2 * 8)

@@ -266,7 +266,7 @@ def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, tasks, make_tr
         compress_file(Path(path), Path(copy), None, Compression(bits=8, base_bits=0))
     measured = run(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies), tasks, make_trainer)
     assert [each.columns["task"] for each in measured] == ["task0", "task1", "task2"]
-    with pytest.raises(FileError, match="task1' is a second copy of an expert, expected one of each"):
+    with pytest.raises(FileError, match="task1' is not a compressed copy of these experts, or a second one"):
         DecodingEvaluator(experts, replicas=[copies[1], copies[1]])
 
 

@@ -77,10 +77,6 @@ def test_logged_numbers_and_predictions_are_those_of_the_whole_test_set(syntheti
         ({"lr_scheduler": "StepLR"}, "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'"),
         ({"network": "small_resnett"}, "Unknown model small_resnett; change network.name"),
         ({"num_classes": 0}, "found 0 classes"),
-        ({"freeze_batchnorm": 1}, "^found freeze_batchnorm=1, expected true or false"),
-        ({"trainable": "head"}, "^found trainable='head', expected a list"),
-        ({"trainable": []}, r"^found trainable=\[\]"),
-        ({"trainable": [3]}, r"^found trainable=\[3\]"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):
