@@ -11,7 +11,7 @@ from torch import nn
 from coin.callbacks.export import FileOfTrained, Weights
 from coin.core.devices import device_of
 from coin.core.progress import progress_bar
-from coin.data import Calibration
+from coin.data import Calibration, TaskData
 from coin.errors import ConfigurationError
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, FisherOptions, reduce_sums, shard
 from coin.statistics.files import save_statistic
@@ -48,9 +48,9 @@ class FisherEstimator(FileOfTrained):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, before training, that the Fisher can be estimated after it."""
-        shard(self.options.samples_per_task, 0, trainer.world_size)
+        shard(self.options.samples_per_task, 0, trainer.world_size)  # raises
         super().on_fit_start(trainer, pl_module)
-        self._calibration(trainer)
+        self._calibration(trainer)  # raises
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the Fisher of the trained network, and write it."""
@@ -68,11 +68,11 @@ class FisherEstimator(FileOfTrained):
     def _calibration(self, trainer: Trainer) -> Calibration:
         """Return the samples, drawn from the trainer's data."""
         data: Any = getattr(trainer, "datamodule", None)
-        if data is None:
+        if not isinstance(data, TaskData):
             raise ConfigurationError(
-                "found no datamodule to draw samples from, expected a task; give fit a datamodule"
+                f"found data of {type(data).__name__} to draw samples from, expected a task of coin.data; give fit one"
             )
-        return data.calibration(self.options.samples_per_task)  # type: ignore[no-any-return]
+        return data.calibration(self.options.samples_per_task)
 
 
 def estimate_statistic(

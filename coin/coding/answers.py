@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from coin.errors import DecodingError
 
@@ -22,9 +22,9 @@ class Answers:
     Args:
         experts: Logits ``[N, B, C]``, padded with zeros to the largest class count C.
         coded: Logits of the coded models ``[R, B, C]``; R is 0 for the row ``method: none``.
-        expert_features: Penultimate features, one ``[B, F]`` per expert, or None where servers answer with logits only.
-            A lost expert may have none, ``[B, 0]``.
-        coded_features: One ``[B, F]`` per coded model, or None; widths may differ between networks.
+        expert_features: Penultimate features, one ``[B, F]`` per expert, or nothing where servers answer with logits
+            only. A lost expert may have none, ``[B, 0]``.
+        coded_features: One ``[B, F]`` per coded model, or nothing; widths may differ between networks.
         tasks: The index of each input's task, int64 ``[B]``; None if unknown.
 
     Raises DecodingError where the shapes do not fit together.
@@ -36,8 +36,8 @@ class Answers:
 
     experts: Tensor
     coded: Tensor
-    expert_features: Sequence[Tensor] | None = None
-    coded_features: Sequence[Tensor] | None = None
+    expert_features: Sequence[Tensor] = ()
+    coded_features: Sequence[Tensor] = ()
     tasks: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -48,9 +48,11 @@ class Answers:
             raise DecodingError(
                 f"found experts' logits {own} and coded logits {coded}, expected [N, B, C], [R, B, C]"
             )
-        if (self.expert_features is None) != (self.coded_features is None):
+        found = len(self.expert_features), len(self.coded_features)
+        every = self.num_experts, self.num_coded
+        if found not in ((0, 0), every):
             raise DecodingError(
-                "found features of the experts or of the coded models only, expected both or neither"
+                f"found features of {found} experts and coded models, expected those of all {every}, or none"
             )
         if self.tasks is not None and self.tasks.shape != (self.num_samples,):
             raise DecodingError(
@@ -69,25 +71,23 @@ class Answers:
         and no features; features of width 0 everywhere are none at all.
         """
         arrived = [output for output in outputs if output is not None]
-        width = max(logits.shape[1] for _, logits in arrived)
         some_features, some_logits = arrived[0]
-        no_features = some_features[:, :0]
-        no_logits = some_logits.new_full((len(some_logits), width), torch.nan)
+        width = max(logits.shape[1] for _, logits in arrived)
+        silent = some_features[:, :0], some_logits.new_full((len(some_logits), width), torch.nan)
         features = []
         padded = []
         for output in outputs:
-            own_features, own_logits = (no_features, no_logits) if output is None else output
-            missing_classes = width - own_logits.shape[1]
+            own_features, own_logits = silent if output is None else output
             features.append(own_features)
-            padded.append(pad(own_logits, (0, missing_classes)))
+            padded.append(pad(own_logits, (0, width - own_logits.shape[1])))
         logits = torch.stack(padded)  # [N + R, B, C]
-        answers = cls(logits[:num_experts], logits[num_experts:])
-        if all(each.shape[1] == 0 for each in features):
-            return answers
-        return replace(
-            answers,
-            expert_features=features[:num_experts],
-            coded_features=features[num_experts:],
+        if not any(each.shape[1] for each in features):
+            features = []
+        return cls(
+            logits[:num_experts],
+            logits[num_experts:],
+            features[:num_experts],
+            features[num_experts:],
         )
 
     @property
@@ -107,10 +107,8 @@ class Answers:
 
     def with_coded(self, rows: Sequence[int]) -> Self:
         """Return the answers of the experts and of some coded models, by index; ``method: none`` has those of none."""
-        coded = self.coded[list(rows)]
-        if self.coded_features is None:
-            return replace(self, coded=coded)
-        return replace(self, coded=coded, coded_features=[self.coded_features[row] for row in rows])
+        features = [self.coded_features[row] for row in rows] if self.coded_features else []
+        return replace(self, coded=self.coded[list(rows)], coded_features=features)
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
@@ -132,19 +130,12 @@ class Answers:
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
         """Return the answers of the same servers for several batches as one, in their order."""
-        tasks = [batch.tasks for batch in batches if batch.tasks is not None]
-        return cls(
-            torch.cat([batch.experts for batch in batches], dim=1),
-            torch.cat([batch.coded for batch in batches], dim=1),
-            _joined([batch.expert_features for batch in batches]),
-            _joined([batch.coded_features for batch in batches]),
-            torch.cat(tasks) if tasks else None,
-        )
 
+        def joined(*parts: Any) -> Tensor | None:
+            if parts[0] is None:  # the inputs' tasks are unknown
+                return None
+            samples = 0 if parts[0].ndim == 1 else -2
+            return torch.cat(parts, dim=samples)
 
-def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:
-    """Return every network's features of all batches ``[B, F]``; None where servers answer with logits only."""
-    present = [batch for batch in batches if batch is not None]
-    if not present:
-        return None
-    return [torch.cat(parts) for parts in zip(*present, strict=True)]
+        first, *others = [vars(batch) for batch in batches]
+        return cls(**tree_map(joined, first, *others))

@@ -1,7 +1,7 @@
 """Decoders: the servers' answers in, the lost experts' logits out; what a fitted one keeps is a dict of tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -19,9 +19,7 @@ from coin.core.devices import double
 from coin.errors import DecodingError
 
 Head = tuple[Tensor, Tensor]
-"""A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
-Heads = Sequence[Head] | Mapping[int, Head]
-"""The heads of all experts, or of some by expert."""
+"""A classifier head's weight ``[C, F]`` and bias ``[C]``."""
 
 _REGRESSION = ("coefficients", "input_mean", "target_mean")
 """The tensors of a regression; see `RidgeFit`."""
@@ -43,8 +41,8 @@ class Decoder:
 
     Attributes:
         tensors: What `decode` computes with, and a file has to hold. Of the regressions those of `RidgeFit`, with
-            targets ``[|erased|·C]``; of heads their weights ``[ΣC_j, F]`` and biases ``[ΣC_j]``, one after another
-            without their padding, and their class counts C_j.
+            targets ``[|erased|·C]``; of heads their weights ``[ΣC_j, F]`` and biases ``[ΣC_j]``, one after another, and
+            their class counts C_j.
         samples_read: How many of the calibration inputs `fit` has looked at.
         promises: By lost expert, up to which score its decoded answers are accepted.
 
@@ -72,17 +70,23 @@ class Decoder:
         experts = range(self.code.num_experts)
         return tuple(expert for expert in experts if expert not in self.erased)
 
+    def decodes(self, lost: Sequence[int]) -> bool:
+        """Return whether it is for the loss of these experts: those of `erased`, or some where no survivor is read."""
+        if self.kind.reads_survivors:
+            return set(lost) == set(self.erased)
+        return set(lost) <= set(self.erased)
+
     @property
-    def row_of(self) -> dict[int, int]:
+    def rows(self) -> list[int]:
         """Which coded model weighs each lost expert most, the first of equals."""
-        largest = self.code.matrix.argmax(0).tolist()
-        return {expert: largest[expert] for expert in self.erased}
+        largest: list[int] = self.code.matrix[:, list(self.erased)].argmax(0).tolist()
+        return largest
 
     def servers(self, num_coded: int) -> set[int]:
         """Return the places of the servers whose answers `decode` reads: experts come first, then coded models."""
         rows = set(range(num_coded))
         if self.kind is DecoderKind.expert_head:
-            rows = set(self.row_of.values())
+            rows = set(self.rows)
         return {*self.survivors, *(self.code.num_experts + row for row in rows)}
 
     @property
@@ -90,11 +94,9 @@ class Decoder:
         """How many bytes must be kept for `decode`."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def passes(self, num_coded: int, erased: Sequence[int] | None = None) -> int:
-        """Return how many forward passes the answers took that `fit` has looked at, for some of the lost experts."""
-        lost = self.erased if erased is None else tuple(erased)
-        num_networks = len({*lost, *self.survivors}) + num_coded
-        return num_networks * self.samples_read
+    def passes(self, num_coded: int) -> int:
+        """Return how many forward passes the answers took that `fit` has looked at: of all experts and coded models."""
+        return (self.code.num_experts + num_coded) * self.samples_read
 
     def fit(self, calibration: Answers) -> Self:
         """Fit the decoder, if it has anything to fit; the targets are the lost experts' own logits.
@@ -111,15 +113,14 @@ class Decoder:
             self.samples_read = calibration.num_samples
         return self
 
-    def take_heads(self, heads: Heads) -> Self:
-        """Keep the lost experts' own heads, of an ``expert_head``, and return the decoder."""
-        own = [_without_padding(*heads[expert]) for expert in self.erased]
+    def take_heads(self, heads: Sequence[Head]) -> None:
+        """Keep the lost experts' own heads, of the heads of all experts; for ``expert_head``."""
+        own = [heads[expert] for expert in self.erased]
         self.tensors = {
             "weight": torch.cat([weight for weight, _ in own]),
             "bias": torch.cat([bias for _, bias in own]),
             "class_counts": torch.tensor([len(bias) for _, bias in own]),
         }
-        return self
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits ``[len(erased), B, C]``, whose own entries are not read, in their type.
@@ -156,13 +157,12 @@ class Decoder:
         return logits.transpose(0, 1)
 
     def _by_heads(self, answers: Answers) -> Tensor:
-        assert answers.coded_features is not None
         counts = self.tensors["class_counts"].tolist()
         weights = torch.split(self.tensors["weight"], counts)
         biases = torch.split(self.tensors["bias"], counts)
         width = max(answers.coded.shape[2], *counts)
         decoded = []
-        for row, weight, bias in zip(self.row_of.values(), weights, biases, strict=True):
+        for row, weight, bias in zip(self.rows, weights, biases, strict=True):
             features = double(answers.coded_features[row])  # [B, F]
             if features.shape[1] == 0:  # the coded model is silent
                 logits = features.new_full((len(features), len(bias)), torch.nan)
@@ -180,8 +180,6 @@ class Decoder:
             )
         blocks = [torch.cat(logits, 1)]
         if self.kind.reads_features:
-            assert answers.coded_features is not None
-            assert answers.expert_features is not None
             blocks += answers.coded_features
             blocks += [answers.expert_features[expert] for expert in self.survivors]
         return [double(block) for block in blocks]
@@ -228,33 +226,27 @@ class Decoder:
     def _check(self, answers: Answers) -> None:
         """Raise DecodingError unless the answers are of as many experts, and have features if they are read."""
         if answers.num_experts != self.code.num_experts:
-            found = answers.num_experts
-            expected = f"{self.code.num_experts}; keep the lost ones' places"
-            raise DecodingError(f"found answers of {found} experts, the decoder is for {expected}")
-        if self.kind.reads_features and answers.coded_features is None:
+            raise DecodingError(
+                f"found answers of {answers.num_experts} experts, the decoder is for {self.code.num_experts}; keep the "
+                "lost ones' places"
+            )
+        if self.kind.reads_features and not answers.expert_features:
             raise DecodingError(
                 f"the {self.kind.name} decoder found answers without features, expected both"
             )
-
-
-def _without_padding(weight: Tensor, bias: Tensor) -> Head:
-    """Return a head without its last rows that are zero, whose logits are as zero as padding is."""
-    is_used = weight.any(1) | (bias != 0)
-    last = int(is_used.nonzero().max()) if is_used.any() else 0
-    return weight[: last + 1], bias[: last + 1]
 
 
 def make_decoder(
     kind: DecoderKind | str,
     code: Code,
     erased: Sequence[int],
-    heads: Heads | None = None,
+    heads: Sequence[Head] | None = None,
 ) -> Decoder:
     """Return an unfitted decoder of a kind.
 
     The calibrated kinds read only the number of experts from the code, and serve without coded answers too. For
-    expert_head it takes the heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`). Raises
-    ConfigurationError where there is no such kind, DecodingError where it cannot decode the erasure.
+    expert_head it takes the heads of all experts (`coin.networks.linear_heads`). Raises ConfigurationError where there
+    is no such kind, DecodingError where it cannot decode the erasure.
 
     >>> answers = coin.Answers(torch.ones(3, 1, 2), coded=2 * torch.ones(1, 1, 2))
     >>> coin.make_decoder("linear", code, erased=[0]).decode(answers)

@@ -58,9 +58,12 @@ def shapes_in(batch: Batch) -> tuple[tuple[Any, ...], ...]:
 
 def take(batch: Batch, samples: slice | Tensor) -> Batch:
     """Return some of a batch's samples: a slice, or places, int64."""
-    if isinstance(samples, slice):
-        return map_tensors(lambda tensor: tensor[samples], batch)
-    return map_tensors(lambda tensor: tensor[samples.to(tensor.device)], batch)
+
+    def taken(tensor: Tensor) -> Tensor:
+        places = samples if isinstance(samples, slice) else samples.to(tensor.device)
+        return tensor[places]
+
+    return map_tensors(taken, batch)
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:
@@ -71,19 +74,14 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return several batches as one; a DataError where their samples differ in shape."""
+    shapes = {shapes_in(batch) for batch in batches}
+    if len(shapes) > 1:
+        told = " and ".join(str(each) for each in sorted(shapes))
+        raise DataError(
+            f"found calibration samples of shapes {told} to run together, expected one shape; pad them"
+        )
     first = batches[0]
-    for batch in batches:
-        if shapes_in(batch) != shapes_in(first):
-            raise DataError(
-                f"found calibration samples of shapes {_told(first)} and {_told(batch)} to run together, "
-                "expected one shape; pad them"
-            )
     parts: Sequence[Any] = batches
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     return {name: torch.cat([part[name] for part in parts]) for name in first}
-
-
-def _told(batch: Batch) -> str:
-    shapes = [str([*tensor.shape[1:]]) for tensor in tensors_in(batch)]
-    return " ".join(shapes)

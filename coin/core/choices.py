@@ -1,4 +1,4 @@
-"""Checks of options: an entry of an enum, a number in a range, a list of names."""
+"""Checks of options: an entry of an enum, a number in a range."""
 
 import difflib
 from collections.abc import Iterable
@@ -49,22 +49,12 @@ def check_number(
     strict: bool = False,
 ) -> None:
     """Raise ConfigurationError unless a number is finite, ≥ `low` (or >, if strict), < `high` and ≤ `most`."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and isfinite(value):
         is_above = value > low if strict else value >= low
         if is_above and value < high and value <= most:
             return
-    bounds = {
-        "above" if strict else "at least": low,
-        "below": high,
-        "at most": most,
-    }
+    bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
     told = [f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit)]
-    expected = " and ".join(told) or "that is finite"
+    expected = " and ".join(told)
     raise ConfigurationError(f"found {name}={value!r}, expected a number {expected}")
-
-
-def is_list_of_names(value: Any) -> bool:
-    """Return whether a value is a list of at least one string."""
-    if not isinstance(value, list):
-        return False
-    return len(value) > 0 and all(isinstance(each, str) for each in value)

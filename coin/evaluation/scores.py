@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import (
     Answers,
@@ -34,43 +35,26 @@ Networks = Callable[[Collection[int]], Mapping[int, nn.Module]]
 """Returns the networks at some places: first the experts, then the coded models and the copies."""
 
 
-class Scores(DecodingAccuracy):
-    """`DecodingAccuracy` of one lost expert, and ``confusion``, counts of its own class by the answered one."""
-
-    confusion: Tensor
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.add_state("confusion", counts, dist_reduce_fx="sum")
-
-    def update(
-        self, decoded: Tensor, expert: Tensor, labels: Tensor, accepted: Tensor | None = None
-    ) -> None:
-        """Add a batch, see `DecodingAccuracy`; NaN is counted for no class."""
-        super().update(decoded, expert, labels, accepted)
-        classes = len(self.confusion)
-        answered = decoded[:, :classes]
-        is_finite = torch.isfinite(answered).all(1)
-        own = expert[is_finite, :classes].argmax(1)
-        pairs = classes * own + answered[is_finite].argmax(1)
-        counts = torch.bincount(pairs, minlength=classes**2)
-        self.confusion += counts.view(classes, classes).to(self.confusion.device)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the numbers, and ``confusion`` ``[C_j, C_j]``."""
-        return {**super().compute(), "confusion": self.confusion}
-
-
-@dataclass(eq=False)
 class FittedDecoder:
     """A decoder in a variant, the erasures that it is measured for, and its scores by lost expert."""
 
-    variant: Variant
-    decoder: Decoder
-    erasures: Sequence[tuple[int, ...]]
-    scores: dict[int, Scores]
-    seconds: float = 0.0  # that its fit took
+    def __init__(
+        self,
+        variant: Variant,
+        decoder: Decoder,
+        erasures: Sequence[tuple[int, ...]],
+        class_counts: Sequence[int],
+    ) -> None:
+        self.variant = variant
+        self.decoder = decoder
+        self.erasures = erasures
+        self.seconds = 0.0  # that its fit took
+        self.scores: dict[int, DecodingAccuracy] = {}
+        self.confusions: dict[int, MulticlassConfusionMatrix] = {}
+        for lost in decoder.erased:
+            count = class_counts[lost]
+            self.scores[lost] = DecodingAccuracy(count)
+            self.confusions[lost] = MulticlassConfusionMatrix(count, validate_args=False)
 
     def reads(self) -> set[int]:
         """Return the places of the networks whose answers it decodes."""
@@ -80,9 +64,16 @@ class FittedDecoder:
         networks = {num_experts + network for network in self.variant.networks}
         return networks | set(self.decoder.survivors)
 
-    def decode(self, task: int, seen: Answers) -> Tensor:
-        """Return a lost expert's logits ``[B, C]`` from the answers in the variant's system."""
-        return self.decoder.decode(seen)[self.decoder.erased.index(task)]
+    def update(self, task: int, seen: Answers, labels: Tensor, width: int) -> None:
+        """Score what is decoded of one lost expert from the answers in the variant's system to its own test inputs."""
+        decoded = self.decoder.decode(seen)[self.decoder.erased.index(task)][:, :width]
+        expert = seen.experts[task, :, :width]
+        accepted = None
+        if task in self.decoder.promises:
+            accepted = self.decoder.accepted(task, answer_score(decoded))
+        self.scores[task].update(decoded, expert, labels, accepted)
+        is_finite = torch.isfinite(decoded).all(1)  # NaN is counted for no class
+        self.confusions[task].update(decoded[is_finite].argmax(1), expert[is_finite].argmax(1))
 
 
 @dataclass(frozen=True)
@@ -147,8 +138,8 @@ class Evaluation:
                     groups = {erased: [erased] for erased in erasures}
                 for erased, measured in groups.items():
                     decoder = variant.decoder(kind, erased, heads)
-                    scores = {expert: Scores(class_counts[expert]) for expert in decoder.erased}
-                    self.fitted.append(FittedDecoder(variant, decoder, measured, scores))
+                    fitted = FittedDecoder(variant, decoder, measured, class_counts)
+                    self.fitted.append(fitted)
             # A body with adapters has no one output for all experts, and the survivors alone have no coded model.
             of_sum = [kind for kind in applying if kind is not expert_head]
             if of_sum and variant.method != NONE:  # the sum takes every expert's answers
@@ -171,7 +162,10 @@ class Evaluation:
                 raise
             warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=4)
             return None
-        return [(weight.cpu(), bias.cpu()) for weight, bias in heads]
+        return [
+            (weight[:count].cpu(), bias[:count].cpu())
+            for count, (weight, bias) in zip(self.class_counts, heads, strict=True)
+        ]
 
     @property
     def to_fit(self) -> list[FittedDecoder]:
@@ -191,8 +185,6 @@ class Evaluation:
                 places |= each.reads()
         if self.residuals:  # of Σ_i β_i f_i
             places |= set(range(len(self.class_counts)))
-        for variant in self.residuals:
-            places |= {len(self.class_counts) + network for network in variant.networks}
         return places
 
     def answers(self, inputs: Batch, tasks: int | Tensor, places: Collection[int]) -> Answers:
@@ -245,8 +237,7 @@ class Evaluation:
                 seen = each.variant.seen(answers)
                 started = time.perf_counter()
                 each.decoder.fit(seen)
-                losses = 1 if each.decoder.kind.reads_survivors else len(each.scores)
-                each.seconds = (time.perf_counter() - started) / losses
+                each.seconds = time.perf_counter() - started
 
     def promise(
         self, batches: Iterable[tuple[Batch, Tensor]], alpha: float, confidence: float
@@ -269,15 +260,9 @@ class Evaluation:
                 target = variant.code.encode(answers.experts)  # [R, B, C]
                 coded = seen[variant].coded
                 residuals[task].update(coded.flatten(0, 1), target.flatten(0, 1))
-            expert = answers.experts[task, :, :width]
             for each in self.fitted:
-                if task not in each.scores:
-                    continue
-                decoded = each.decode(task, seen[each.variant])[:, :width]
-                accepted = None
-                if task in each.decoder.promises:
-                    accepted = each.decoder.accepted(task, answer_score(decoded))
-                each.scores[task].update(decoded, expert, labels, accepted)
+                if task in each.scores:
+                    each.update(task, seen[each.variant], labels, width)
 
     def measurements(self, tasks: Sequence[str]) -> list[Measurement]:
         """Return the results of every variant, erasure by erasure, given the tasks' names."""
@@ -287,9 +272,9 @@ class Evaluation:
             for erased in variant.erasures():
                 for each in own:
                     if erased in each.erasures:
+                        decoders = [other.decoder for other in own]
                         kind = each.decoder.kind
-                        like = [other.decoder for other in own if other.decoder.kind is kind]
-                        kept = sum(decoder.nbytes for decoder in like)
+                        kept = sum(every.nbytes for every in decoders if every.kind is kind)
                         found += self._measured(each, erased, kept, tasks)
         return found
 
@@ -299,7 +284,7 @@ class Evaluation:
         """Yield the results of a decoder for the loss of these experts, one for each of them."""
         variant = fitted.variant
         decoder = fitted.decoder
-        passes = decoder.passes(len(variant.networks), erased)
+        passes = decoder.passes(len(variant.networks))
         seconds = fitted.seconds + self.network_seconds * passes
         rows = [] if variant.is_copy else range(len(variant.networks))
         columns = {
@@ -319,10 +304,11 @@ class Evaluation:
             residual = math.nan
             if variant in self.residuals:
                 residual = float(self.residuals[variant][lost].compute())
-            own = fitted.scores[lost].compute()
-            numbers = {name: float(own[name]) for name in own if name != "confusion"}
-            of_task = {**columns, "task": tasks[lost], "residual": residual, **numbers}
-            yield Measurement(of_task, own["confusion"].cpu(), decoder.promises.get(lost))
+            of_task = {**columns, "task": tasks[lost], "residual": residual}
+            for name, number in fitted.scores[lost].compute().items():
+                of_task[name] = float(number)
+            confusion = fitted.confusions[lost].compute().cpu()
+            yield Measurement(of_task, confusion, decoder.promises.get(lost))
 
     @property
     def metrics(self) -> list[Metric]:
@@ -331,7 +317,7 @@ class Evaluation:
         for residuals in self.residuals.values():
             found += residuals
         for each in self.fitted:
-            found += each.scores.values()
+            found += [*each.scores.values(), *each.confusions.values()]
         return found
 
 

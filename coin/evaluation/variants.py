@@ -188,23 +188,21 @@ def read_copies(
     the second of one.
     """
     by_label: dict[str, list[Variant]] = {}
+    without_copy: dict[
+        str, list[str]
+    ] = {}  # by label the fingerprints of experts, "" where a copy is found
     bases: dict[str, int] = {}  # bytes
     for place, path in enumerate(paths):
         file = open_network(path)
         label = str(file.provenance.get("label", REPLICA))
-        copies = by_label.setdefault(label, [])
+        marks = without_copy.setdefault(label, list(fingerprints))
         of = file.provenance.get("of")
-        tasks = [task for task, mark in enumerate(fingerprints) if mark == of]
-        if not tasks:
+        if of not in marks:
             raise FileError(
-                f"'{path}' is not a compressed copy of these experts; compress them again"
+                f"'{path}' is not a compressed copy of these experts, or a second one of the same; compress them again"
             )
-        have_copies = [each.lost for each in copies]
-        without_copy = [task for task in tasks if ((task,),) not in have_copies]
-        if not without_copy:
-            raise FileError(
-                f"'{path}' is a second copy of an expert, expected one of each; leave it out"
-            )
+        expert = marks.index(of)
+        marks[expert] = ""
         copy = Variant(
             method=label,
             code=code,
@@ -214,17 +212,16 @@ def read_copies(
             kind=REPLICA,
             memory=file.nbytes,
             resident=resident_nbytes(empty_network(file.config, file.num_classes)),
-            lost=((without_copy[0],),),
+            lost=((expert,),),
         )
-        copies.append(copy)
+        by_label.setdefault(label, []).append(copy)
         bases[label] = max(bases.get(label, 0), file.base_nbytes)
-    found = []
+    found: list[Variant] = []
     for label, copies in by_label.items():
         memory = sum(each.memory for each in copies) + bases[label]
-        whole = max(each.resident for each in copies)
         seconds = sum(each.merge_seconds for each in copies)
-        for each in copies:
-            # All are held as stored, and one of them whole to answer.
-            resident = memory + whole
-            found.append(replace(each, memory=memory, resident=resident, merge_seconds=seconds))
+        # All are held as stored, and one of them whole to answer.
+        resident = memory + max(each.resident for each in copies)
+        costs: dict[str, Any] = {"memory": memory, "resident": resident, "merge_seconds": seconds}
+        found += [replace(each, **costs) for each in copies]
     return found

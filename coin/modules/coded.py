@@ -18,7 +18,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import fingerprint
 from coin.modules.coded_file import SystemFile, save_coded
 from coin.networks import Adapted, Compressed, linear_heads, run_network
-from coin.networks.adapted import resident_nbytes, stored_nbytes
+from coin.networks.adapted import stored_nbytes
 from coin.networks.calling import as_input
 from coin.networks.guard import eval_mode
 from coin.networks.running import check_as_plain
@@ -32,8 +32,8 @@ class Coded(LightningModule):
     """N experts, R coded models and their code.
 
     Networks run in eval mode and without gradients, on inputs moved to their device; their modes are restored. As a
-    LightningModule it answers as the coded models do, in a Trainer's ``predict`` too, and ``to(device)`` moves it.
-    By default `erased` are the experts of the last `fit_decoder`.
+    LightningModule it answers as the coded models do, in a Trainer's ``predict`` too, but for bodies with adapters, and
+    ``to(device)`` moves it. By default `erased` are the experts of the last `fit_decoder`.
 
     Args:
         code: The code, R×N, or its rows.
@@ -46,7 +46,7 @@ class Coded(LightningModule):
         nbytes: The bytes of the coded models as stored.
         decoders: The fitted ones by the lost experts; the last is taken by default.
         classes: How many classes every expert has, once there were inputs.
-        method, class_names, files: Of a run, the merge method, the experts' class names, and files, theirs first.
+        method, class_names, files: Of a run the merge method, the experts' classes, and all networks' files.
 
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
@@ -71,50 +71,41 @@ class Coded(LightningModule):
     ) -> None:
         super().__init__()
         self.code = code if isinstance(code, Code) else Code(code)
-        if (len(experts), len(coded)) != (self.code.num_experts, self.code.num_coded):
+        expected = self.code.num_experts, self.code.num_coded
+        if (len(experts), len(coded)) != expected:
             raise ConfigurationError(
-                f"found {len(experts)} experts and {len(coded)} coded models, expected {self.code.num_experts} and "
-                f"{self.code.num_coded}, as the code has"
+                f"found {len(experts)} experts and {len(coded)} coded models, expected {expected[0]} and "
+                f"{expected[1]}, as the code has"
             )
         self.names = tuple(map(str, range(len(experts)) if names is None else names))
         if len(set(self.names)) != len(experts):
             raise ConfigurationError(
                 f"found names {self.names} of {len(experts)} experts, expected a name each"
             )
-        self.nbytes = 0
-        networks: list[nn.Module] = []
-        for each in coded:
-            if isinstance(each, Compressed):
-                self.nbytes += each.nbytes
-                body = Adapted(each.packed(), each.adapters)
-                networks.append(body.to(device_of(experts[0])))
-            else:
-                self.nbytes += stored_nbytes(each)
-                networks.append(each)
         self.experts = nn.ModuleList(experts)
-        self.coded = nn.ModuleList(networks)
+        self.coded = nn.ModuleList()
+        self.nbytes = 0
+        for network in coded:
+            if isinstance(network, Compressed):
+                self.nbytes += network.nbytes
+                body = Adapted(network.packed(), network.adapters)
+                self.coded.append(body.to(device_of(experts[0])))
+            else:
+                self.nbytes += stored_nbytes(network)
+                self.coded.append(network)
         self.decoders: dict[tuple[int, ...], Decoder] = {}
         self.classes: list[int] | None = None
         self.method = ""
         self.class_names: list[list[str]] | None = None
         self.files: tuple[Path, ...] = ()
 
-    def __repr__(self) -> str:
-        fitted = list(self.decoders)
-        return f"Coded(experts: {', '.join(self.names)}; coded models: {len(self.coded)}; decoders: {fitted})"
-
     @property
     def is_adapted(self) -> bool:
         """Whether the coded models are bodies with adapters."""
         return any(isinstance(each, Adapted) and each.num_experts > 0 for each in self.coded)
 
-    @property
-    def resident_nbytes(self) -> int:
-        """The bytes of weights that are in memory while the coded models answer."""
-        return sum(resident_nbytes(network) for network in self.coded)
-
     def forward(self, inputs: Batch) -> Tensor:
-        """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
+        """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``; bodies with adapters raise."""
         return self.answers(inputs, erased=range(len(self.experts))).coded
 
     def answers(
@@ -131,7 +122,7 @@ class Coded(LightningModule):
         the inputs are: `tasks` ``[B]``, or one for all.
         """
         places = set(range(len(self.experts) + len(self.coded)))
-        return self._run(places - set(_indices(erased, self.names)), inputs, features, tasks)
+        return self._run(places - set(self._indices(erased)), inputs, features, tasks)
 
     @torch.no_grad()
     def _run(
@@ -170,26 +161,26 @@ class Coded(LightningModule):
     def fit_decoder(
         self, calibration: Iterable[Any], erased: Erased, kind: DecoderKind | str
     ) -> Self:
-        """Fit a decoder for lost experts: once for every erasure, or with all experts if it needs no survivor.
+        """Fit a decoder for the loss of these experts; one that reads no survivor serves the loss of some of them too.
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs (inputs, labels); linear and expert_head need none.
             erased: The lost experts, by index or by name.
             kind: The decoder.
+
+        Raises as `make_decoder` and `Decoder.fit`; ConfigurationError where the kind cannot read bodies with adapters.
         """
         if self.is_adapted and kind != DecoderKind.expert_head:
             raise ConfigurationError(
                 f"the decoder {kind} cannot read a body with adapters, expected expert_head"
             )
-        decoder = make_decoder(kind, self.code, _indices(erased, self.names))
+        decoder = make_decoder(kind, self.code, self._indices(erased))
         batches = _batches(calibration)
         first = next(batches, None)
         if first is not None:
             self.count_classes(first)
             with eval_mode(self):
-                for body in self.coded:
-                    if isinstance(body, Adapted):
-                        check_as_plain(body, as_input(first, body))
+                _check_bodies(self.coded, first)
             batches = chain([first], batches)
         if decoder.kind is DecoderKind.expert_head:
             decoder.take_heads(self.heads(first))
@@ -200,21 +191,20 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch, erased: Erased | None = None) -> Tensor:
-        """Return the logits ``[|erased|, B, C]`` of lost experts, C their most classes; those of others are −∞.
+        """Return the logits ``[|erased|, B, C]`` of lost experts, C their most classes; those they lack are −∞.
 
         Only networks that the decoder reads run; without calibration every expert once, to count its classes.
         """
         decoder, lost = self._decoder_of(erased)
         places = decoder.servers(len(self.coded))
         classes = self.count_classes(inputs)
-        every = None
-        decoded = []
+        decoded: list[Tensor] = []
         for expert in lost:
             # A body answers for each expert in a pass of its own.
-            if every is None or self.is_adapted:
+            if not decoded or self.is_adapted:
                 answers = self._run(places, inputs, decoder.kind.reads_features, expert)
-                every = decoder.decode(answers)
-            logits = every[decoder.erased.index(expert)]
+                of_all = decoder.decode(answers)
+            logits = of_all[decoder.erased.index(expert)]
             logits[:, classes[expert] :] = -torch.inf
             decoded.append(logits)
         width = max(classes[expert] for expert in lost)
@@ -243,7 +233,7 @@ class Coded(LightningModule):
             confidence: The probability that the promise holds, in (0, 1).
             inputs: Batches of new inputs, distributed like the queries and not used to fit anything.
             erased: The lost experts.
-            tasks: Of which expert's task each input is, int64 over all batches, for promises from its own alone.
+            tasks: Of which expert's task each input is, int64 over all batches, to promise from its own alone.
         """
         decoder, lost = self._decoder_of(erased)
         batches = list(_batches(inputs))
@@ -263,10 +253,7 @@ class Coded(LightningModule):
         These are called ``NAME.row-0.safetensors``, …; compressed ones are written as they run, packed.
         """
         place = Path(path)
-        rows = range(len(self.coded))
-        files = [place.with_name(f"{place.stem}.row-{row}.safetensors") for row in rows]
-        for file, network in zip(files, self.coded, strict=True):
-            save_coded(file, network)
+        files = save_coded(place, self.coded)
         decoders = list(self.decoders.values())
         marks = [fingerprint(expert.state_dict()) for expert in self.experts]
         SystemFile(self.code, self.names, self.classes, decoders, marks, files).save(place)
@@ -276,11 +263,16 @@ class Coded(LightningModule):
         """Return the system that `save` wrote with these experts; its answers are identical to the last bit.
 
         Raises FileError where a file is missing, damaged or holds something else, StateError where the experts are
-        others or tensors do not fit.
+        others or tensors do not fit, ConfigurationError where their number is another's, or where the file is a run's,
+        of several decoders for one erasure (`from_run`).
         """
         file = SystemFile.load(Path(path))
         system = cls(file.code, experts, file.coded_models(experts), file.names)
         system.decoders = {decoder.erased: decoder for decoder in file.decoders}
+        if len(system.decoders) < len(file.decoders):
+            raise ConfigurationError(
+                f"found several decoders of an erasure in '{path}'; use from_run"
+            )
         system.classes = file.classes
         return system
 
@@ -299,16 +291,24 @@ class Coded(LightningModule):
 
     def _decoder_of(self, erased: Erased | None) -> tuple[Decoder, tuple[int, ...]]:
         """Return the decoder of lost experts, and these, by default those of the last `fit_decoder`."""
-        lost = next(reversed(self.decoders), ()) if erased is None else _indices(erased, self.names)
-        if lost in self.decoders:
-            return self.decoders[lost], lost
-        for key, decoder in self.decoders.items():
-            is_one_of_many = not decoder.kind.reads_survivors and set(lost) <= set(key)
-            if lost and (is_one_of_many or sorted(key) == sorted(lost)):
-                return decoder, lost
-        raise ConfigurationError(
-            f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder first"
-        )
+        latest = next(reversed(self.decoders), ())
+        lost = latest if erased is None else self._indices(erased)
+        able = [each for each in self.decoders.values() if lost and each.decodes(lost)]
+        if not able:
+            raise ConfigurationError(
+                f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder first"
+            )
+        return min(able, key=lambda decoder: len(decoder.erased)), lost
+
+    def _indices(self, erased: Erased) -> tuple[int, ...]:
+        """Return the indices of experts that are given by index or by name."""
+        places: dict[Any, int] = {name: place for place, name in enumerate(self.names)}
+        indices = [places.get(each, each) for each in erased]
+        for index in indices:
+            if index not in range(len(self.names)):
+                expected = f"0 to {len(self.names) - 1}, or one of {', '.join(self.names)}"
+                raise ConfigurationError(f"found lost expert {index!r:.60}, expected {expected}")
+        return tuple(map(int, indices))
 
     def _answers_with_own(
         self, decoder: Decoder, batches: Iterable[Batch], tasks: Tensor | Sequence[int] | None
@@ -330,6 +330,13 @@ class Coded(LightningModule):
         return replace(Answers.concatenate(parts), tasks=task_of)
 
 
+def _check_bodies(networks: Iterable[nn.Module], inputs: Any) -> None:
+    """Raise StateError as `check_as_plain`, of networks that are bodies with adapters."""
+    for network in networks:
+        if isinstance(network, Adapted):
+            check_as_plain(network, as_input(inputs, network))
+
+
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
     """Return an iterator; a DataError for a single batch."""
     if isinstance(inputs, Tensor | Mapping):
@@ -337,16 +344,3 @@ def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
             f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]"
         )
     return iter(inputs)
-
-
-def _indices(erased: Erased, names: Sequence[str]) -> tuple[int, ...]:
-    """Return experts that are given by index or by one of these names."""
-    places: dict[Any, int] = {name: place for place, name in enumerate(names)}
-    indices = []
-    for each in erased:
-        index = places.get(each, each)
-        if index not in range(len(names)):
-            expected = f"0 to {len(names) - 1}, or one of {', '.join(names)}"
-            raise ConfigurationError(f"found lost expert {each!r:.60}, expected {expected}")
-        indices.append(int(index))
-    return tuple(indices)

@@ -1,7 +1,7 @@
 """The files of a coded system: its code and fitted decoders in one, each coded model in its own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,20 @@ def _beside(path: Path, place: str) -> Path:
     return Path(os.path.normpath(path.parent / place))
 
 
-def save_coded(path: Path, network: nn.Module) -> None:
-    """Write a coded model in memory: a body as it runs, packed; another with all its parameters and buffers."""
-    if isinstance(network, Adapted):
-        _compressed(network).save(path)
-    else:
-        state = _all_tensors(network)
-        save_state(path, state, {})
+def save_coded(path: Path, networks: Iterable[nn.Module]) -> list[Path]:
+    """Write coded models in memory to files beside a system's, and return these.
+
+    A body is written as it runs, packed; another network with all its parameters and buffers.
+    """
+    files = []
+    for row, network in enumerate(networks):
+        file = path.with_name(f"{path.stem}.row-{row}.safetensors")
+        if isinstance(network, Adapted):
+            _compressed(network).save(file)
+        else:
+            save_state(file, _all_tensors(network), {})
+        files.append(file)
+    return files
 
 
 def _compressed(adapted: Adapted) -> Compressed:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coin.coding import Code, distinct_decoders, uniform
-from coin.core.batches import Batch
+from coin.core.batches import Batch, size_of
 from coin.data import Calibration
 from coin.data.tasks import Tasks, tasks_of
 from coin.errors import ConfigurationError
@@ -32,7 +32,7 @@ class DecodingEvaluator(LightningModule):
     test set only. Decoders are fitted on the pooled calibration samples first, and promises are made of what is decoded
     of other samples, if the datamodule has some. After ``trainer.test`` the results are in `measurements`. Beside the
     methods stand ``none``, the surviving experts alone, and ``oracle``, Σβ_if_i as the coded output (NDA 1), where a
-    decoder that is asked for reads these.
+    decoder that is asked for reads these. ``trainer.evaluate`` gives the data the experts' image size.
 
     NDA is not logged through ``self.log``: it is one number per method and decoder, known when all is measured, and no
     curve. ``trainer.evaluate`` hands the results to `coin.trainer.record`, which writes ``results.csv`` and puts
@@ -53,7 +53,9 @@ class DecodingEvaluator(LightningModule):
     Raises ConfigurationError where there is nothing to evaluate, FileError where a coded model is of other experts.
     """
 
-    progress: "tqdm[Any]" = tqdm(disable=True)  # what counts the samples, from outside
+    progress: "tqdm[Any]" = tqdm(
+        disable=True
+    )  # counts the samples; set by `coin.trainer.Trainer.evaluate`
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class DecodingEvaluator(LightningModule):
         self.variants += read_copies(copies, fingerprints, self.code, len(modules))
 
     def on_test_start(self) -> None:
-        """Check the data and fit every decoder on the calibration samples."""
+        """Check the data, fit every decoder on the calibration samples, and make promises, all on every process."""
         data = tasks_of(self)
         self._check(data)
         calibration = data.calibration()
@@ -145,14 +147,15 @@ class DecodingEvaluator(LightningModule):
         """Yield the batches of samples on the device, with the task of each sample."""
         done = 0
         for batch in calibration.on(self.device):
-            yield batch, calibration.part[done : done + len(batch)]
-            done += len(batch)
-            self.progress.update(len(batch))
+            size = size_of(batch)
+            yield batch, calibration.part[done : done + size]
+            done += size
+            self.progress.update(size)
 
     def test_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
+        """Run the networks on one batch of task `dataloader_idx`, and decode and score their answers on the CPU."""
         inputs, labels = batch
         self.evaluation.update(dataloader_idx, inputs, labels)
         self.progress.update(len(labels))
@@ -170,7 +173,7 @@ class DecodingEvaluator(LightningModule):
         self.networks.move(torch.device("cpu"))
 
     def save_systems(self, folder: Path) -> None:
-        """Write every variant with its fitted decoders and promises to a file called by its label."""
+        """Write every variant, once it is tested, with its decoders and promises to a file called by its label."""
         for variant in self.variants:
             if variant.is_copy or not variant.networks:
                 continue

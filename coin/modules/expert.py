@@ -21,7 +21,7 @@ from coin.networks.files import initial_network
 from coin.networks.registry import empty_network
 
 Labelled = tuple[Tensor, Tensor]
-"""Images ``[B, 3, H, W]`` and their classes ``[B]``."""
+"""Images ``[B, 3, H, W]`` or tokens ``[B, L]``, and their classes ``[B]``."""
 
 
 class Expert(LightningModule):
@@ -58,7 +58,7 @@ class Expert(LightningModule):
         super().__init__()
         self.recipe = Recipe(**recipe)
         self.config = NetworkConfig(network, image_size, weights, options or {}, mean, std)
-        described = self.config.described()  # a checkpoint is read without `weights`
+        described = self.config.described()  # with the mean and deviation that `weights` may bring
         own = {
             "network": network,
             "image_size": image_size,
@@ -117,13 +117,13 @@ class Expert(LightningModule):
         return self
 
     def on_train_epoch_start(self) -> None:
-        """Seed dropout by (seed, epoch), so that a run resumed at an epoch equals an uninterrupted one."""
+        """Seed dropout by (seed, epoch, process), so that a run resumed at an epoch equals an uninterrupted one."""
         seed = int(self.hparams["seed"] or 0)
         torch.manual_seed(seed * 100_003 + self.current_epoch * 1_009 + self.global_rank)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""
-        return logits_of(self.network, images)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or tokens ``[B, L]``."""
+        return logits_of(self.network, inputs)
 
     def training_step(self, batch: Labelled, batch_idx: int) -> Tensor:
         """Return the batch's cross-entropy, which is logged."""
@@ -155,6 +155,7 @@ class Expert(LightningModule):
         }
 
     def _build(self, num_classes: int) -> None:
+        """Build the network, freeze what is not to be trained, and make the metrics."""
         initial = self.hparams["initial"]
         checkpoint = None if initial is None else Path(initial)
         network = initial_network(
@@ -165,7 +166,7 @@ class Expert(LightningModule):
             parameter.requires_grad_(name in trained)
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train(self.training)
+        self.train(self.training)  # the mode of the new BatchNorms
         names = ("train/accuracy", "val/accuracy", "test/accuracy")
         self.accuracies = nn.ModuleDict(
             {name: MulticlassAccuracy(num_classes, average="micro") for name in names}
@@ -173,8 +174,8 @@ class Expert(LightningModule):
 
     def _step(self, batch: Labelled, stage: str) -> Tensor:
         """Return the cross-entropy of a batch, and log it with the accuracy."""
-        images, labels = batch
-        logits = self(images)
+        inputs, labels = batch
+        logits = self(inputs)
         expected = (len(labels), self.hparams["num_classes"])
         found = getattr(logits, "shape", type(logits).__name__)
         if found != expected:

@@ -15,6 +15,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import Evaluation
 from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded
+from coin.networks.adapted import resident_nbytes
 from coin.networks.calling import as_input
 from coin.networks.guard import eval_mode
 
@@ -93,7 +94,7 @@ def evaluate(
         system.code,
         networks=tuple(range(len(system.coded))),
         memory=system.nbytes,
-        resident=system.resident_nbytes,
+        resident=sum(map(resident_nbytes, system.coded)),
         lost=lost,
         adapted=system.is_adapted,
     )

@@ -14,7 +14,7 @@ from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
 from coin.networks.calling import logits_of
-from coin.networks.heads import head_name, linear_head, with_rows
+from coin.networks.heads import head_name, linear_head
 
 Experts = int | Tensor | None
 """As which experts a body with adapters answers: as one, or sample by sample as several ``[B]``; others ignore it."""
@@ -165,7 +165,7 @@ def linear_heads(
     networks: Iterable[nn.Module],
     inputs: Batch | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
+    """Return every network's head as its weight ``[C, F]`` and bias ``[C]``.
 
     The networks, in eval mode, are checked by `check_head` on the inputs, if there are any.
     """
@@ -180,5 +180,4 @@ def linear_heads(
         if head.bias is not None:
             bias = full_precision(head.bias.detach())
         heads.append((weight, bias))
-    width = max(len(bias) for _, bias in heads)
-    return [(with_rows(weight, width), with_rows(bias, width)) for weight, bias in heads]
+    return heads

@@ -114,7 +114,7 @@ def test_other_modules_data_and_too_many_processes_are_refused(synthetic, make_t
             callback.on_fit_start(trainer, Foreign())
     started = Started()
     trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples_per_task=8), started])
-    with pytest.raises(ConfigurationError, match=r"found no datamodule.*expected a task; give fit a datamodule"):
+    with pytest.raises(ConfigurationError, match=r"found data of NoneType.*expected a task of coin.data"):
         trainer.fit(Expert(**SMALL, num_classes=3), synthetic().train_dataloader())
     assert not started.training
     trainer = SimpleNamespace(datamodule=object(), world_size=9)

@@ -1,14 +1,16 @@
 import torch
 
-from coin.evaluation.scores import Scores
+from coin.coding import Answers, make_decoder, uniform
+from coin.evaluation.scores import FittedDecoder
+from coin.evaluation.variants import Variant
 
 
 def test_an_answer_that_is_nan_is_counted_for_no_class():
-    scores = Scores(2)
-    nan = torch.tensor([[torch.nan, torch.nan]])
-    expert = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0]])
-    scores.update(nan.expand(3, 2), expert, torch.tensor([0, 1, 0]))
-    assert scores.compute()["confusion"].tolist() == [[0, 0], [0, 0]]
-    scores.update(torch.cat([expert[:2], nan]), expert, torch.tensor([0, 1, 0]))
-    assert scores.compute()["confusion"].tolist() == [[1, 0], [0, 1]]
-    assert scores.compute()["agreement"] == 2 / 6
+    code = uniform(2)
+    fitted = FittedDecoder(Variant("coded", code), make_decoder("linear", code, [0]), [(0,)], [2, 2])
+    own = torch.tensor([[2.0, 1.0], [1.0, 2.0], [2.0, 1.0]])
+    answers = Answers(torch.stack([own, own]), own[None].clone())
+    answers.coded[0, 2] = torch.nan
+    fitted.update(0, answers, torch.tensor([0, 1, 0]), 2)
+    assert fitted.confusions[0].compute().tolist() == [[1, 0], [0, 1]]
+    assert fitted.scores[0].compute()["agreement"] == 2 / 3
