@@ -3,14 +3,15 @@
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import check_number
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.files.safetensors import load_provenance
 from coin.modules import Coded
-from coin.reporting.choice import recommended
+from coin.reporting.choice import recommended, weakness
 from coin.reporting.standins import standins
 from coin.reporting.summary import read_run, seed_folders
 from coin.serving.policies import POLICIES, PolicyKind
@@ -59,11 +60,28 @@ def read_system(
     policy: PolicyKind | None,
     quantile: float,
 ) -> System:
-    """Return the system that `serve` serves, from the same arguments."""
+    """Return the system that `serve` serves, from the same arguments; warns where nothing can be recommended."""
     check_number("quantile", quantile, low=0, high=1)
     run = Path(folder)
-    if method is None and decoder is None and policy is None:
+    if method is not None:
+        return _read_system(run, method, decoder, policy, quantile)
+    if decoder is None and policy is None:
         method = recommended_copies(run)
+    system = _read_system(run, method, decoder, policy, quantile)
+    found = weakness(recommended(standins(read_run(run)[1])))
+    if found:
+        warning = f"nothing can be recommended: {found}; serving {system.variant} all the same"
+        warnings.warn(warning, CoinWarning, stacklevel=2)
+    return system
+
+
+def _read_system(
+    run: Path,
+    method: str | None,
+    decoder: str | None,
+    policy: PolicyKind | None,
+    quantile: float,
+) -> System:
     if method is not None and method.startswith(f"{REPLICA}-"):
         policy = policy or PolicyKind.replica
         if decoder is not None or POLICIES[policy][0] != "replica":

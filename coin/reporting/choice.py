@@ -36,7 +36,7 @@ def _most_accurate(kept: pd.DataFrame) -> "pd.Series[Any]":
     return kept.iloc[best]
 
 
-def _weakness(row: "pd.Series[Any]") -> str:
+def weakness(row: "pd.Series[Any]") -> str:
     """Return what is wrong with the experts of a row of `standins`, so that nothing can be recommended; "" if nothing.
 
     One is hardly more often right than chance, or all are so weak that the row is far above them.
@@ -112,7 +112,7 @@ def choose_from(
     """Do what `choose` does with rows of `standins`; `limits` are conditions on its columns."""
     if kept.empty:
         return kept, "Nothing can be recommended: no stand-in has a known NDA and memory."
-    found = _weakness(recommended(kept))
+    found = weakness(recommended(kept))
     if found:
         return kept[:0], f"Nothing can be recommended: {found}."
 

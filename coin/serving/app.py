@@ -37,7 +37,7 @@ _STATUS = {
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return a request's body; a RefusedError if it is too large or comes too slowly, a DataError if not all is JSON.
+    """Return a request's body; a RefusedError if it is too large or comes too slowly.
 
     One that is too large is read on: a client that still sends would not see the answer.
     """
@@ -56,12 +56,6 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     if size > limits.bytes:
         raise RefusedError(
             f"found {size} bytes, expected at most {limits.bytes}; send fewer inputs", 413
-        )
-    # The protocol's binary extension: what comes after so many bytes is no JSON.
-    length = request.headers.get("inference-header-content-length", str(size))
-    if length != str(size):
-        raise DataError(
-            f"found {length} of {size} bytes that are JSON, expected plain JSON (binary_data=False)"
         )
     return bytes(body)
 

@@ -75,18 +75,20 @@ class Flow(Interceptor):
         marks = [getattr(tensor, _MARK) for tensor in values if hasattr(tensor, _MARK)]
         self._note_placing(name, marks)
         result = super().__torch_function__(func, types, args, options)
-        made = tensors_in(args[0] if name == "__setitem__" else result)
+        written = args[0] if name == "__setitem__" else result
+        made = tensors_in(written)
         if made:
             self.reads.update(tensor.grad_fn for tensor in arguments)
         has_parameter = any(isinstance(tensor, nn.Parameter) for tensor in values)
-        if marks or has_parameter:
-            is_learned = has_parameter or any(mark.is_learned for mark in marks)
-            are_choices = not has_parameter and all(mark.is_choice for mark in marks)
-            makes_choices = are_choices or name in _ROUNDING
-            for tensor in made:
+        if not marks and not has_parameter:
+            return result
+        is_learned = has_parameter or any(mark.is_learned for mark in marks)
+        are_choices = not has_parameter and all(mark.is_choice for mark in marks)
+        makes_choices = are_choices or name in _ROUNDING
+        for tensor in made:
+            if not isinstance(tensor, nn.Parameter):
                 is_choice = bool(marks) and (makes_choices or _is_discrete(tensor))
-                if not isinstance(tensor, nn.Parameter):
-                    setattr(tensor, _MARK, Mark(is_learned, is_choice))
+                setattr(tensor, _MARK, Mark(is_learned, is_choice))
         return result
 
     def _note_placing(self, name: str, marks: list[Mark]) -> None:

@@ -34,19 +34,19 @@ class Tape:
     needs the layer's input x, and the gradients g that arrive at the layer's output in a backward pass.
 
     **Forward**, in `run`: while the network runs, an `Interceptor` catches every call of a function that has a rule,
-    such as `torch.nn.functional.linear`, if its weight or bias is a trainable parameter. Such a *ruled call* is kept
-    with its input in `calls`, and becomes a node of its own in autograd's graph, `_RuledCall`. All else is plain
-    autograd, so that any network will do.
+    such as `torch.nn.functional.linear`, if its weight or bias is a trainable parameter. Such a call, if it has B·k
+    rows (entries of its input's first axis), is a *ruled call*: it is kept with its input in `calls`, and becomes a
+    node of its own in autograd's graph, `_RuledCall`. All else is plain autograd, so that any network will do.
 
     **Backward**: a pass starts at the logits with a cotangent U [B, C] in place of a loss's gradient; V of them run
     together by `torch.vmap`. Autograd brings g [V, N, …] to the node of a ruled call. There the tape gives it to
-    whoever wants it (`add_squares`: to the rule), and returns the gradients by x, with which autograd goes on.
+    whoever wants it (`add_squares`: to the rule), and passes the gradients by x back, with which autograd goes on.
     Gradients by parameters are not formed.
 
     **Rows**: a rule squares a sample's gradient, so it must know which of the N rows of a call belong to a sample. It
     assumes that N = B·k, and that the first k rows are the first sample's, the next k the second's, and so on. The
     shape does not tell: [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out where it is wrong. That takes
-    backward passes, so it is done for two samples, and the tape of many is given the k found there as `rows`.
+    backward passes, so it is done for a few samples, and the tape of many is given the k found there as `rows`.
 
     **What no rule may count**, since a parameter's gradient is a sum over all its uses that is squared afterwards: a
     parameter of two calls, or one that is used outside ruled calls too. `shared` returns these.
@@ -69,14 +69,14 @@ class Tape:
     ) -> None:
         self._parameters = parameters
         self._rows = rows
+        self._samples = 0  # B, set by `run`
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
-        like = next(iter(parameters.values()))
-        self._anchor = like.new_zeros(()).requires_grad_()
+        self._anchor = torch.zeros((), requires_grad=True)
         self._flow: Flow | None = None  # while the network runs
         self.calls: list[Call] = []
         self.weights: list[str] = []
         self.sorts = False
-        # Of the backward pass that is running.
+        # Of the backward passes that are running.
         self._receive: Receive
         self._cotangents = 1  # V
         self._fills_zeros = False  # whether zero weights are replaced
@@ -90,6 +90,7 @@ class Tape:
             output = logits_of(network, inputs)
         if self._flow is not None:
             self.sorts = self._flow.placed
+            # A node's id is its own for as long as the output's graph holds the node.
             reads = {id(node): times for node, times in self._flow.reads.items()}
             for call in self.calls:
                 call.readers = reads.get(call.node, 0)
@@ -124,7 +125,11 @@ class Tape:
         return output
 
     def shared(self, output: Tensor) -> set[str]:
-        """Return the parameters that are not used by one ruled call alone, in the graph behind the output."""
+        """Return the parameters that several ruled calls use, or anything else in the graph behind the output.
+
+        A ruled call's parameters are no arguments of its node, so that as leaves of the graph they show another use.
+        One behind `torch.Tensor.detach` does not show.
+        """
         times = Counter(name for call in self.calls for name in call.names.values())
         elsewhere = _leaves(output)
         return {
@@ -136,25 +141,24 @@ class Tape:
     def misplaced(self, output: Tensor, *, batched: bool = True) -> set[str]:
         """Return the parameters at whose calls rows do not lie sample by sample, k of each; the graph is kept.
 
-        Two backward passes of a few samples show it: in the second the cotangent of sample n = 0, 1, … is 2ⁿ times
-        what it is in the first. Backward passes are linear, so 2ⁿ times as much must arrive at each row that is of
-        sample n alone; at other rows something else arrives. A power of two rounds nothing, so that is so to the last
-        bit, however much of a gradient is rounding. A call that no gradient reaches counts as misplaced.
+        Two backward passes show it. The first starts with the same cotangent for every sample, the second with sample
+        n's times its label, 2ⁿ. Backward passes are linear: at a row of sample n alone, the label times as much arrives
+        in the second pass as in the first; at a row of another sample, or of several, something else does. (Times a
+        power of two is exact, so what differs is not the rounding of the labels.) A call that no gradient reaches
+        counts as misplaced.
         """
         samples, classes = output.shape
-        scales = 2 ** torch.arange(samples).to(output)
+        labels = 2 ** torch.arange(samples).to(output)
         # Any cotangent does that no symmetry of the outputs cancels.
         once = torch.arange(1, classes + 1).cos().to(output).expand_as(output)
-        scaled = scales[:, None] * once
+        cotangents = torch.stack([once, labels[:, None] * once])
         arrived: dict[Call, list[Tensor]] = {call: [] for call in self.calls}
         self._fills_zeros = True  # zeros would hide the calls in front of them
-        self._backward(
-            output, torch.stack([once, scaled]), lambda call, g: arrived[call].append(g), batched
-        )
+        self._backward(output, cotangents, lambda call, g: arrived[call].append(g), batched)
         self._fills_zeros = False
         found: set[str] = set()
         for call, gradients in arrived.items():
-            if not gradients or not _is_placed(torch.cat(gradients), scales):
+            if not gradients or not _are_labelled(torch.cat(gradients), labels):
                 found.update(call.names.values())
         return found
 
@@ -163,7 +167,7 @@ class Tape:
         output: Tensor,
         blocks: Iterable[Tensor],
         totals: Mapping[str, Tensor],
-        general: Collection[str],
+        left_out: Collection[str],
     ) -> int:
         """Have the rules add Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² to the totals, by parameter; return how many v there were.
 
@@ -171,12 +175,12 @@ class Tape:
             output: What `run` returned.
             blocks: The cotangents U [v, B, C], each block for one backward pass.
             totals: Parameter name → accumulator.
-            general: The parameters to leave out.
+            left_out: The parameters that no rule may count.
         """
         own: dict[Call, Totals] = {}
         for call in self.calls:
             own[call] = {
-                role: totals[name] for role, name in call.names.items() if name not in general
+                role: totals[name] for role, name in call.names.items() if name not in left_out
             }
         if not output.requires_grad or not any(own.values()):
             return 0
@@ -215,7 +219,7 @@ class Tape:
                 pull_back(cotangent)
         del self._receive  # which may hold the tape
 
-    def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
+    def pass_back(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Hand on the gradients [V, N, …] of a call's output; return its input's, if asked, else anything."""
         # Where none depends on v, autograd hands on one for all.
         self._receive(call, g.expand(self._cotangents, *g.shape[1:]))
@@ -229,16 +233,17 @@ class Tape:
         return call.input_gradient(g, weight)
 
 
-def _is_placed(g: Tensor, scales: Tensor) -> bool:
-    """Say whether every row of gradients [2, B·k, …] is in the second pass its sample's scale [B] times the first's.
+def _are_labelled(g: Tensor, labels: Tensor) -> bool:
+    """Say whether every row of gradients [2, B·k, …] is in the second pass its sample's label [B] times the first's.
 
-    Entries as small as the rounding of the largest show nothing.
+    Labels differ by whole factors, so a relative tolerance of half the digits tells them apart, whatever order a kernel
+    adds in. Entries as small as the rounding of the largest show nothing.
     """
-    once, scaled = g.reshape(2, len(scales), -1)
+    once, labelled = g.reshape(2, len(labels), -1)
     largest = float(once.abs().max())
     precision = torch.finfo(g.dtype).eps
     return largest > 0 and torch.allclose(
-        scaled / scales[:, None],
+        labelled / labels[:, None],
         once,
         rtol=precision**0.5,
         atol=64 * precision * largest,
@@ -261,7 +266,7 @@ def _leaves(output: Tensor) -> set[int]:
 
 
 class _RuledCall(Function):
-    """A node of autograd's graph: the function itself forwards, `Tape.contract` backwards."""
+    """A node of autograd's graph: the function itself forwards, `Tape.pass_back` backwards."""
 
     @staticmethod
     def forward(
@@ -278,7 +283,8 @@ class _RuledCall(Function):
         if call.reads_input:
             ctx.save_for_backward(source)  # of which torch says whether it was changed in place
         output = function()
-        # No view may be changed in place, and an expanded parameter must not be.
+        # Autograd forbids changes in place of a view that such a node makes; `.data` hides that it is one. What shares
+        # the parameter's memory, expanded, is copied.
         return output.clone() if output._base is call.weight else output.data
 
     @staticmethod
@@ -290,8 +296,8 @@ class _RuledCall(Function):
         # All that `torch.vmap` batches at once, without its ways for functions of one's own.
         if is_batchedtensor(g):
             cotangents = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
-            gradients = ctx.tape.contract(ctx.call, cotangents, needs_input)
+            gradients = ctx.tape.pass_back(ctx.call, cotangents, needs_input)
             gradient = _add_batch_dim(gradients, 0, maybe_get_level(g))
         else:
-            gradient = ctx.tape.contract(ctx.call, g[None], needs_input)[0]
+            gradient = ctx.tape.pass_back(ctx.call, g[None], needs_input)[0]
         return None, gradient if needs_input else None, None, None, None

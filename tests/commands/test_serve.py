@@ -20,7 +20,7 @@ from coin.commands.serve import read_system
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.modules import Coded
 from coin.networks import Compression, load_network
 from coin.pipeline.steps.merge import compress_file
@@ -129,6 +129,21 @@ def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can
     ):
         with pytest.raises(ConfigurationError, match=told):
             read(folder, policy, decoder)
+
+
+def test_where_experts_are_too_weak_to_recommend_anything_a_warning_says_what_is_served(
+    alone: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(alone, tmp_path / "run")
+    path = folder / "seed-0/results.csv"
+    results = pd.read_csv(path)
+    results["expert_accuracy"] = results["chance"]
+    results.to_csv(path, index=False)
+    warned = "nothing can be recommended: the expert of 'digits' is hardly more often right than chance.*; serving "
+    with pytest.warns(CoinWarning, match=warned) as found:
+        system = read(folder, decoder=None, method=None)
+    assert len(found) == 1
+    assert f"; serving {system.variant} all the same" in str(found[0].message)
 
 
 def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ MISTAKES = {
         INFER,
         {"content": json.dumps(GOOD["json"]).encode() + b"...", "headers": {"Inference-Header-Content-Length": "9"}},
         400,
-        "found 9 of",
+        "expected plain JSON",
     ),
     "packed": (INFER, {"content": b"\x1f\x8b", "headers": {"Content-Encoding": "gzip"}}, 400, "expected plain JSON"),
 }

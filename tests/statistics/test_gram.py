@@ -1,112 +1,134 @@
-"""Gram matrices against explicit im2col."""
+"""Which maps of a network have Gram matrices, and of which rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from dense import CLASSES, Net, assert_close
+from torch import nn
 
 from coin.errors import StateError
 from coin.networks.small import SmallViT
 from coin.statistics import gram_sums
 
 
-def with_one(a: Tensor, bias: bool) -> Tensor:
-    return torch.cat([a, torch.ones(*a.shape[:-1], 1, dtype=a.dtype)], -1) if bias else a
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_convolution_equals_im2col(bias: bool, groups: int) -> None:
+@pytest.fixture(autouse=True)
+def seed():
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=groups, bias=bias).double()
-    x = torch.randn(5, 4, 7, 6, dtype=torch.float64)
-    found = gram_sums(conv, [x[:2], x[2:]])
-    columns = F.unfold(x, (3, 2), (1, 2), (1, 2), (2, 1)).mT.reshape(-1, groups, 4 // groups * 6)
-    a = with_one(columns, bias)
-    expected = torch.einsum("rgi,rgj->gij", a, a)
-    assert found.values.keys() == {"weight"}
-    assert (found.count, found.passes) == (5, 5.0)
-    torch.testing.assert_close(found.values["weight"], expected)
-    # The order of the entries is that of weight.flatten(1): the layer's output follows from the columns.
-    weight = conv.weight.reshape(groups, 8 // groups, -1)
-    output = torch.einsum("rgk,gok->rgo", columns, weight).reshape(5, -1, 8).mT.view(5, 8, 4, 8)
-    if bias:
-        output = output + conv.bias.view(-1, 1, 1)
-    torch.testing.assert_close(conv(x), output)
 
 
-def test_linear_sums_over_positions_and_divides_by_samples() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(3, 2).double()
-    x = torch.randn(4, 5, 3, dtype=torch.float64)
-    a = with_one(x.reshape(-1, 3), True)
-    torch.testing.assert_close(gram_sums(layer, [x]).mean()["weight"], (a.mT @ a)[None] / 4)
+def product(rows):
+    """Σ a aᵀ over rows with a last entry of one, [1, K + 1, K + 1]."""
+    a = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+    return (a.T @ a)[None]
 
 
-def test_a_layer_called_twice_has_the_sum_over_its_calls() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(3, 3, bias=False).double()
-    x = torch.randn(4, 3, dtype=torch.float64)
-    y = layer(x).detach()
-    torch.testing.assert_close(gram_sums(nn.Sequential(layer, layer), [x]).values["0.weight"][0], x.T @ x + y.T @ y)
+def test_the_entries_are_in_the_order_of_the_weight():
+    """Of a pull that is the weight times the Gram matrix, RegMean's solution is the weight."""
+    layer = nn.Conv2d(4, 8, (3, 2), (2, 1), (1, 2), (1, 2), groups=2, bias=False).double()
+    x = torch.randn(5, 4, 7, 6).double()
+    gram = gram_sums(layer, [x]).values["weight"]
+    weight = layer.weight.reshape(2, 4, -1)
+    by_group = layer(x).movedim(1, -1).reshape(-1, 2, 4)  # [positions, G, O/G]
+    expected = torch.einsum("pgo,pgo->go", by_group, by_group)
+    torch.testing.assert_close((weight @ gram * weight).sum(2), expected)
 
 
-def test_a_weight_called_with_a_bias_and_without_is_refused() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) + F.linear(2 * x, self.layer.weight)
-
-    with pytest.raises(StateError, match=r"'layer.weight' is used with its bias and without it, expected one way"):
-        gram_sums(Both(), [torch.randn(4, 3)])
+def test_the_mean_divides_by_samples():
+    x = torch.randn(4, 5, 3).double()
+    found = gram_sums(nn.Linear(3, 2).double(), [x]).mean()
+    assert_close(found, {"weight": product(x.flatten(0, 1)) / 4})
 
 
-def test_what_has_no_matrix() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.up = nn.Embedding(5, 4), nn.ConvTranspose1d(4, 4, 2)
-            self.frozen, self.head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2)
-            self.mixing, self.scale = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.ones(4))
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            h = torch.einsum("tl,blc->btc", self.mixing, self.up(self.embed(tokens).mT).mT)
-            return self.head(self.frozen(h * self.scale).mean(1))
-
-    tokens = torch.tensor([[0, 1, 4], [2, 2, 3]])
-    assert gram_sums(Mixed(), [tokens]).values.keys() == {"head.weight"}
-    assert not gram_sums(Mixed(), []).values
+def test_a_layer_called_twice_has_the_sum_over_its_calls():
+    layer = nn.Linear(3, 3).double()
+    x = torch.randn(4, 3).double()
+    expected = product(x) + product(layer(x))
+    assert_close(dict(gram_sums(nn.Sequential(layer, layer), [x]).values), {"0.weight": expected})
 
 
-def test_every_linear_map_of_a_vision_transformer() -> None:
-    torch.manual_seed(0)
-    network = SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12).double().eval()
-    block = network.encoder.layers[0]
-    inputs: dict[str, Tensor] = {}
-    block.ln_1.register_forward_hook(lambda _m, _i, out: inputs.update({"self_attention.in_proj_weight": out}))
-    block.mlp[0].register_forward_pre_hook(lambda _m, args: inputs.update({"mlp.0.weight": args[0]}))
-    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    found = gram_sums(network, [images]).values
-    inside = "encoder.layers.encoder_layer_0."
-    assert found.keys() == {
-        "conv_proj.weight",
-        "heads.head.weight",
-        *(f"{inside}{name}" for name in ("self_attention.in_proj_weight", "self_attention.out_proj.weight")),
-        *(f"{inside}{name}" for name in ("mlp.0.weight", "mlp.3.weight")),
+def test_a_weight_called_with_its_bias_and_without_is_refused():
+    network = Net(
+        lambda net, x: net.layer(x) + F.linear(2 * x, net.layer.weight), layer=nn.Linear(3, 3)
+    )
+    with pytest.raises(
+        StateError, match=r"'layer.weight' is used with its bias and without it, expected one way"
+    ):
+        gram_sums(network, [torch.randn(4, 3)])
+
+
+def test_a_bias_of_another_layer_does_not_count():
+    network = Net(lambda net, x: net.head(net.embed(x).mean(1)), embed=nn.Embedding(CLASSES, 4))
+    network.head = nn.Linear(4, CLASSES)
+    network.head.weight = network.embed.weight
+    found = gram_sums(network, [torch.tensor([[0, 1], [2, 2]])])
+    assert {name: [*value.shape] for name, value in found.values.items()} == {
+        "embed.weight": [1, 4, 4]
     }
-    for name, value in inputs.items():
-        a = with_one(value.reshape(-1, 8), True)  # all five tokens, the class token among them
-        torch.testing.assert_close(found[inside + name], (a.mT @ a)[None])
-    patches = with_one(F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48), True)
-    torch.testing.assert_close(found["conv_proj.weight"], (patches.mT @ patches)[None])
 
 
-def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
-    found = gram_sums(nn.Linear(2, 3).bfloat16(), [torch.ones(1, 2)] * 600).mean()["weight"]
-    assert torch.equal(found, torch.ones(1, 3, 3)), "bfloat16 counts to 256"
-    convolution = nn.Conv2d(1, 3, 1, bias=False).half()
-    found = gram_sums(convolution, [torch.full((4, 1, 1, 1), 300.0)]).mean()["weight"]
-    assert torch.equal(found, torch.full((1, 1, 1), 9e4)), "float16 ends at 65504"
+def test_what_has_no_matrix():
+    def call(net, tokens):
+        mapped = net.up(net.embed(tokens).mT).mT
+        mixed = torch.einsum("tl,blc->btc", net.mixing, mapped)
+        return net.head(net.frozen(mixed * net.scale).mean(1))
+
+    parts = {
+        "embed": nn.Embedding(5, 4),
+        "up": nn.ConvTranspose1d(4, 4, 2),
+        "head": nn.Linear(4, 2),
+    }
+    parts |= {"mixing": nn.Parameter(torch.randn(3, 4)), "scale": nn.Parameter(torch.ones(4))}
+    network = Net(call, frozen=nn.Linear(4, 4).requires_grad_(False), **parts)
+    tokens = torch.tensor([[0, 1, 4], [2, 2, 3]])
+    assert gram_sums(network, [tokens]).values.keys() == {"head.weight"}
+    assert not gram_sums(network, []).values
+
+
+def test_an_expert_that_no_token_of_a_batch_goes_to_keeps_what_other_batches_bring():
+    def call(net, x):  # [B, T, 4]
+        rows = x.flatten(0, 1)
+        goes = rows[:, 0] > 0
+        mixed = torch.zeros(len(rows), 5).double()
+        for expert, places in ((net.one, goes), (net.other, ~goes)):
+            mixed[places] = expert(rows[places])
+        return net.head(mixed.view(len(x), -1, 5).mean(1))
+
+    parts = {"one": nn.Linear(4, 5), "other": nn.Linear(4, 5), "head": nn.Linear(5, CLASSES)}
+    network = Net(call, **parts).double()
+    x = torch.randn(2, 3, 4).double()
+    x[..., 0] = torch.tensor([[1.0], [-1]])
+    expected = {"one.weight": product(x[0]), "other.weight": product(x[1])}
+    for batches in ([x], x.split(1)):
+        found = dict(gram_sums(network, batches).values)
+        del found["head.weight"]
+        assert_close(found, expected)
+
+
+def test_every_linear_map_of_a_vision_transformer():
+    network = SmallViT(CLASSES, 8, 4, depth=1, heads=2, width=8, mlp_width=12).double().eval()
+    block = network.encoder.layers[0]
+    seen = {}
+
+    def keep(name):
+        def hook(module, arguments, output):
+            seen[f"encoder.layers.encoder_layer_0.{name}"] = output.flatten(0, -2).detach()
+
+        return hook
+
+    block.ln_1.register_forward_hook(keep("self_attention.in_proj_weight"))
+    block.ln_2.register_forward_hook(keep("mlp.0.weight"))
+    block.mlp[1].register_forward_hook(keep("mlp.3.weight"))
+    block.self_attention.register_forward_hook(
+        lambda *given: keep("self_attention.out_proj.weight")(*given[:2], given[2][0])
+    )
+    images = torch.randn(3, 3, 8, 8).double()
+    found = dict(gram_sums(network, [images]).values)
+    # The projection is square: its input follows from the attention's output.
+    name = "encoder.layers.encoder_layer_0.self_attention.out_proj"
+    weight, bias = network.get_parameter(f"{name}.weight"), network.get_parameter(f"{name}.bias")
+    seen[f"{name}.weight"] = torch.linalg.solve(weight, seen[f"{name}.weight"].sub(bias).T).T
+    seen["conv_proj.weight"] = F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48)
+    del found["heads.head.weight"]
+    assert_close(
+        found, {name: product(rows).detach() for name, rows in seen.items()}, relative=1e-8
+    )

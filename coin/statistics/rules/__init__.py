@@ -19,8 +19,8 @@ class Call(ABC):
     adds what it can at once and the rest in `finish`. N is B·k, with the k rows of a sample lying together.
 
     Attributes:
-        inputs: The input [N, …], as the function saw it, with its history until a `Tape` takes that.
-        weight: The trainable parameter, or a tensor that is none.
+        inputs: What the weight multiplies or is added to [N, …], with its history until a `Tape` takes that.
+        weight: The trainable parameter, or another tensor.
         bias: The same, where the call has one.
         reads_input: Whether the backward pass needs the input's values.
         names: Role → the trainable parameter's name; set by an `Interceptor`.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The arguments of torch's general convolution that follow its tensors."""
+        transposed = False
+        output_padding = [0] * len(self.kernel)
+        return (self.stride, self.padding, self.dilation, transposed, output_padding, self.groups)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
@@ -48,9 +55,12 @@ def taps_of(
     geometry: Geometry, size: tuple[int, ...], device: torch.device
 ) -> tuple[int, list[Tap]]:
     """Return the number of the output's places for images of a size, and the taps of the kernel."""
-    numbers = torch.arange(1, prod(size) + 1, device=device).view(1, 1, *size)
-    patches = geometry.patches(numbers)[0]  # [*output, *kernel, 1], 0 where a tap meets the padding
-    by_tap = patches.flatten(0, len(size) - 1).flatten(1).T  # [taps, places]
+    count = prod(size)
+    numbers = torch.arange(1, count + 1, device=device)
+    image = numbers.view(1, 1, *size)
+    (patches,) = geometry.patches(image)  # [*output, *kernel, 1], 0 where a tap meets the padding
+    by_place = patches.flatten(0, len(size) - 1)
+    by_tap = by_place.flatten(1).T  # [taps, places]
     taps = []
     for met in by_tap:
         places = met.nonzero().flatten()
@@ -84,7 +94,6 @@ class ConvolutionCall(LinearCall):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        geometry = self.geometry
         folded = g.flatten(0, 1)  # [V·N, O, *output]
         x = self.inputs
         order = torch.contiguous_format
@@ -107,12 +116,7 @@ class ConvolutionCall(LinearCall):
                 gradient,  # of which the shape and the order count
                 weight,
                 None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                False,  # not transposed
-                [0] * len(self.size),
-                geometry.groups,
+                *self.geometry.options,
                 [True, False, False],
             )
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
@@ -123,22 +127,13 @@ class ConvolutionCall(LinearCall):
         if geometry.groups > 1:
             return False
         is_pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
-        return g[0, 0].numel() == 1 or (is_pointwise and max(geometry.stride) > 1)
+        is_strided = max(geometry.stride) > 1
+        positions = g[0, 0].numel()
+        return positions == 1 or (is_pointwise and is_strided)
 
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        geometry = self.geometry
-        return torch.convolution(
-            inputs,
-            weight,
-            self.bias,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            False,  # not transposed
-            [0] * len(self.size),
-            geometry.groups,
-        )
+        return torch.convolution(inputs, weight, self.bias, *self.geometry.options)
 
     @override
     def along(self, values: Tensor, output: Tensor) -> Tensor:
@@ -221,13 +216,17 @@ class DepthwiseCall(ConvolutionCall):
         dims = len(self.size)
         output_dims = range(1, 1 + dims)
         other_dims = range(1 + dims, 2 + 2 * dims)
-        step = at_once(g.device, g[0, 0].numel())
-        for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), k)):
-            patches = self.geometry.patches(maps.transpose(0, 1))  # [C, *output, *kernel, k]
+        of_a_sample = g[0, 0]
+        step = at_once(g.device, of_a_sample.numel())
+        by_sample = torch.split(self.inputs.to(g.dtype), k)
+        for n, maps in enumerate(by_sample):
+            by_channel = maps.transpose(0, 1)
+            patches = self.geometry.patches(by_channel)  # [C, *output, *kernel, k]
             output_last = patches.permute(0, *other_dims, *output_dims)
             shifted = output_last.reshape(channels, taps, -1)  # [C, taps, positions]
             for block in torch.split(g[:, n], step):
-                by_channel = block.reshape(-1, channels).t().contiguous()
-                cotangents = by_channel.view(channels, len(block), -1)
+                channel_first = block.reshape(-1, channels).t().contiguous()
+                cotangents = channel_first.view(channels, len(block), -1)
                 gradients = torch.bmm(cotangents, shifted.mT)  # [C, v, taps]
-                total.add_(gradients.square_().sum(1))
+                squares = gradients.square_()
+                total.add_(squares.sum(1))

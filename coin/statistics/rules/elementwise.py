@@ -46,9 +46,11 @@ class ElementwiseCall(Call):
     @override
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         call = replace(self, inputs=inputs)
-        made = call.normalised() * weight.view(self.shape)
+        scale = weight.view(self.shape)
+        made = call.normalised() * scale
         if self.bias is not None:
-            made = made + self.bias.view(self.shape)
+            shift = self.bias.view(self.shape)
+            made = made + shift
         return made.to(inputs.dtype)
 
     @override
@@ -57,21 +59,24 @@ class ElementwiseCall(Call):
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        inner = g.shape[2:]
-        missing = [1] * (len(inner) - len(self.shape))
-        factor = None
+        factors = {}  # by role, what the cotangents are multiplied with
         if "weight" in totals and not self.added:
-            factor = self.normalised()
-        step = at_once(g.device, g[0].numel())
+            factors["weight"] = self.normalised()
+        of_a_cotangent = g[0]
+        step = at_once(g.device, of_a_cotangent.numel())
         for block in torch.split(g, step):
             for role, total in totals.items():
-                local = block
-                if role == "weight" and factor is not None:
-                    local = block * factor
-                by_sample = local.reshape(len(block), samples, -1, *inner)
-                gradients = by_sample.sum_to_size(len(block), samples, 1, *missing, *self.shape)
+                local = block * factors[role] if role in factors else block
+                gradients = self._summed(local, samples)
                 squares = gradients.square().sum((0, 1))
                 total.add_(squares.view(total.shape))
+
+    def _summed(self, products: Tensor, samples: int) -> Tensor:
+        """Return products [V, B·k, …] summed over all that a parameter is broadcast over within a sample, [V, B, …]."""
+        cotangents, _, *inner = products.shape
+        missing = [1] * (len(inner) - len(self.shape))
+        by_sample = products.reshape(cotangents, samples, -1, *inner)
+        return by_sample.sum_to_size(cotangents, samples, 1, *missing, *self.shape)
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The rules for linear maps, applied at one position a sample or at many, and for `embedding`, on one-hot rows."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -64,8 +63,8 @@ class LinearCall(Call):
                 pairs.add_(self._pairs)
             self._pairs = pairs
         else:
-            by_sample = torch.split(self.inputs, k)
-            add_direct(total, g, (self.patches(rows.to(g.dtype)) for rows in by_sample))
+            for n, rows in enumerate(torch.split(self.inputs, k)):
+                add_direct(total, g[:, n], self.patches(rows.to(g.dtype)))
 
     @override
     def finish(self, totals: Totals) -> None:
@@ -113,8 +112,8 @@ class EmbeddingCall(Call):
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         count = len(self.weight)
         tokens = self.inputs.reshape(samples, -1)
-        starts = count * torch.arange(samples, device=tokens.device)
-        keys = tokens + starts[:, None]  # of a sample's token
+        numbers = torch.arange(samples, device=tokens.device)
+        keys = tokens + count * numbers[:, None]  # of a sample's token
         found, places = torch.unique(keys, return_inverse=True)
         cotangents = g.reshape(len(g), places.numel(), -1)  # [V, B·places, O]
         gradients = g.new_zeros(len(g), len(found), cotangents.shape[2])
@@ -190,19 +189,18 @@ def at_once(device: torch.device, floats: int, *, cached: bool = False) -> int:
     return max(1, block // floats)
 
 
-def add_direct(total: Tensor, g: Tensor, inputs: Iterable[Tensor]) -> None:
-    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for g [V, B, T, O] and each sample's inputs a [G, T, K]."""
+def add_direct(total: Tensor, g: Tensor, a: Tensor) -> None:
+    """Add Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K], for one sample's g [V, T, O] and inputs a [G, T, K]."""
     groups, outputs, columns = total.shape
     row = groups * columns
     height = min(outputs, at_once(total.device, row, cached=True))  # outputs of a group at a time
     step = at_once(total.device, height * row, cached=True)  # cotangents at a time
-    by_group = g.view(*g.shape[:3], groups, outputs)
-    for n, a in enumerate(inputs):
-        by_output = by_group[:, n].permute(2, 3, 0, 1)  # [G, O/G, V, T]
-        for start in range(0, outputs, height):
-            piece = slice(start, start + height)
-            for block in torch.split(by_output[:, piece], step, 2):
-                _add_squares(total[:, piece], block, a)
+    by_group = g.view(*g.shape[:2], groups, outputs)
+    by_output = by_group.permute(2, 3, 0, 1)  # [G, O/G, V, T]
+    for start in range(0, outputs, height):
+        piece = slice(start, start + height)
+        for block in torch.split(by_output[:, piece], step, 2):
+            _add_squares(total[:, piece], block, a)
 
 
 def _add_squares(total: Tensor, g: Tensor, a: Tensor) -> None:
