@@ -40,8 +40,8 @@ def run_step(file: Path, name: str) -> None:
 def print_plan(experiment: Experiment, launch: Launch) -> None:
     """Check what a run checks, and print every step: done or to do, what it makes, and the name of its folder."""
     experiment.check()
+    check_launch(experiment, launch)
     steps = plan(experiment)
-    check_launch(launch, steps[0].store)
     to_do = [step for step in steps if not step.is_done]
     print(f"{experiment.name}: {len(to_do)} of {len(steps)} steps to do")
     for step in steps:

@@ -28,7 +28,7 @@ from coin.errors import CoinError, ConfigurationError, first_line
 from coin.files.atomic import write_text
 from coin.files.packaged import extra_module
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.step import JOB, Step
+from coin.pipeline.step import JOB, STORE, Step
 
 _LONG = 7 * 24 * 60  # minutes; submitit ends a job on this machine after two
 _QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue
@@ -60,10 +60,6 @@ class Launch:
         if self.slurm and self.cluster != "slurm":
             found = f"found launch.slurm and launch.cluster={self.cluster}"
             raise ConfigurationError(f"{found}; set launch.cluster=slurm")
-
-
-class JobsFailedError(CoinError):
-    """Jobs have ended, and their steps are not done."""
 
 
 RunStep: TypeAlias = Callable[[Path, str], None]
@@ -117,13 +113,13 @@ def run_as_jobs(
 ) -> None:
     """Run the remote steps that are to do as jobs, and wait for these.
 
-    Raises JobsFailedError where some are not done then, ConfigurationError where submitit or SLURM refuses an option.
+    Raises CoinError where some are not done then, ConfigurationError where submitit or SLURM refuses an option.
     """
     waiting = stages(steps)
     every = list(chain(*waiting))
     if not every:
         return
-    jobs = _Jobs(experiment, every[0].store / ".jobs", launch, run)
+    jobs = _Jobs(experiment, launch, run)
     if launch.cluster == "slurm":
         jobs.submit(waiting)
     else:
@@ -131,16 +127,31 @@ def run_as_jobs(
     failed = [step for step in every if not step.is_done]
     if failed:
         why = jobs.why(failed[0])
-        raise JobsFailedError(
+        raise CoinError(
             f"{len(failed)} of {len(every)} steps are not done, the first of them {failed[0].what}: {why}; fix the "
             "cause and run the same command again"
         )
 
 
-def check_launch(launch: Launch, store: Path) -> None:
-    """Refuse a launch section that submits nothing here, before anything is run, with submitit's words."""
-    if launch.cluster is not None:
-        _executor(launch, store / ".jobs")
+def check_launch(experiment: Experiment, launch: Launch) -> None:
+    """Refuse, before anything is run, a launch section that submits nothing here, or jobs of several processes.
+
+    The machine that submits jobs may have no accelerator: no Trainer is made here.
+    """
+    if launch.cluster is None:
+        return
+    trainer = experiment.trainer
+    running = os.environ.get("WORLD_SIZE", "1")
+    for processes in (running, trainer.get("devices", 1), trainer.get("num_nodes", 1)):
+        if processes not in (1, "1"):
+            found = f"found {processes} processes that share every training"
+            raise ConfigurationError(f"{found}, and a launch section; leave out one")
+    _executor(launch, _folder(experiment))
+
+
+def _folder(experiment: Experiment) -> Path:
+    """Return the folder of jobs' files and logs."""
+    return experiment.folder.parent / STORE / ".jobs"
 
 
 def _executor(launch: Launch, folder: Path) -> Any:
@@ -175,15 +186,15 @@ def _refusals(launch: Launch) -> Iterator[None]:
 class _Jobs:
     """The jobs of an experiment; a step's folder has the number of its job."""
 
-    def __init__(self, experiment: Experiment, folder: Path, launch: Launch, run: RunStep) -> None:
+    def __init__(self, experiment: Experiment, launch: Launch, run: RunStep) -> None:
         text = yaml.safe_dump(experiment.of_seeds(experiment.seeds), sort_keys=False)
         digest = sha256(text.encode()).hexdigest()
         self.launch = launch
-        self.folder = folder
-        self.file = folder / f"{experiment.name}-{digest[:12]}.yaml"
+        self.folder = _folder(experiment)
+        self.file = self.folder / f"{experiment.name}-{digest[:12]}.yaml"
         write_text(self.file, text)
         self.run = run
-        self.executor = _executor(launch, folder)
+        self.executor = _executor(launch, self.folder)
 
     def run_here(self, waiting: Sequence[Sequence[Step]]) -> None:
         """Run stages on this machine, one after the other, until one has failed; jobs end with this process."""

@@ -8,7 +8,7 @@ from functools import partial
 
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from coin.core.processes import on_rank_zero, process_count, rank_zero_info
+from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers
 from coin.pipeline.experiment import Experiment
@@ -34,7 +34,11 @@ def run_experiment(
     no more is run, and read, than it needs (`needed_for`). A job does not `show` what it made: its run does.
     """
     experiment.check()
-    join_processes(experiment)
+    submits_jobs = launch.cluster is not None and only is None
+    if submits_jobs:
+        check_launch(experiment, launch)
+    else:
+        join_processes(experiment)
     on_rank_zero(experiment.fetch_experts)
     planned = plan(experiment)
     steps = planned if only is None else needed_for(planned, only)
@@ -43,11 +47,7 @@ def run_experiment(
     on_rank_zero(partial(experiment.fetch_data, tasks))
     if on_rank_zero(lambda: not all(step.is_done for step in steps)):
         experiment.check_data(tasks)
-    if launch.cluster is not None and only is None:
-        if process_count() > 1:
-            found = f"found {process_count()} processes that share every training"
-            raise ConfigurationError(f"{found}, and a launch section; leave out one")
-        check_launch(launch, steps[0].store)
+    if submits_jobs:
         for step in steps:
             if not step.remote and all(need.is_done for need in step.needs):
                 execute(step, step.what)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def finish(file: Path, name: str) -> None:
-    """Finish a step's folder, unless it is wrong, after ``JOB_SECONDS``."""
+    """Finish a step's folder, unless it is wrong, after ``JOB_SECONDS``; note what the job has been given."""
     folder = file.parent.parent / name
     folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath("gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     folder.joinpath("process").write_text(str(os.getpid()))
     time.sleep(float(os.environ["JOB_SECONDS"]))
     if "wrong" in name:

@@ -1,7 +1,5 @@
 """Steps as jobs of their own, on this machine and of SLURM, and what becomes of those that fail."""
 
-import contextlib
-import json
 import os
 import sys
 import threading
@@ -13,12 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-import coin.files.safetensors
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
-from coin.pipeline.pool import Job, JobsFailedError, Launch, check_launch, run_as_jobs, stages
+from coin.files.safetensors import load_state
+from coin.pipeline.pool import Job, Launch, check_launch, run_as_jobs, stages
 from coin.pipeline.step import Step
 from tests.pipeline.jobs import finish
 
@@ -37,96 +34,225 @@ class Touch(Step):
         return not self.here
 
     def run(self) -> None:
-        if "wrong" in self.name:
-            raise CoinError("it is wrong; fix it")
+        raise NotImplementedError
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> list[Step]:
+def planned(tmp_path: Path) -> dict[str, Step]:
     """A step here, then three elsewhere, the second of which fails, then one that needs all and one that needs two."""
-    store = tmp_path / ".steps"
+    steps: dict[str, Step] = {}
 
-    def make(name: str, **fields: Any) -> Touch:
-        return Touch(name=name, what=name, store=store, **fields)
+    def add(name: str, *parts: str, here: bool = False) -> None:
+        needed = tuple(steps[part] for part in parts)
+        store = tmp_path / ".steps"
+        steps[name] = Touch(name=name, what=name, store=store, parts=needed, here=here)
 
-    first = make(name="first", here=True)
-    a, wrong, c = (make(name=name, parts=(first,)) for name in ("a", "wrong", "c"))
-    return [first, a, wrong, c, make(name="all", parts=(a, wrong, c)), make(name="two", parts=(a, c), here=True)]
+    add("first", here=True)
+    for name in ("a", "wrong", "c"):
+        add(name, "first")
+    add("all", "a", "wrong", "c")
+    add("two", "a", "c", here=True)
+    add("last", "two")  # by way of one that is not remote
+    return steps
 
 
-EXPERIMENT: Any = SimpleNamespace(name="x", seeds=[0], of_seeds=lambda _: {})
+@pytest.fixture
+def experiment(tmp_path: Path) -> Any:
+    return SimpleNamespace(
+        name="x", seeds=[0], folder=tmp_path / "x", trainer={}, of_seeds=lambda _: {}
+    )
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What jobs of this machine need to find their function."""
+    """Six cores and two GPUs, and what jobs of this machine need to find their function."""
+    monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("JOB_SECONDS", "0.2")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
-def names(every: list[list[Step]]) -> list[list[str]]:
-    return [[step.name for step in stage] for stage in every]
+def test_a_stage_needs_earlier_ones_alone(planned: dict[str, Step]) -> None:
+    def names() -> list[list[str]]:
+        found = stages(planned.values())
+        return [[step.name for step in stage] for stage in found]
 
-
-def test_a_stage_needs_earlier_ones_alone(planned: list[Step]) -> None:
-    assert names(stages(planned)) == [["a", "wrong", "c"], ["all"]]
-    last = Touch(name="last", store=planned[0].store, parts=(planned[5],))  # by way of one that is not remote
-    assert names(stages([*planned, last])) == [["a", "wrong", "c"], ["all", "last"]]
-    step = planned[2]
-    step.folder.mkdir(parents=True)
-    step.finish(1.0)
-    assert names(stages(planned)) == [["a", "c"], ["all"]]
-
-
-@pytest.mark.usefixtures("jobs")
-def test_jobs_that_have_failed_are_told_of_and_stop_the_next_stage(
-    planned: list[Step], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
-    told = r"2 of 4 steps are not done, the first of them wrong: job \d+: ValueError: the last word of wrong-.* \(see "
-    with pytest.raises(JobsFailedError, match=told):
-        run_as_jobs(EXPERIMENT, planned, LOCAL, finish)
-    assert [step.name for step in planned if step.is_done] == ["a", "c"]
-    (made,) = planned[1].store.glob("a-*/threads")
-    assert made.read_text() == "3"  # the share of one worker of two
-    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["a", "c", "wrong"]
-
-
-class Inline:
-    """An executor that runs jobs at once, and notes what each has."""
-
-    def __init__(self) -> None:
-        self.had: list[list[int]] = []
-
-    def update_parameters(self, *, gpus_per_node: int, visible_gpus: list[int]) -> None:
-        assert gpus_per_node == len(visible_gpus)
-        self.had.append(visible_gpus)
-
-    def submit(self, job: Callable[[], None]) -> SimpleNamespace:
-        job()
-        return SimpleNamespace(job_id=1, wait=lambda: None, done=lambda: True)
+    assert names() == [["a", "wrong", "c"], ["all", "last"]]
+    done = planned["wrong"]
+    done.folder.mkdir(parents=True)
+    done.finish(1.0)
+    assert names() == [["a", "c"], ["all", "last"]]
 
 
 @pytest.mark.usefixtures("jobs")
-@pytest.mark.parametrize(
-    ("visible", "workers", "shares"),
-    [(None, 3, [[0], [1], [0]]), ("5,7", 2, [[5], [7]]), ("5,7", 1, [[5, 7]]), ("", 2, [[], []])],
-)
-def test_workers_share_the_gpus(
-    visible: str | None, workers: int, shares: list[list[int]], planned: list[Step], monkeypatch: pytest.MonkeyPatch
+def test_jobs_that_fail_stop_the_next_stage_and_each_has_its_share_of_the_machine(
+    planned: dict[str, Step], experiment: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("JOB_SECONDS", "0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if visible == "" else 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    executor = Inline()
-    monkeypatch.setattr("coin.pipeline.pool._executor", lambda *_: executor)
-    right = [step for step in planned if step.name in ("first", "a", "c")]
-    third = Touch(name="d", store=right[0].store)
-    run_as_jobs(EXPERIMENT, [*right, third], Launch("local", workers), finish)
-    assert executor.had == shares
+    expected = r"3 of 5 steps are not done, the first of them wrong: job \d+: ValueError: the last word of wrong-"
+    with pytest.raises(CoinError, match=expected):
+        run_as_jobs(experiment, planned.values(), LOCAL, finish)
+    assert [step.name for step in planned.values() if step.is_done] == ["a", "c"]
+    assert (planned["a"].folder / "threads").read_text() == "3"
+    gpus = {name: (planned[name].folder / "gpus").read_text() for name in ("a", "wrong", "c")}
+    assert gpus == {"a": "5", "wrong": "7", "c": "5"}
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == ["a", "c", "wrong"]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return "Z" not in Path(f"/proc/{process}/stat").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.usefixtures("jobs")
+def test_jobs_of_this_machine_end_with_the_command_and_share_too_few_gpus(
+    planned: dict[str, Step], experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_SECONDS", "600")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+
+    def processes() -> list[int]:
+        texts = [path.read_text() for path in tmp_path.glob(".steps/*/process")]
+        return [int(text) for text in texts if text]
+
+    def interrupted(_: object) -> None:
+        while len(processes()) < 2:
+            threading.Event().wait(0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("submitit.core.core.Job.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_as_jobs(experiment, planned.values(), LOCAL, finish)
+    given = [path.read_text() for path in tmp_path.glob(".steps/*/gpus")]
+    assert given == ["5", "5"]
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, processes())):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.2)
+
+
+SLURM = {
+    "srun": "",
+    "sbatch": "number=$(($(ls {0}/submitted | wc -l) + 1)); cp $1 {0}/submitted/$number; "
+    "echo Submitted batch job $number",
+    "squeue": "cat {0}/queue; : > {0}/queue",  # what waits has ended when one looks again
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """A cluster that runs nothing; a function that returns the scripts that were submitted to it."""
+    folder = tmp_path / "slurm"
+    (folder / "submitted").mkdir(parents=True)
+    (folder / "queue").touch()
+    for name, script in SLURM.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script.format(folder)}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def submitted() -> list[str]:
+        numbers = sorted((folder / "submitted").iterdir(), key=lambda path: int(path.name))
+        return [path.read_text() for path in numbers]
+
+    return submitted
+
+
+def test_a_stage_is_an_array_after_the_earlier_ones_and_what_is_queued_is_not_submitted_again(
+    planned: dict[str, Step], experiment: Any, slurm: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    launch = Launch("slurm", 2, {"slurm_additional_parameters": {"account": "mine"}})
+    expected = "5 of 5 steps are not done, the first of them a: job 1_0: cancelled or killed"
+    with pytest.raises(CoinError, match=expected):
+        run_as_jobs(experiment, planned.values(), launch, finish)
+    first, second = slurm()
+    assert "--array=0-2%2" in first
+    assert "--dependency" not in first
+    assert "--dependency=afterok:1_0:1_1:1_2\n" in second
+    assert "--kill-on-invalid-dep=yes\n" in second
+    assert "--account=mine\n" in second
+    (tmp_path / "slurm/queue").write_text("1_0\n1_1\n")
+    with pytest.raises(CoinError, match="5 of 5 steps are not done"):
+        run_as_jobs(experiment, planned.values(), launch, finish)
+    *_, third, fourth = slurm()
+    assert "--array" not in third  # one step
+    assert "--dependency=afterok:1_0:1_1:3\n" in fourth
+
+
+def test_where_jobs_are_submitted_no_gpu_is_needed(
+    config: Path,
+    slurm: Callable[[], list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = ["--launch.cluster=slurm", "--trainer={accelerator: gpu}"]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
+    assert "steps are not done, the first of them base: job 1: cancelled" in capsys.readouterr().err
+    assert len(slurm()) > 3
+
+
+def test_what_submitit_requeues_is_the_same_job(tmp_path: Path) -> None:
+    job = Job(finish, tmp_path, ["a"])
+    assert job.checkpoint().function == job
+
+
+REFUSED = {
+    "no worker": ({"workers": 0}, "workers=0"),
+    "workers of nothing": ({"workers": 2}, "launch.workers=2 and no launch.cluster; set "),
+    "SLURM's options here": (
+        {"cluster": "local", "slurm": {"timeout_min": 9}},
+        "found launch.slurm and launch.cluster=local; set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_section_that_means_nothing_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(ConfigurationError, match=message):
+        Launch(**options)
+
+
+@pytest.mark.parametrize("count", [{"devices": 2}, {"num_nodes": 2}, {"devices": "auto"}])
+def test_jobs_of_several_processes_are_refused(count: dict[str, Any], experiment: Any) -> None:
+    experiment.trainer = count
+    with pytest.raises(ConfigurationError, match="that share every training, and a launch section"):
+        check_launch(experiment, LOCAL)
+
+
+def test_processes_that_would_each_submit_jobs_are_refused(
+    experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="found 2 processes that share every training"):
+        check_launch(experiment, LOCAL)
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_option_that_submitit_does_not_know_is_told_before_anything_runs(
+    more: list[str], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
+    assert "cannot submit jobs with {'timeout_mni': 9}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/initial*"))
+
+
+def test_what_is_not_installed_is_named(
+    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="found no srun on this machine"):
+        check_launch(experiment, Launch("slurm"))
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[slurm\]'"):
+        check_launch(experiment, LOCAL)
 
 
 @pytest.mark.slow
@@ -139,84 +265,16 @@ def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
     command = ["run", "-c", str(config), f"--output={tmp_path}", methods, *launch]
     assert main(command) == 0
     for task in ("digits", "letters"):
-        places = [folder / f"seed-0/statistics/{task}.fisher.safetensors" for folder in (finished, tmp_path / "tiny")]
-        one, other = (coin.files.safetensors.load_state(place)[0] for place in places)
-        assert all(one[name].equal(other[name]) for name in one)
+        place = f"seed-0/statistics/{task}.fisher.safetensors"
+        expected, _ = load_state(finished / place)
+        found, _ = load_state(tmp_path / "tiny" / place)
+        assert all(found[name].equal(value) for name, value in expected.items())
     assert (tmp_path / "tiny/seed-0/results.csv").is_file()
-    submitted = {file.parent.name.rpartition("-")[0] for file in (tmp_path / ".steps").glob("*/job")}
+    folders = [file.parent.name for file in (tmp_path / ".steps").glob("*/job")]
+    submitted = {folder.rpartition("-")[0] for folder in folders}
     assert submitted >= {"base", "expert-digits", "fisher-letters", "evaluate"}
+    assert "report" not in submitted
+    assert not any(name.startswith("initial") for name in submitted)
     capsys.readouterr()
     assert main(command) == 0
     assert "job" not in capsys.readouterr().err
-
-
-def is_alive(process: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, 0)
-        return "Z" not in Path(f"/proc/{process}/stat").read_text()
-    return False
-
-
-@pytest.mark.usefixtures("jobs")
-def test_jobs_of_this_machine_end_with_the_command(
-    planned: list[Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JOB_SECONDS", "600")
-
-    def processes() -> list[int]:
-        return [int(path.read_text() or 0) for path in tmp_path.glob(".steps/*/process")]
-
-    def interrupted(_: object) -> None:
-        while len(processes()) < 2 or not all(processes()):
-            threading.Event().wait(0.1)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("submitit.core.core.Job.wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_as_jobs(EXPERIMENT, planned, LOCAL, finish)
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, processes())):
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.2)
-
-
-def test_what_submitit_requeues_is_the_same_job(tmp_path: Path) -> None:
-    job = Job(finish, tmp_path, ["a"])
-    assert job.checkpoint().function == job
-
-
-def test_what_does_not_fit_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(launch: Launch, match: str) -> None:
-        with pytest.raises(ConfigurationError, match=match):
-            check_launch(launch, tmp_path)
-
-    with pytest.raises(ConfigurationError, match="workers=0"):
-        Launch(workers=0)
-    with pytest.raises(ConfigurationError, match=r"launch\.workers=2 and no launch\.cluster; set .* local or slurm"):
-        Launch(workers=2)
-    with pytest.raises(ConfigurationError, match=r"found launch\.slurm and launch\.cluster=local; set"):
-        Launch("local", slurm={"timeout_min": 9})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    refused(Launch("slurm"), r"found no srun .*cluster=local runs jobs here")
-    (tmp_path / "srun").touch(mode=0o755)
-    refused(Launch("slurm", 2, {"speed": 9}), r"cannot submit jobs with .*speed")
-    for more in ([], ["--dry-run"]):
-        options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
-        assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
-        assert "cannot submit jobs with" in capsys.readouterr().err
-    assert not list(tmp_path.glob("**/expert*"))
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    refused(LOCAL, r"pip install '\.\[slurm\]'")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_reports")
-def test_experts_that_are_imported_need_no_process(finished: Path, config: Path, tmp_path: Path) -> None:
-    experts = {task: str(finished / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}
-    given = [f"--expert.checkpoints={json.dumps(experts)}", "--methods=[{class_path: Average}]", "--only=digits"]
-    base = f"--base={{task: null, checkpoint: {finished}/base/base.safetensors}}"
-    launch = ["--launch.cluster=local", "--launch.workers=2"]
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given, *launch]) == 0
-    assert not list((tmp_path / ".steps").glob("*/job"))
