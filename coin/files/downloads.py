@@ -30,7 +30,9 @@ def folder_contents(place: str, *, weights: bool) -> dict[str, str]:
     folder = Path(place)
     if not folder.is_dir():
         return {}
-    files = [*folder.glob("*.json"), *(hub_weights(place) if weights else [])]
+    files = list(folder.glob("*.json"))
+    if weights:
+        files += hub_weights(place)
     return {path.name: sha256_of(path) for path in sorted(files)}
 
 
@@ -44,8 +46,7 @@ def fetch_from_hub(place: str) -> None:
             if not hub_weights(place):
                 snapshot_download(place, allow_patterns=names)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = first_line(error)[:150]
-        advice = (
-            "fill the cache of huggingface_hub (HF_HOME) and set HF_HUB_OFFLINE=1, or give a folder"
-        )
-        raise FileError(f"cannot download hf/{place} ({reason}); {advice}") from error
+        raise FileError(
+            f"cannot download hf/{place} ({first_line(error)[:150]}); fill the cache of huggingface_hub (HF_HOME) and "
+            "set HF_HUB_OFFLINE=1, or give a folder"
+        ) from error

@@ -38,8 +38,7 @@ def imported(option: str, path: str, expected: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        reason = first_line(error)
-        found = f"found {option} '{path}', expected the import path of {expected} ({reason})"
         raise ConfigurationError(
-            f"{found}; check the spelling, or run where its module is"
+            f"found {option} '{path}', expected the import path of {expected} ({first_line(error)}); check the "
+            "spelling, or run where its module is"
         ) from error

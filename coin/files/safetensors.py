@@ -13,7 +13,7 @@ from torch import Tensor
 from coin.core.versions import versions
 from coin.errors import FileError
 from coin.files.atomic import atomic_path, how_to_redo
-from coin.files.tensors import State
+from coin.files.tensors import State, check_tensors
 
 _METADATA_KEY = "coin"
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
@@ -22,6 +22,7 @@ _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:
     """Write named tensors and their provenance, one JSON value to which `versions()` is added under ``versions``."""
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
+    check_tensors(state)
     tensors = {}
     for name, tensor in state.items():
         # A copy: safetensors takes no two tensors of one storage, as tied parameters are, nor a part of one.

@@ -18,18 +18,29 @@ def on_device(state: State, device: torch.device) -> State:
     return state
 
 
+def check_tensors(state: Mapping[str, object]) -> None:
+    """Raise a StateError where a state holds more than tensors, as that of a module with `get_extra_state` does."""
+    for name, entry in state.items():
+        if not isinstance(entry, Tensor):
+            raise StateError(
+                f"found '{name}' of type {type(entry).__name__} in a network's state, expected tensors alone; take out "
+                "get_extra_state, or register a buffer instead"
+            )
+
+
 def check_layout(own: State, state: State, source: str) -> None:
     """Raise a StateError unless a state, from `source`, has the names and shapes of another, a network's `own`."""
-    advice = "it is of another architecture: give one of the same network.name and network.options"
     missing = sorted(own.keys() - state.keys())
-    if missing:
-        count = len(missing)
-        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({count} missing); {advice}")
     extra = sorted(state.keys() - own.keys())
-    if extra:
-        count = len(extra)
+    problem = ""
+    if missing:
+        problem = f"has no tensor '{missing[0]}' ({len(missing)} missing)"
+    elif extra:
+        problem = f"has a tensor '{extra[0]}' too many ({len(extra)} in all)"
+    if problem:
         raise StateError(
-            f"'{source}' has a tensor '{extra[0]}' too many ({count} in all); {advice}"
+            f"'{source}' {problem}; it is of another architecture: give one of the same network.name and "
+            "network.options"
         )
     for name, tensor in own.items():
         found = list(state[name].shape)
@@ -105,11 +116,12 @@ def weighted_mean(
 
 def fingerprint(state: State) -> str:
     """Return a SHA-256 over names, types, shapes and values, which identifies weights wherever they are kept."""
+    check_tensors(state)
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        shape = list(tensor.shape)
-        digest.update(f"{name}:{tensor.dtype}:{shape};".encode())
+        described = f"{name}:{tensor.dtype}:{[*tensor.shape]};"
         values = tensor.reshape(-1).view(torch.uint8)
+        digest.update(described.encode())
         digest.update(values.numpy().data)
     return digest.hexdigest()

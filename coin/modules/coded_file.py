@@ -17,12 +17,11 @@ from coin.files.tensors import check_layout, fingerprint
 from coin.merging.experts import fill
 from coin.networks import Adapted, Compressed
 from coin.networks.calling import clone
-from coin.networks.compressed import stored
 from coin.networks.delta import Rounded
 from coin.networks.files import open_network
 from coin.networks.heads import of_one_width
 from coin.networks.kept import kept_parameters, unpacked
-from coin.networks.weights import tensors_of
+from coin.networks.weights import stored, tensors_of
 
 _SYSTEM = "coded system"
 

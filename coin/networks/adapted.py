@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from coin.core.batches import tensors_in
 from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import nbytes
-from coin.networks.adapter import Adapter
+from coin.networks.adapter import Adapter, Change
 from coin.networks.calling import clone
 from coin.networks.delta import Rounded
 from coin.networks.heads import head_name, with_head
@@ -28,6 +27,7 @@ from coin.networks.kept import (
     take_out_norms,
     unpacked,
 )
+from coin.networks.weights import stored
 
 
 class Adapted(nn.Module):
@@ -53,37 +53,27 @@ class Adapted(nn.Module):
         self.body = clone(body, shared=True)
         self.num_experts = len(adapters)
         self.head_name = f"body.{head_name(body)}".rstrip(".")
-        self._set_adapters(adapters)
-
-    def _set_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Keep the adapters beside the parameters that they change."""
+        changes: dict[str, dict[int, Change]] = {}  # by parameter and expert
+        for expert, adapter in enumerate(adapters):
+            for name, change in adapter.changes.items():
+                changes.setdefault(name, {})[expert] = change
         refused = not_makeable(self.body)
         kept = {name: own for name, _, own in kept_parameters(self.body)}
-        for name in dict.fromkeys(chain(*(adapter.changes for adapter in adapters))):
+        for name, of_experts in changes.items():
             if name in refused:
                 raise StateError(
                     f"'{name}' cannot be changed, expected no parameter of a container or an RNN"
                 )
-            changes = {
-                expert: adapter.changes[name]
-                for expert, adapter in enumerate(adapters)
-                if name in adapter.changes
-            }
-            if len({change.form for change in changes.values()}) > 1:
-                raise StateError(
-                    f"found changes of '{name}' of several parts or ranks, expected the same of all experts"
-                )
             own = kept[name] if name in kept else keep(self.body, name)
-            own.set_changes(changes)
+            own.set_changes(name, of_experts)
         take_out_norms(self.body)
 
     @property
     def adapters(self) -> list[Adapter]:
         """The experts' adapters; they share the layers' tensors."""
-        names = {
-            kept: name for name, _, kept in kept_parameters(self.body)
-        }  # of tied ones the last
         adapters = [Adapter() for _ in range(self.num_experts)]
+        # Of tied parameters the last name.
+        names = {kept: name for name, _, kept in kept_parameters(self.body)}
         for kept, name in names.items():
             for expert, adapter in enumerate(adapters):
                 change = kept.change(expert)
@@ -136,16 +126,21 @@ class Adapted(nn.Module):
             with self._as(experts):
                 return function(self.body, *inputs, **named)
         first = tensors_in((inputs, named))[0]
-        wanted = f"an index, or indices [{len(first)}], int64"
-        if not isinstance(experts, Tensor) or experts.dtype != torch.int64:
-            raise ConfigurationError(f"found {experts!r:.60} for the experts, expected {wanted}")
-        if experts.shape != first.shape[:1]:
-            raise ConfigurationError(f"found experts {[*experts.shape]}, expected {wanted}")
-        experts = experts.to(first.device)
+        shape = first.shape[:1]
+        if (
+            not isinstance(experts, Tensor)
+            or experts.dtype != torch.int64
+            or experts.shape != shape
+        ):
+            raise ConfigurationError(
+                f"found {experts!r:.60} for the experts, expected an index, or indices [{len(first)}], int64"
+            )
+        indices = experts.to(first.device)
         places = []
         parts = []
-        for expert in torch.unique(experts).tolist() or [0]:  # of an empty batch any expert will do
-            own = (experts == expert).nonzero().flatten()
+        present = indices.unique().tolist()
+        for expert in present or [0]:  # of an empty batch any expert will do
+            own = (indices == expert).nonzero().flatten()
             take_own = partial(torch.index_select, dim=0, index=own)
             own_inputs, own_named = tree_map_only(Tensor, take_own, (inputs, named))
             with self._as(expert):
@@ -157,16 +152,17 @@ class Adapted(nn.Module):
 
 def resident_nbytes(network: nn.Module) -> int:
     """Return the bytes of weights in memory while a network answers, with those of the largest that a layer makes."""
-    made = [0]
+    largest = 0
     for _, layer, kept in kept_parameters(network):
         if kept.experts or not looks_up(layer):
-            made.append(kept.shape.numel() * kept.original.element_size())
-    return nbytes([*network.parameters(), *network.buffers()]) + max(made)
+            made = kept.shape.numel() * kept.original.element_size()
+            largest = max(largest, made)
+    return nbytes([*network.parameters(), *network.buffers()]) + largest
 
 
 def stored_nbytes(network: nn.Module) -> int:
     """Return the bytes of a network's state in a file, with rounded matrices in as many bits as they have."""
-    total = nbytes(network.state_dict(keep_vars=True).values())
+    total = nbytes(stored(network).values())
     for module in network.modules():
         if isinstance(module, Kept) and module.rows is not None:
             total += Rounded(module.rows, module.bits).nbytes - module.rows.nbytes

@@ -24,6 +24,7 @@ from coin.networks.delta import (
 )
 from coin.networks.heads import head_name, pad_head
 from coin.networks.kept import keep, kept_parameters, not_makeable
+from coin.networks.weights import stored
 
 _WIDE = (torch.float32, torch.float64)  # types of which float16 keeps the deltas
 _BASES = {32: "-delta", 8: "-int8base", 0: ""}
@@ -56,8 +57,8 @@ class Compression:
         try:
             return cls(**cast(Any, options), **fixed)
         except TypeError as error:
-            expected = "{bits: 4} or so" if fixed else "bits and base_bits"
-            raise ConfigurationError(f"found {options!r:.100}, expected {expected}") from error
+            names = "{bits: 4} or so" if fixed else "bits and base_bits"
+            raise ConfigurationError(f"found {options!r:.100}, expected {names}") from error
 
     @property
     def name(self) -> str:
@@ -115,16 +116,14 @@ class Compressed:
             raise ConfigurationError(
                 f"found a delta from a base of {self.base_bits} bits, expected base_bits=0; give its network()"
             )
-        refused = not_makeable(self.base)
-        whole = [name for name in refused if name in self.rounded]
+        whole = [name for name in not_makeable(self.base) if name in self.rounded]
         if whole:
-            names = ", ".join(map(repr, whole))
             warnings.warn(
-                f"{type(self.base).__name__} is held packed but for {names}, of containers or RNNs",
+                f"{type(self.base).__name__} is held packed but for {whole}, of containers or RNNs",
                 CoinWarning,
                 stacklevel=2,
             )
-        packed = {name: matrix for name, matrix in self.rounded.items() if name not in refused}
+        packed = {name: matrix for name, matrix in self.rounded.items() if name not in whole}
         return self._filled(packed)
 
     @torch.no_grad()
@@ -151,7 +150,7 @@ class Compressed:
             delta = self.others[name]
         else:
             return self.others[name]
-        return (base + delta.to(base.dtype).view(base.shape)).to(base.dtype)
+        return base + delta.to(base.dtype).view(base.shape)
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
@@ -183,22 +182,20 @@ class Compressed:
         if described is None:
             raise FileError(f"'{path}' holds no compressed network, expected one that coin wrote")
         base_bits = described["base_bits"]
-        expected = described["base"]
-        found = None
         if base_bits:
+            expected = described["base"]
             found = hashed or fingerprint(base.state_dict())
-        if base_bits == 8 and found != expected:
-            base = int8(base).network()
-            found = fingerprint(base.state_dict())
-        if found != expected:
-            raise FileError(
-                f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
-            )
+            if base_bits == 8 and found != expected:
+                base = int8(base).network()
+                found = fingerprint(base.state_dict())
+            if found != expected:
+                raise FileError(
+                    f"'{path}' is a delta from the base {expected:.12}, found {found:.12}; give its own base"
+                )
         shapes = shapes_of(with_outputs(base, described["outputs"]))
         if shapes != described["shapes"]:
-            kind = type(base).__name__
             raise StateError(
-                f"the tensors of '{path}' are not those of a {kind}; give a network of its architecture"
+                f"the tensors of '{path}' are not those of a {type(base).__name__}; give a network of its architecture"
             )
         if described["folded"]:
             base = clone(base, shared=True)  # the caller's stays unmarked
@@ -211,8 +208,15 @@ class Compressed:
             scale = others.pop(f"{name}.scale")
             _, columns = matrix_shape(shapes[name])
             rounded[name] = Rounded.unpacked(codes, scale, bits, columns)
-        base_nbytes = described["base_nbytes"]
-        return cls(base, base_bits, base_nbytes, rounded, others, described["outputs"], adapters)
+        return cls(
+            base=base,
+            base_bits=base_bits,
+            base_nbytes=described["base_nbytes"],
+            rounded=rounded,
+            others=others,
+            outputs=described["outputs"],
+            adapters=adapters,
+        )
 
 
 @torch.no_grad()
@@ -252,34 +256,36 @@ def compress(
     network = _on_cpu(network)
     own = stored(network)
     buffers = dict(network.named_buffers())  # such as masks, which may be infinite
-    check_finite(own, "the network to compress", buffers.keys())
-    as_stored, base_nbytes = _base_as_stored(network, base, base_bits)
+    check_finite(own, "the network to compress", buffers)
+    base, base_nbytes = _base_as_stored(network, base, base_bits)
     outputs = None
-    if shapes_of(as_stored) != shapes_of(network):
+    if shapes_of(base) != shapes_of(network):
         outputs = getattr(network.get_submodule(head_name(network)), "out_features", None)
-    reference = stored(with_outputs(as_stored, outputs))
+    reference = stored(with_outputs(base, outputs))
     check_layout(own, reference, "the base")
-    matrices: dict[str, Rounded] = {}
-    others: dict[str, Tensor] = {}
+    matrices = {}
+    others = {}
     for name, parameter in own.items():
         tensor = parameter.detach()
         before = reference[name].detach()
         if tensor.dtype != before.dtype:
-            found = f"'{name}' is {tensor.dtype}, in the base {before.dtype}"
-            raise StateError(f"{found}, expected one type; convert one")
+            raise StateError(
+                f"'{name}' is {tensor.dtype}, in the base {before.dtype}, expected one type; convert one"
+            )
         if base_bits == 0:
             before = torch.zeros_like(tensor)
-        is_matrix = name not in buffers and is_smaller_rounded(tensor.shape, bits)
         if torch.equal(tensor, before):
             continue
+        is_rounded = tensor.is_floating_point() and is_smaller_rounded(tensor.shape, bits)
         if rounded is not None and name in rounded:
             matrices[name] = rounded[name]
-        elif tensor.is_floating_point() and is_matrix:
+        elif is_rounded and name not in buffers:
             delta = tensor.float() - before.float()
-            matrices[name] = quantise(delta.reshape(matrix_shape(tensor.shape)), bits)
+            matrix = delta.reshape(matrix_shape(tensor.shape))
+            matrices[name] = quantise(matrix, bits)
         else:
             others[name] = _as_half(tensor, before, name in buffers)
-    return Compressed(as_stored, base_bits, base_nbytes, matrices, others, outputs)
+    return Compressed(base, base_bits, base_nbytes, matrices, others, outputs)
 
 
 def _as_half(tensor: Tensor, base: Tensor, is_buffer: bool) -> Tensor:
@@ -314,7 +320,7 @@ def _base_as_stored(
             f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0"
         )
     state = stored(base)
-    check_finite(state, "the base", [name for name, _ in base.named_buffers()])
+    check_finite(state, "the base", dict(base.named_buffers()))
     if base_bits == 8:
         rounded = int8(base)
         return rounded.network(), rounded.nbytes
@@ -324,17 +330,6 @@ def _base_as_stored(
 def int8(base: nn.Module) -> Compressed:
     """Return a base as it is kept for ``base_bits=8``: a network of its own in 8 bits a value."""
     return compress(base, None, bits=8, base_bits=0)
-
-
-def stored(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters and buffers by name, those that are in its state, tied ones once."""
-    tensors: dict[str, Tensor] = {}
-    seen = set()
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            tensors[name] = tensor
-        seen.add(id(tensor))
-    return tensors
 
 
 def shapes_of(network: nn.Module) -> dict[str, list[int]]:

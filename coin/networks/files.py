@@ -64,11 +64,9 @@ class NetworkFile:
     @property
     def kept(self) -> nn.Module | Compressed:
         """The network as it is kept, for `coin.Coded`: compressed, or whole, as a body where there are adapters."""
-        return (
-            self.content
-            if isinstance(self.content, Compressed)
-            else with_adapters(self.network, self.adapters)
-        )
+        if isinstance(self.content, Compressed):
+            return self.content
+        return with_adapters(self.network, self.adapters)
 
     def module(self) -> nn.Module:
         """Return the network as it answers: packed where it is stored so, and as a body where there are adapters."""
@@ -121,8 +119,9 @@ def save_compressed(
     """
     base_file = None
     if base is not None and made.base_bits:
-        place = base if made.base_bits == 32 else _int8_file(path, base)
-        base_file = os.path.relpath(place, path.parent)
+        if made.base_bits == 8:
+            base = _int8_file(path, base)
+        base_file = os.path.relpath(base, path.parent)
     described = {
         "network": config.described(),
         "num_classes": num_classes,
@@ -198,9 +197,9 @@ def _architecture(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkCon
         config = NetworkConfig(**{**provenance["network"], "weights": None})
         return config, operator.index(provenance["num_classes"])
     except (KeyError, TypeError, AttributeError) as error:
-        expected = "name, image_size, options and num_classes; give an expert or a coded model"
         raise FileError(
-            f"'{path}' holds no network ({error!r:.80}), expected metadata with {expected}"
+            f"'{path}' holds no network ({error!r:.80}), expected metadata with name, image_size, options and "
+            "num_classes; give an expert or a coded model"
         ) from error
 
 
@@ -255,7 +254,9 @@ def import_pretrained(config: NetworkConfig, place: str, network: nn.Module) -> 
     """Return a network as a task's expert, with the weights of ``hf/PLACE``."""
     source = config.source
     if not isinstance(source, HuggingFace):
-        found = f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…)"
-        raise ConfigurationError(f"{found}; give a file of weights, or change network.name")
+        raise ConfigurationError(
+            f"found the expert '{place}' for the network '{config.name}', expected one of Hugging Face's (hf/…); give "
+            "a file of weights, or change network.name"
+        )
     source.load(network, local_place(place))
     return network

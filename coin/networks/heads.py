@@ -12,8 +12,6 @@ from coin.errors import HeadError, StateError
 from coin.files.tensors import State
 from coin.networks.calling import Network, clone
 
-ADVICE = "name the layer that gives the logits in an attribute 'head_name', or give experts of one architecture"
-
 
 def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head, as of its parameters in `named_parameters`.
@@ -30,19 +28,21 @@ def head_name(network: nn.Module) -> str:
         first: str = next(name for name, each in network.named_modules() if each is layers[own])
         return first
     linear: list[str] = []
-    bases: list[str] = []
+    outside: list[str] = []
+    bases: tuple[str, ...] = ()
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear):
-            linear.append(name)
         # A base model has the name that networks with a head give it.
         base: str = getattr(layer, "base_model_prefix", "")
         if base and name and not hasattr(layer, base):
-            bases.append(f"{name}.")
+            bases = (*bases, f"{name}.")
+        if isinstance(layer, nn.Linear):
+            linear.append(name)
+            if not name.startswith(bases):
+                outside.append(name)
     if not linear:
         raise HeadError(
             f"found no Linear layer in {kind}; name the head by an attribute 'head_name'"
         )
-    outside = [name for name in linear if not name.startswith(tuple(bases))]
     return (outside or linear)[-1]
 
 
@@ -62,9 +62,11 @@ def linear_head(network: nn.Module) -> nn.Linear:
     name = head_name(network)
     head = network.get_submodule(name)
     if not isinstance(head, nn.Linear):
-        kind = type(head).__name__
-        found = f"found a head '{name}' of type {kind} in {type(network).__name__}"
-        raise HeadError(f"{found}, expected a Linear layer; {ADVICE}")
+        raise HeadError(
+            f"found a head '{name}' of type {type(head).__name__} in {type(network).__name__}, expected a Linear "
+            "layer; name the layer that gives the logits in an attribute 'head_name', or give experts of one "
+            "architecture"
+        )
     return head
 
 
@@ -103,8 +105,10 @@ def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = Fals
     rows = {}
     for part in ("weight", "bias"):
         name = f"{head}.{part}".lstrip(".")  # a network may itself be its head
-        if name in state and len(state[name]) != num_outputs:
-            own = state[name]
+        if name not in state:
+            continue
+        own = state[name]
+        if len(own) != num_outputs:
             rows[name] = with_rows(own, num_outputs, own.mean(0) if mean else 0.0)
     if not rows:
         return state
@@ -130,8 +134,8 @@ def pad_head(network: Network, num_outputs: int) -> Network:
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks with heads of the largest class count among them; raises as `pad_head`."""
-    shapes = {tuple(parameter.shape for parameter in network.parameters()) for network in networks}
-    if len(shapes) == 1:
+    shapes = [[parameter.shape for parameter in network.parameters()] for network in networks]
+    if shapes.count(shapes[0]) == len(shapes):
         return list(networks)
     width = max(linear_head(network).out_features for network in networks)
     return [pad_head(network, width) for network in networks]

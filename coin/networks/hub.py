@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,20 @@ class HuggingFace(NetworkSource):
         """Its own ``tokenizer.json``; None without one."""
         hub = extra_module("transformers", "text").utils
         with suppress(OSError):
-            found = hub.cached_file(self.place, "tokenizer.json")
-            return None if found is None else Path(found)
+            return Path(hub.cached_file(self.place, "tokenizer.json"))
         return None
 
     def check_vocabulary(self, count: int) -> None:
-        """Refuse another number of tokens than its own tokenizer has, or without one more than it has embeddings."""
+        """Refuse another number of tokens than its own tokenizer has, if it has one."""
         own = self.tokenizer
         if own is None:
-            expected = getattr(self.configuration, "vocab_size", count)
-            is_other = count > expected
-        else:
-            tokenizers = extra_module("tokenizers", "text")
-            expected = tokenizers.Tokenizer.from_file(str(own)).get_vocab_size()
-            is_other = count != expected
-        if is_other:
+            return
+        tokenizer = extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
+        expected = tokenizer.get_vocab_size()
+        if count != expected:
             raise ConfigurationError(
                 f"found a task whose tokenizer has {count} tokens for the network '{self.name}', expected {expected}; "
-                f"set the task's tokenizer={own or 'its tokenizer.json'}"
+                f"set the task's tokenizer={own}"
             )
 
     @_quiet()
@@ -124,9 +121,10 @@ class HuggingFace(NetworkSource):
     @_quiet()
     def load(self, network: nn.Module, place: str) -> None:
         """Fill a network that was built here with the weights of another folder or ID."""
-        auto = self._kind()[1]
-        found: nn.Module = self.construct(auto.from_pretrained, place)
-        fill_network(network, found.state_dict(), f"hf/{place}")
+        _, auto = self._kind()
+        theirs = replace(self, name=f"{PREFIX}{place}", weights="pretrained")
+        found: nn.Module = theirs.construct(auto.from_pretrained, place)
+        fill_network(network, found.state_dict(), theirs.name)
 
     def save(self, network: nn.Module, folder: Path, classes: Sequence[str] = ()) -> None:
         """Write a network that was built here as a folder that transformers loads.
@@ -140,14 +138,11 @@ class HuggingFace(NetworkSource):
             inner.config.id2label = dict(enumerate(classes))
             inner.config.label2id = {name: index for index, name in enumerate(classes)}
         inner.save_pretrained(folder)
-        processor = self._processor() if self.reads == "images" else {}
-        if self.mean is not None:
-            processor |= {"image_mean": list(self.normalisation[0])}
-            processor |= {"image_std": list(self.normalisation[1])}
-        if processor:
-            (folder / "preprocessor_config.json").write_text(
-                json.dumps(processor, indent=2), encoding="utf-8"
-            )
+        if self.reads == "images":
+            mean, std = self.normalisation
+            processor = {**self._processor(), "image_mean": list(mean), "image_std": list(std)}
+            text = json.dumps(processor, indent=2)
+            (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     def _kind(self) -> tuple[str, Any]:
         """Return what it reads and the class of transformers that builds it."""
@@ -160,18 +155,17 @@ class HuggingFace(NetworkSource):
             return "images", images
         if type(found) in texts._model_mapping:
             return "texts", texts
-        own = type(found).__name__
         raise ConfigurationError(
-            f"found network.name '{self.name}', a {own}, expected a classifier of images or texts"
+            f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or texts"
         )
 
     @property
     def usual_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
         """What ``preprocessor_config.json`` says, or ImageNet's."""
         processor = self._processor()
-        return processor.get("image_mean") or IMAGENET_MEAN, processor.get(
-            "image_std"
-        ) or IMAGENET_STD
+        mean = processor.get("image_mean")
+        std = processor.get("image_std")
+        return mean or IMAGENET_MEAN, std or IMAGENET_STD
 
     def _processor(self) -> dict[str, Any]:
         """Return the contents of ``preprocessor_config.json``; {} without one."""
@@ -198,9 +192,9 @@ def _configuration(place: str, name: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
-        found = f"cannot read network.name '{name}' ({first_line(error)[:150]})"
         raise FileError(
-            f"{found}, expected hf/FOLDER with a config.json of a classifier, or hf/ID; check it"
+            f"cannot read network.name '{name}' ({first_line(error)[:150]}), expected hf/FOLDER with a config.json of "
+            "a classifier, or hf/ID; check it"
         ) from error
 
 
@@ -225,8 +219,9 @@ def _with_mask(
         return inputs, named
     tokens = inputs[0]
     if longest is not None and tokens.shape[1] > longest:
-        found = f"found texts of {tokens.shape[1]} tokens, expected at most {longest}"
-        raise DataError(f"{found}; set max_tokens of tasks")
+        raise DataError(
+            f"found texts of {tokens.shape[1]} tokens, expected at most {longest}; set max_tokens of tasks"
+        )
     mask = tokens != padding
     mask[:, 0] = True  # so that an empty text attends to something
     return inputs, {"attention_mask": mask.long(), **named}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coin.errors import StateError
 from coin.networks.adapter import Change
 from coin.networks.batchnorm import folded_norms
 from coin.networks.calling import clone
@@ -59,25 +60,34 @@ class Kept(nn.Module):
     def __init__(self, original: nn.Parameter, rounded: Rounded | None = None) -> None:
         super().__init__()
         self.shape = original.shape
-        self.bits = 0 if rounded is None else rounded.bits
+        self.bits = 0
         self.original = original
+        self.register_buffer("rows", None)
         if rounded is not None:
+            self.bits = rounded.bits
             self.original = nn.Parameter(original.detach().new_empty(0), requires_grad=False)
-        self.register_buffer("rows", None if rounded is None else rounded.rows)
+            self.rows = rounded.rows
         self.experts: list[int] = []  # that have a change, in the order of the parts' tensors
-        self._parts: tuple[str, ...] = ()  # of the changes
+        self._parts: list[str] = []  # of the changes
         self._most_positions = -1.0  # for which outputs are changed
 
-    def set_changes(self, changes: Mapping[int, Change]) -> None:
-        """Keep the changes by experts, all of one form."""
+    def set_changes(self, name: str, changes: Mapping[int, Change]) -> None:
+        """Keep the changes by experts; a StateError, about the parameter's `name`, unless all are of one form."""
+        forms = {change.form for change in changes.values()}
+        if len(forms) > 1:
+            raise StateError(
+                f"found changes of '{name}' of several parts or ranks, expected the same of all experts"
+            )
         self.experts = [*changes]
-        every = [change.tensors for change in changes.values()]
-        self._parts = tuple(every[0])
+        (form,) = forms
+        self._parts = [part for part, _ in form]
         for part in self._parts:
-            self.register_buffer(part, torch.stack([tensors[part] for tensors in every]))
-        is_low_rank = "left" in self._parts and "shift" not in self._parts and self.shape[0] > 1
-        if is_low_rank and self.original.dtype == torch.float32:  # others are too coarse
-            rows = self.shape[0]
+            of_experts = [change.tensors[part] for change in changes.values()]
+            self.register_buffer(part, torch.stack(of_experts))
+        rows = self.shape[0]
+        is_low_rank = "left" in self._parts and "shift" not in self._parts
+        # Activations of other types are too coarse.
+        if is_low_rank and rows > 1 and self.original.dtype == torch.float32:
             columns = self.shape[1:].numel()
             self._most_positions = rows * columns / (rows + columns)
 
@@ -94,14 +104,18 @@ class Kept(nn.Module):
 
         For a weight [O, K] it is where positions × (O + K) ≤ O × K.
         """
-        return self.change(ANSWERING.get()) if positions <= self._most_positions else None
+        if positions > self._most_positions:
+            return None
+        return self.change(ANSWERING.get())
 
     def own(self) -> Tensor:
         """Return the network's own parameter, as no expert changes it."""
-        original: Any = self._parameters["original"]
+        # Not as attributes, which modules look up slowly.
+        original = cast(Tensor, self._parameters["original"])
         rows = self._buffers["rows"]
-        value: Tensor = original
-        return value if rows is None else read_rows(rows, value.dtype).view(self.shape)
+        if rows is None:
+            return original
+        return read_rows(rows, original.dtype).view(self.shape)
 
     def forward(self) -> Tensor:
         """Return the parameter as the expert that answers has it."""
@@ -109,7 +123,9 @@ class Kept(nn.Module):
         change = self.change(ANSWERING.get())
         if change is None:
             return value
-        return change(value) if self._buffers["rows"] is None else change.change_(value)
+        if self._buffers["rows"] is None:
+            return change(value)
+        return change.change_(value)
 
 
 def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
@@ -121,13 +137,15 @@ def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
     original = network.get_parameter(name)
     kept = Kept(original, rounded)
     for layer in list(network.modules()):
-        names = [parameter for parameter, own in layer._parameters.items() if own is original]
-        for parameter in names:
+        for parameter, own in layer._parameters.items():
+            if own is not original:
+                continue
             layer.add_module(_KEPT + parameter, kept)
             layer._parameters[parameter] = None  # in its place among the others
             attributes = {parameter: _made(parameter)}
-            if parameter == "weight" and _forward_of(layer) in _FORWARDS:
-                attributes["forward"] = _FORWARDS[_forward_of(layer)]
+            forward = _FORWARDS.get(_forward_of(layer))
+            if parameter == "weight" and forward is not None:
+                attributes["forward"] = forward
             _give(layer, **attributes)
     return kept
 
@@ -184,7 +202,7 @@ def unpacked(network: nn.Module) -> nn.Module:
             if kept.rows is None:  # in place: other attributes may hold it, too
                 value = kept.original.detach().copy_(value)
             made[kept] = nn.Parameter(value)
-        parameter = name.rpartition(".")[2]
+        _, _, parameter = name.rpartition(".")
         layer._modules.pop(_KEPT + parameter, None)
         layer._parameters[parameter] = made[kept]
     for layer in copied.modules():
@@ -251,7 +269,8 @@ def _activation(norm: Any, inputs: Tensor) -> Tensor:
 
 
 def _kept_weight(layer: nn.Module) -> Kept:
-    return cast(Kept, layer._modules[_KEPT + "weight"])
+    kept = layer._modules[_KEPT + "weight"]
+    return cast(Kept, kept)
 
 
 def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
@@ -283,9 +302,10 @@ def _run_conv2d(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
         positions = inputs.numel() // (layer.in_channels * layer.stride[0] * layer.stride[1])
         change = kept.change_on_outputs(positions)
     if change is None:
-        made: Tensor = layer._conv_forward(inputs, kept.forward(), layer.bias)
-        return made
-    if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0):
+        plain: Tensor = layer._conv_forward(inputs, kept.forward(), layer.bias)
+        return plain
+    is_product = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    if is_product:
         # With few columns a product is several times as slow as its transpose.
         flat = inputs.permute(0, 2, 3, 1).reshape(-1, layer.in_channels)
         of_each = _changed_outputs(kept, change, flat, layer.bias)
@@ -294,26 +314,33 @@ def _run_conv2d(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
     kernel = kept.own()
     left, right = change.factors(len(kernel), kernel[0].numel())
     right_kernel = right.view(-1, *kernel.shape[1:])
+    left_kernel = left.T[:, :, None, None]
     inner = layer._conv_forward(inputs, right_kernel, None)  # [B, r, H', W']
-    update = F.conv2d(inner, left.T[:, :, None, None])
+    update = F.conv2d(inner, left_kernel)
     outputs: Tensor = layer._conv_forward(inputs, kernel, None).add_(update)
     if change.scale is not None:
-        outputs.mul_(read_rows(change.scale).view(-1, 1, 1))
+        scale = read_rows(change.scale)
+        outputs.mul_(scale.view(-1, 1, 1))
     bias = layer.bias
-    return outputs if bias is None else outputs.add_(bias.view(-1, 1, 1))
+    if bias is not None:
+        outputs.add_(bias.view(-1, 1, 1))
+    return outputs
 
 
 def _changed_outputs(kept: Kept, change: Change, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Return a map's outputs for inputs a ``[positions, K]``, with a change: (a Wᵀ + a rightᵀ leftᵀ) ⊙ scale + bias."""
     weight = kept.own().flatten(1)
     left, right = change.factors(*weight.shape)
-    outputs = torch.addmm(F.linear(inputs, weight), F.linear(inputs, right), left)
-    # All of the type that autocast gives products.
-    kind = outputs.dtype
+    plain = F.linear(inputs, weight)
+    inner = F.linear(inputs, right)  # [positions, r]
+    outputs = torch.addmm(plain, inner, left)
     if change.scale is None:
         return outputs if bias is None else outputs.add_(bias)
-    scale = read_rows(change.scale, kind)
-    return outputs.mul_(scale) if bias is None else torch.addcmul(bias.to(kind), outputs, scale)
+    # All of the type that autocast gives products.
+    scale = read_rows(change.scale, outputs.dtype)
+    if bias is None:
+        return outputs.mul_(scale)
+    return torch.addcmul(bias.to(outputs.dtype), outputs, scale)
 
 
 def _forward_of(layer: nn.Module) -> str:

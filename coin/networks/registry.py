@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD, channels_last
+from coin.core.choices import check_integer
 from coin.core.devices import seeded
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import load_provenance
+from coin.files.tensors import check_tensors
 from coin.networks.heads import head_name
 from coin.networks.hub import PREFIX, HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
@@ -49,19 +51,17 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         self.source.check_weights()
-        if self.image_size < 1:
-            raise ConfigurationError(
-                f"found network.image_size {self.image_size}, expected at least 1 pixel"
-            )
+        check_integer("network.image_size", self.image_size, 1)
         for name in ("num_classes", "weights"):
             if name in self.options:
                 raise ConfigurationError(
                     f"found network.options with '{name}', which coin sets; leave it out"
                 )
-
-        given = [self.mean, self.std]
-        are_channels = all(each is not None and len(each) == 3 for each in given)
-        if given != [None, None] and (not are_channels or min(self.std or [0]) <= 0):
+        if self.mean is None and self.std is None:
+            return
+        mean = self.mean or []
+        std = self.std or []
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigurationError(
                 f"found network.mean {self.mean} and network.std {self.std}, expected neither, or both: "
                 "three numbers each, std above 0"
@@ -86,9 +86,9 @@ class NetworkConfig:
         Of texts, `vocabulary` is the number of their tokenizer's tokens, which has to be the network's.
         """
         if content != self.reads:
-            found = f"found a task of {content} for the network '{self.name}'"
             raise ConfigurationError(
-                f"{found}, expected {self.reads}; change the task or network.name"
+                f"found a task of {content} for the network '{self.name}', expected {self.reads}; change the task or "
+                "network.name"
             )
         if vocabulary is not None:
             self.source.check_vocabulary(vocabulary)
@@ -137,18 +137,19 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     The seed draws its random weights, with pretrained ones the head's; the CPU's global generator stays as it was.
     Raises ConfigurationError where the options do not fit, FileError or StateError where the weights do not.
     """
-    if num_classes < 1:
-        raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
+    check_integer("num_classes", num_classes, 1)
     source = config.source
     with seeded(seed):
         network = source.build(num_classes)
     if source.reads == "images":
         mean, std = source.normalisation
-        if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
-            network.register_forward_pre_hook(_renormalising(mean, std), prepend=True)
+        if (*mean, *std) != (*IMAGENET_MEAN, *IMAGENET_STD):
+            renormalise = partial(_renormalise, mean=mean, std=std)
+            network.register_forward_pre_hook(renormalise, prepend=True)
     if source.channels_last:
         network.register_forward_pre_hook(_with_channels_last)
     head_name(network)  # refuses a network without one
+    check_tensors(network.state_dict())
     return network
 
 
@@ -168,23 +169,18 @@ def blank_input(config: NetworkConfig) -> Tensor:
     return torch.zeros(1, 3, config.image_size, config.image_size)
 
 
-def _renormalising(mean: Sequence[float], std: Sequence[float]) -> Any:
-    """Return the hook that gives a network its own normalisation of images, where ours is ImageNet's usual one."""
-    scale = []
-    shift = []
-    for channel in range(3):
-        scale.append(IMAGENET_STD[channel] / std[channel])
-        shift.append((IMAGENET_MEAN[channel] - mean[channel]) / std[channel])
-    return partial(_rescale, scale=scale, shift=shift)
-
-
-def _rescale(
-    _: nn.Module, inputs: tuple[Any, ...], *, scale: list[float], shift: list[float]
+def _renormalise(
+    _: nn.Module, inputs: tuple[Any, ...], *, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, ...]:
-    """Return the inputs with the channels of images [B, 3, H, W] scaled and shifted; inputs by name stay."""
-    if not inputs:
+    """Give images [B, 3, H, W] that are normalised as ImageNet's the network's own normalisation."""
+    if not inputs:  # given by name
         return inputs
     images, *others = inputs
+    scale = [usual / own for usual, own in zip(IMAGENET_STD, std, strict=True)]
+    shift = [
+        (usual - own) / deviation
+        for usual, own, deviation in zip(IMAGENET_MEAN, mean, std, strict=True)
+    ]
     factors = images.new_tensor(scale).view(3, 1, 1)
     terms = images.new_tensor(shift).view(3, 1, 1)
     return (images * factors + terms, *others)

@@ -1,5 +1,6 @@
 """What networks answer: their logits beside the head's input, and whether the logits are the head's of it."""
 
+import math
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from coin.core.batches import Batch, map_tensors, take
 from coin.core.devices import double, multiplies_in_bfloat16
+from coin.core.memory import is_out_of_memory
 from coin.errors import DataError, HeadError, StateError, first_line
 from coin.files.tensors import check_finite
 from coin.networks.adapted import Adapted
@@ -45,11 +47,11 @@ def features_and_logits(
     kind = type(network).__name__
     if len(captured) != 1:
         raise HeadError(f"the head of {kind} ran {len(captured)} times in one pass, expected once")
-    features = captured[0]
+    (features,) = captured
     if features.ndim != 2:
-        found = f"the head of {kind} reads inputs {list(features.shape)}, expected one row a sample [B, F]"
         raise HeadError(
-            f"{found}; pool positions before the head, or leave out methods and decoders that read it"
+            f"the head of {kind} reads inputs {list(features.shape)}, expected one row a sample [B, F]; pool positions "
+            "before the head, or leave out methods and decoders that read it"
         )
     return features, logits
 
@@ -62,21 +64,24 @@ def check_as_plain(adapted: Adapted, inputs: Batch) -> None:
     """
     inputs = take(inputs, slice(0, 2))
     expected = run_network(adapted.network(0), inputs, features=False).logits
-    advice = "read weights as attributes of their layers, and write none, or leave out adapters and compress"
-    found = f"{type(adapted.body).__name__} answers otherwise where its layers make their weights as they are read"
+    types = {each.dtype for each in adapted.parameters() if each.is_floating_point()}
+    precision = max(torch.finfo(dtype).eps for dtype in types)
+    tolerance = precision**0.5 * float(expected.abs().max())
     try:
         logits = run_network(adapted, inputs, features=False, experts=0).logits
-    except torch.OutOfMemoryError:
-        raise
+        difference = float((logits - expected).abs().max())
+        reason = f"a difference of {difference:.3g}"
     except Exception as error:  # of any kind: the plain copy has run
+        if is_out_of_memory(error):
+            raise
+        difference = math.inf
+        reason = first_line(error)
+    if not difference <= tolerance:
         raise StateError(
-            f"{found} ({first_line(error):.80}), expected the same; {advice}"
-        ) from error
-    difference = float((logits - expected).abs().max())
-    floating = [each.dtype for each in adapted.parameters() if each.is_floating_point()]
-    precision = max(torch.finfo(dtype).eps for dtype in floating)
-    if not difference <= precision**0.5 * float(expected.abs().max()):
-        raise StateError(f"{found} (a difference of {difference:.3g}), expected the same; {advice}")
+            f"{type(adapted.body).__name__} answers otherwise where its layers make their weights as they are read "
+            f"({reason:.80}), expected the same; read weights as attributes of their layers, and write none, or leave "
+            "out adapters and compress"
+        )
 
 
 class Run(NamedTuple):
@@ -96,11 +101,10 @@ def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Expe
         logits = network.run(logits_of, inputs, experts=experts)
     else:
         logits = logits_of(network, inputs)
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        kind = type(network).__name__
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(
-            f"found {shape} of {kind}, expected logits [B, C]; wrap it in a module that returns them"
+            f"found {shape} of {type(network).__name__}, expected logits [B, C]; wrap it in a module that returns them"
         )
     if found is None:
         found = logits[:, :0]
@@ -155,9 +159,11 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     if logits.shape == read.shape:
         error = (double(logits) - read).abs()
     if not bool((error <= tolerance * size).all()):
-        found = f"the logits of {kind} are not its head '{head_name(network)}' of its input"
-        advice = "name the layer that gives the logits in an attribute 'head_name', or leave out what reads it"
-        raise HeadError(f"{found} (found a difference of {float(error.max()):.3g}); {advice}")
+        raise HeadError(
+            f"the logits of {kind} are not its head '{head_name(network)}' of its input (found a difference of "
+            f"{float(error.max()):.3g}); name the layer that gives the logits in an attribute 'head_name', or leave "
+            "out what reads it"
+        )
 
 
 @torch.no_grad()

@@ -74,18 +74,18 @@ class NetworkSource(ABC):
         """Call a library's constructor, which may download weights; what goes wrong becomes one line."""
         try:
             return builder(*arguments, **options)
-        except OSError as error:
-            reason = first_line(error)
-            found = f"cannot download the weights {self.weights} of {self.name} ({reason})"
-            advice = f"{self.weights_place}, or set network.weights=null and give trained weights as base.checkpoint"
-            raise FileError(f"{found}; {advice}") from error
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            inputs = f"images of size {self.image_size}" if self.reads == "images" else self.reads
-            found = f"cannot build {self.name} for {inputs} with weights {self.weights} and options {self.options}"
+            reason = first_line(error)
+            if isinstance(error, OSError) and self.weights is not None:
+                raise FileError(
+                    f"cannot get the weights {self.weights} of {self.name} ({reason}); {self.weights_place}, or set "
+                    "network.weights=null and give trained weights as base.checkpoint"
+                ) from error
             raise ConfigurationError(
-                f"{found}: {first_line(error)}; change network.name or these"
+                f"cannot build {self.name} with image_size {self.image_size}, weights {self.weights} and options "
+                f"{self.options}: {reason}; change network.name or these"
             ) from error
 
 
@@ -120,20 +120,33 @@ class Torchvision(NetworkSource):
             self.construct(known.__getitem__, self.weights)
 
     def build(self, num_classes: int) -> nn.Module:
-        """Build the network; with pretrained weights, under a fresh head."""
-        options = dict(self.options)
-        if self.name.startswith("vit_"):
-            options.setdefault("image_size", self.image_size)
-        elif self.name.startswith("maxvit_"):
-            options.setdefault("input_size", (self.image_size, self.image_size))
+        """Build the network without auxiliary heads; with pretrained weights, under a fresh head."""
+        options = {**self._usual_options(), **self.options}
         if self.weights is None:
             options["num_classes"] = num_classes
         network: nn.Module = self.construct(
             models.get_model, self.name, weights=self.weights, **options
         )
+        for name in _AUXILIARY_HEADS & network._modules.keys():
+            setattr(network, name, None)
+            network.aux_logits = False  # type: ignore[assignment]
         if self.weights is not None:
             replace_head(network, num_classes)
         return network
+
+    def _usual_options(self) -> dict[str, Any]:
+        """Return the constructor's options that depend on the architecture."""
+        if self.name.startswith("vit_"):
+            return {"image_size": self.image_size}
+        if self.name.startswith("maxvit_"):
+            return {"input_size": (self.image_size, self.image_size)}
+        if self.name in ("googlenet", "inception_v3"):
+            # As with pretrained weights, so that a file of them answers alike.
+            return {"transform_input": True}
+        return {}
+
+
+_AUXILIARY_HEADS = {"aux1", "aux2", "AuxLogits"}  # of GoogLeNet and Inception v3
 
 
 class ImportPath(NetworkSource):
@@ -154,8 +167,9 @@ class ImportPath(NetworkSource):
         try:
             inspect.signature(kind).bind(**options)
         except TypeError as error:
-            found = f"cannot build {self.name} with {options} ({error})"
-            raise ConfigurationError(f"{found}; let its __init__ take these") from error
+            raise ConfigurationError(
+                f"cannot build {self.name} with {options} ({error}); let its __init__ take these"
+            ) from error
         return kind(**options)
 
     def _kind(self) -> type[nn.Module]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from coin.core.devices import has_float64, seeded
 from coin.errors import FileError, first_line
 from coin.files.atomic import how_to_redo
-from coin.files.tensors import State, check_layout
+from coin.files.tensors import State, check_layout, check_tensors
 from coin.networks.calling import clear_caches, clone
-from coin.networks.heads import head_name, initialise_head, with_rows
+from coin.networks.heads import head_name, initialise_head, linear_head, with_rows
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
@@ -27,9 +27,8 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
 
 def without_frozen(network: nn.Module) -> nn.Module:
     """Return the network, or a copy where some of its parameters are frozen, with all of them trainable."""
-    if all(parameter.requires_grad for parameter in network.parameters()):
-        return network
-    return clone(network).requires_grad_(True)
+    is_trainable = all(parameter.requires_grad for parameter in network.parameters())
+    return network if is_trainable else clone(network).requires_grad_(True)
 
 
 def with_own_head(
@@ -40,15 +39,15 @@ def with_own_head(
     wider: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return a state; a head of other classes is drawn from the seed, or the first rows of the `wider` network's."""
-    head = head_name(network)
+    head = linear_head(network)
     with seeded(seed):
-        initialise_head(network.get_submodule(head))
-    own = network.state_dict()
-    source = own if wider is None else wider
+        initialise_head(head)
     found = dict(state)
-    for name in (f"{head}.weight", f"{head}.bias"):
-        if name in own and name in state and len(state[name]) != len(own[name]):
-            found[name] = with_rows(source[name], len(own[name])).clone()
+    for part, own in head.state_dict().items():
+        name = f"{head_name(network)}.{part}"
+        if name in state and len(state[name]) != len(own):
+            source = own if wider is None else wider[name]
+            found[name] = with_rows(source, len(own)).clone()
     return found
 
 
@@ -70,15 +69,17 @@ def read_checkpoint(path: Path, expected: Collection[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: content[name] for name in expected}
     except Exception as error:  # pickle's and zip's errors share no base class
-        found = f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]})"
-        raise FileError(f"{found}; check ckpt_path: give one that coin fit wrote") from error
+        raise FileError(
+            f"cannot read '{path}' as a checkpoint of a training ({first_line(error)[:160]}); check ckpt_path: give "
+            "one that coin fit wrote"
+        ) from error
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a network's tensors from ``coin``'s files, flat safetensors, or Lightning or plain PyTorch checkpoints.
 
     Given the `names` of the network's tensors, a prefix of them all is dropped: Lightning's ``network.``, ``module.``.
-    Tensors may lie under ``state_dict`` or ``model``.
+    Tensors may lie under ``state_dict`` or under ``model``, but not under both.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")
@@ -86,9 +87,11 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return without_prefix(load_file(path), names)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("model", "state_dict"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
+        places = [key for key in ("state_dict", "model") if isinstance(state.get(key), dict)]
+        if len(places) > 1:
+            raise ValueError("it has both 'state_dict' and 'model': save one of them")
+        for key in places:
+            state = state[key]
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError("not all values are tensors")
     except Exception as error:  # those of pickle, zip and safetensors share no base class
@@ -103,6 +106,19 @@ def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
 def to_compute(networks: list[nn.Module], device: torch.device) -> list[nn.Module]:
     """Return networks of a device where merges are computed: copies on the CPU, if the device has no float64."""
     return networks if has_float64(device) else [clone(network).cpu() for network in networks]
+
+
+def stored(network: nn.Module) -> dict[str, Tensor]:
+    """Return what is in a network's state, parameters and buffers by name, tied ones once."""
+    state = network.state_dict(keep_vars=True)
+    check_tensors(state)
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor
+        seen.add(id(tensor))
+    return tensors
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:

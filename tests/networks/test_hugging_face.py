@@ -177,6 +177,9 @@ def test_an_expert_from_a_folder_brings_its_head(kind, folder):
     assert torch.equal(answers(expert.eval(), x), answers(theirs.eval(), x))
     with pytest.raises(StateError, match=r"of shape \[5, 16\], expected \[4, 16\]; it has another architecture or"):
         import_pretrained(config, name, build_network(config, 4))
+    (Path(name.removeprefix("hf/")) / "model.safetensors").unlink()
+    with pytest.raises(FileError, match=rf"cannot get the weights pretrained of {name} \(.*no file named"):
+        import_pretrained(NetworkConfig(name, size_of(kind)), name, build_network(config, 5))
 
 
 def test_a_folder_says_how_many_classes_its_head_has(folder, tmp_path):

@@ -64,6 +64,13 @@ def test_what_stands_before_all_names_is_dropped(small_config, tmp_path, prefix,
         import_checkpoint(small_config, 3, tmp_path / "part.safetensors")
 
 
+def test_a_checkpoint_of_two_networks_is_refused(small_config, tmp_path):
+    state = build_network(small_config, 3).state_dict()
+    torch.save({"model": state, "state_dict": state}, tmp_path / "two.pt")
+    with pytest.raises(FileError, match="it has both 'state_dict' and 'model': save one of them"):
+        import_checkpoint(small_config, 3, tmp_path / "two.pt")
+
+
 def test_adapters_beside_the_weights_are_refused_with_the_line_that_merges_them(small_config, tmp_path):
     state = build_network(small_config, 3).state_dict() | {"fc.lora_A.default.weight": torch.ones(2, 2)}
     save_file(state, tmp_path / "adapted.safetensors")

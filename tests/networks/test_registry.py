@@ -6,9 +6,18 @@ import torch
 from torchvision import models
 
 from coin.errors import ConfigurationError, FileError, HeadError, StateError
-from coin.networks import NetworkConfig, build_network, check_head, features_and_logits, head_name
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    check_head,
+    features_and_logits,
+    head_name,
+    load_network,
+    save_network,
+)
 from coin.networks.heads import replace_head
 from coin.networks.registry import empty_network
+from coin.networks.sources import Own
 
 # One of every family that differs in its head or in how it is built: name, image size, the head, its inputs.
 FAMILIES = [
@@ -41,7 +50,7 @@ def test_every_family_has_a_head_of_the_wanted_classes_and_its_features(name, si
 def test_a_network_without_a_linear_head_or_classes_is_refused():
     with pytest.raises(HeadError, match="found no Linear layer in SqueezeNet; name the head by an attribute"):
         build_network(NetworkConfig("squeezenet1_1", 64), 3)
-    with pytest.raises(ConfigurationError, match="found 0 classes, expected at least 1"):
+    with pytest.raises(ConfigurationError, match="found num_classes=0, expected a whole number of at least 1"):
         build_network(NetworkConfig("resnet18", 32), 0)
 
 
@@ -96,6 +105,34 @@ def test_the_colours_of_an_image_do_not_matter_to_the_small_vit():
         assert not torch.allclose(network(inputs.flip(3)), logits, rtol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out(name):
+    network = build_network(NetworkConfig(name, 96), 3).train()
+    assert not any("aux" in parameter.lower() for parameter in network.state_dict())
+    assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 3)
+
+
+def test_a_file_of_pretrained_weights_transforms_its_inputs_as_they_want(tmp_path, monkeypatch):
+    images = torch.randn(2, 3, 64, 64)
+    theirs = models.GoogLeNet(init_weights=False).state_dict()
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", lambda *args, **options: theirs)
+    config = NetworkConfig("googlenet", 64, "IMAGENET1K_V1")
+    network = build_network(config, 3).eval()
+    save_network(tmp_path / "net.safetensors", network, config, 3, {})
+    again = load_network(tmp_path / "net.safetensors").network
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), network(images))
+
+
+def test_a_constructor_that_cannot_read_a_file_of_its_own_is_no_download(monkeypatch):
+    def read(**options):
+        raise FileNotFoundError("labels.txt")
+
+    monkeypatch.setitem(Own.kinds, "reading", read)
+    with pytest.raises(ConfigurationError, match=r"cannot build reading .*: labels\.txt; change network\.name"):
+        build_network(NetworkConfig("reading"), 3)
+
+
 # Networks of the user's own, by import path
 
 MODULE = """
@@ -117,6 +154,10 @@ class Looking(Small):
     def __init__(self, num_classes):
         super().__init__(num_classes)
         self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+
+class Versioned(Small):
+    def get_extra_state(self):
+        return {"version": 1}
 
 class Reader(nn.Embedding):
     reads = "texts"
@@ -169,16 +210,16 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet5O",), "cannot build resnet5O for images of size 32 .*: Unknown model resnet5o; change network.name"),
-        (("resnet50", 32, "IMAGENET1K_V3"), "cannot build resnet50 .* with weights IMAGENET1K_V3 and options"),
+        (("resnet5O",), "cannot build resnet5O with image_size 32,.*: Unknown model resnet5o; change network.name"),
+        (("resnet50", 32, "IMAGENET1K_V3"), "cannot build resnet50 .* weights IMAGENET1K_V3 and options"),
         (("small_resnet", 32, "IMAGENET1K_V1"), "found network.weights 'IMAGENET1K_V1', expected null for small"),
-        (("resnet18", 0), r"network\.image_size 0, expected at least 1 pixel"),
+        (("resnet18", 0), r"network\.image_size=0, expected a whole number of at least 1"),
         (("resnet18", 32, None, {"bogus": 1}), "cannot build resnet18 .*'bogus': 1.*; change network.name or"),
         (("resnet18", 32, None, {"num_classes": 4}), "found network.options with 'num_classes', which coin sets"),
-        *((("small_vit", 32, None, {o: n}), "cannot build small_vit for images of size 32") for o, n in INDIVISIBLE),
+        *((("small_vit", 32, None, {o: n}), "cannot build small_vit with image_size 32") for o, n in INDIVISIBLE),
         (("timm/resnet5O",), r"cannot build timm/resnet5O .*: Unknown model \(resnet5O\); change network.name"),
         (("timm/resnet50.a9_in1k",), r"cannot build timm/resnet50\.a9_in1k .*Invalid pretrained tag \(a9_in1k\)"),
-        (("timm/resnet50", 64, "a9"), r"with weights a9 .*: Invalid pretrained tag \(a9\) for resnet50"),
+        (("timm/resnet50", 64, "a9"), r"weights a9 .*: Invalid pretrained tag \(a9\) for resnet50"),
         (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), r"Invalid pretrained tag \(IMAGENET1K_LITE0\) for test_resnet"),
         (("timm/deit_tiny_distilled_patch16_224",), r"whose head is \('head', 'head_dist'\), expected one"),
         (("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
@@ -187,6 +228,10 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
         (("ownnetworks.Smal",), r"the import path of a class \(module 'ownnetworks' has no attribute 'Smal'"),
         (("ownnetworks.function",), "found network.name 'ownnetworks.function', a function, expected an nn.Module"),
         (("torch.Tensor",), "a _TensorMeta, expected an nn.Module"),
+        (
+            ("ownnetworks.Versioned", 16),
+            "found '_extra_state' of type dict in a network's state, expected tensors alone",
+        ),
         (("ownnetworks.Fixed", 16), r"unexpected keyword argument 'num_classes'\); let its __init__ take these"),
         (("ownnetworks.Small", 16, None, {"depth": 2}), r"unexpected keyword argument 'depth'\); let its __init__"),
         (("ownnetworks.Small", 16, "IMAGENET1K_V1"), "found network.weights 'IMAGENET1K_V1', expected null"),

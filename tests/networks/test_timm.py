@@ -113,7 +113,7 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(name):
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
-    with pytest.raises(FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME"):
+    with pytest.raises(FileError, match=r"cannot get the weights a1_in1k of timm/resnet50 .*HF_HOME"):
         build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"):
