@@ -1,4 +1,4 @@
-"""Checks of options: an entry of an enum, a number in a range."""
+"""Checks of options: an entry of an enum, a number in a range, a list of names."""
 
 import difflib
 from collections.abc import Iterable
@@ -58,3 +58,10 @@ def check_number(
     told = [f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit)]
     expected = " and ".join(told)
     raise ConfigurationError(f"found {name}={value!r}, expected a number {expected}")
+
+
+def is_list_of_names(value: Any) -> bool:
+    """Return whether a value is a list of at least one string."""
+    if not isinstance(value, list):
+        return False
+    return len(value) > 0 and all(isinstance(each, str) for each in value)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from coin.core.choices import check_number
+from coin.core.choices import check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.files.packaged import imported
 from coin.networks.heads import head_name
@@ -70,6 +70,14 @@ class Recipe:
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
         if self.lr is not None:
             check_number("lr", self.lr, low=0.0, strict=True)
+        if not isinstance(self.freeze_batchnorm, bool):
+            raise ConfigurationError(
+                f"found freeze_batchnorm={self.freeze_batchnorm!r}, expected true or false"
+            )
+        if self.trainable is not None and not is_list_of_names(self.trainable):
+            raise ConfigurationError(
+                f"found trainable={self.trainable!r}, expected a list of glob patterns or null"
+            )
         # Made of a parameter of its own, so that wrong classes and options are refused before anything is trained.
         optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1, 1))])
         self.make_scheduler(optimizer, 100)

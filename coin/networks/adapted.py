@@ -138,7 +138,7 @@ class Adapted(nn.Module):
         indices = experts.to(first.device)
         places = []
         parts = []
-        present = sorted(set(indices.tolist()))
+        present = torch.unique(indices).tolist()
         for expert in present or [0]:  # of an empty batch any expert will do
             own = (indices == expert).nonzero().flatten()
             take_own = partial(torch.index_select, dim=0, index=own)

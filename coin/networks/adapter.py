@@ -79,13 +79,17 @@ class Change(NamedTuple):
         right: Tensor | None = None,
     ) -> "Change":
         """Return a change in bytes, given float tensors: both factors, as [O, r] and [r, K], or neither."""
-        parts = {"scale": scale, "shift": shift}
-        rows = {name: byte_row(part) for name, part in parts.items() if part is not None}
-        if left is None:
-            return cls(**rows)
-        assert right is not None
+        change = cls(
+            scale=None if scale is None else byte_row(scale),
+            shift=None if shift is None else byte_row(shift),
+        )
+        if left is None or right is None:
+            return change
         balance = balanced(left.T, right)
-        return cls(**rows, left=round_factor(left.T * balance), right=round_factor(right / balance))
+        return change._replace(
+            left=round_factor(left.T * balance),
+            right=round_factor(right / balance),
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -134,7 +138,8 @@ def _along(row: Tensor, value: Tensor) -> Tensor:
     numbers = read_rows(row, value.dtype)
     if numbers.numel() == value.numel():
         return numbers.view_as(value)
-    return numbers.view(-1, *[1] * (value.ndim - 1))
+    ones = [1] * (value.ndim - 1)
+    return numbers.view(-1, *ones)
 
 
 class Adapter:
@@ -199,8 +204,9 @@ def split_adapters(state: State, count: int) -> tuple[list[str], list[Adapter]]:
         if not key.startswith(_ADAPTERS):
             others.append(key)
             continue
-        expert, place = key.removeprefix(_ADAPTERS).split(".", maxsplit=1)
-        name, _, part = place.rpartition(".")
+        place = key.removeprefix(_ADAPTERS)
+        expert, _, tensor = place.partition(".")
+        name, _, part = tensor.rpartition(".")
         changes = adapters[int(expert)].changes
         change = changes.get(name, Change())
         changes[name] = change._replace(**{part: state[key].clone()})

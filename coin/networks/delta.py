@@ -41,9 +41,11 @@ class Rounded(NamedTuple):
     def of(cls, levels: Tensor, scale: Tensor, bits: int) -> "Rounded":
         """Return the matrix of levels ``[rows, K]`` and bfloat16 scales ``[rows]``."""
         wide = scale.float()
-        ends = torch.stack([wide, -128 * wide], dim=1)
+        first = -128 * wide
+        ends = torch.stack([wide, first], dim=1)
         codes = levels.short() + 128
-        return cls(torch.cat([codes.byte(), ends.view(torch.uint8)], dim=1), bits)
+        rows = torch.cat([codes.byte(), ends.view(torch.uint8)], dim=1)
+        return cls(rows, bits)
 
     @property
     def levels(self) -> Tensor:
@@ -82,21 +84,24 @@ class Rounded(NamedTuple):
         A place takes b bits; every row begins at a byte.
         """
         own = self.levels.cpu().int()
-        codes = torch.searchsorted(levels(self.bits).int(), own, out_int32=True)
-        of_bytes = np.unpackbits(codes.byte().numpy()).reshape(*codes.shape, 8)
-        by_row = of_bytes[..., -self.bits :].reshape(len(codes), -1)  # [rows, b K]
+        known = levels(self.bits).int()
+        codes = torch.searchsorted(known, own, out_int32=True)
+        digits = np.unpackbits(codes.byte().numpy())
+        digits = digits.reshape(-1, 8)[:, -self.bits :]
+        by_row = digits.reshape(len(codes), -1)  # [rows, b K]
         return torch.from_numpy(np.packbits(by_row, axis=1))
 
     @classmethod
     def unpacked(cls, packed: Tensor, scale: Tensor, bits: int, columns: int) -> "Rounded":
         """Return what `packed` made bytes of."""
+        rows = len(packed)
         by_row = np.unpackbits(packed.numpy(), axis=1, count=bits * columns)
-        digits = torch.from_numpy(by_row).view(len(packed), columns, bits)
-        codes = torch.zeros(len(packed), columns, dtype=torch.uint8)
+        digits = torch.from_numpy(by_row).view(rows, columns, bits)
+        codes = torch.zeros(rows, columns, dtype=torch.uint8)
         for digit in digits.unbind(2):
             codes.mul_(2).add_(digit)
         found = levels(bits).index_select(0, codes.int().flatten())
-        return cls.of(found.view(codes.shape), scale, bits)
+        return cls.of(found.view(rows, columns), scale, bits)
 
 
 @cache
@@ -111,7 +116,8 @@ def levels(bits: int) -> Tensor:
     count = 2**bits
     if bits == 8:
         return torch.arange(-128, 128).to(torch.int8)
-    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count - 0.5
+    places = torch.arange(count, dtype=torch.float64)
+    u = (places + 0.5) / count - 0.5
     curve = -u.sign() * torch.log1p(-1.6 * u.abs())
     dense: Tensor = curve / curve[-1] * _LARGEST
     return dense.round().to(torch.int8)
@@ -123,7 +129,8 @@ def nearest(ratio: Tensor, bits: int) -> Tensor:
     Levels are whole numbers, so that the middle between two of them is a multiple of ½: between two such multiples all
     values have the same nearest level, and a table has it.
     """
-    places = ratio.mul(2).floor_().clamp_(-256, 255).add_(256).int()
+    half_steps = ratio.mul(2).floor_().clamp_(-256, 255)
+    places = half_steps.add_(256).int()
     table = _table(bits, ratio.device)
     return table.index_select(0, places.flatten()).view(ratio.shape)
 
@@ -148,11 +155,13 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     """
     found = []
     scales = []
-    rows = max(1, _BLOCK_VALUES // (len(_CLIPS) * max(1, matrix.shape[1])))
+    values_of_row = len(_CLIPS) * max(1, matrix.shape[1])
+    rows = max(1, _BLOCK_VALUES // values_of_row)
     for block in torch.split(matrix.float(), rows):
         scale = _best_scale(block, bits)
+        taken = _levels_of(block, scale, bits)
         scales.append(scale)
-        found.append(_levels_of(block, scale, bits).to(torch.int8))
+        found.append(taken.to(torch.int8))
     return Rounded.of(torch.cat(found), torch.cat(scales), bits)
 
 
@@ -165,7 +174,8 @@ def _levels_of(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _best_scale(matrix: Tensor, bits: int) -> Tensor:
     """Return the scales ``[rows]`` of a matrix's smallest squared errors, in bfloat16."""
     largest = matrix.abs().amax(1, keepdim=True)
-    clips = torch.tensor(_CLIPS, device=matrix.device) / float(levels(bits)[-1])
+    largest_level = float(levels(bits)[-1])
+    clips = torch.tensor(_CLIPS, device=matrix.device) / largest_level
     scale = largest * clips  # [rows, clips]
     values = matrix.unsqueeze(1)
     for _ in range(_REFINEMENTS):
@@ -234,21 +244,25 @@ def round_factor(factor: Tensor, used: Tensor | None = None) -> Tensor:
     values = factor.detach().float().cpu()
     check_range(values, torch.float16)
     searched = values if used is None else values[:, used.cpu()]
-    low, high = searched.unsqueeze(1).aminmax(dim=2)  # [r, 1]
+    searched = searched.unsqueeze(1)  # [r, 1, K]
+    low, high = searched.aminmax(dim=2)  # [r, 1]
     shares = torch.cartesian_prod(_RANGES, _RANGES)
     first = low * shares[:, 0]
-    scale = (high * shares[:, 1] - first) / 15
+    last = high * shares[:, 1]
+    scale = (last - first) / 15
     ends = torch.stack([scale, first], dim=2).half()  # [r, ranges, 2]
     scale, first = ends.float().unsqueeze(3).unbind(2)
-    read = _half_codes(searched.unsqueeze(1), scale, first) * scale + first
-    errors = (read - searched.unsqueeze(1)).square_().sum(2, dtype=torch.float64)
+    read = _half_codes(searched, scale, first) * scale + first
+    errors = (read - searched).square_().sum(2, dtype=torch.float64)
     rows = torch.arange(len(values))
     best = ends[rows, errors.argmin(1)]
     scale, first = best.float().unsqueeze(2).unbind(1)
     codes = _half_codes(values, scale, first)
-    padded = F.pad(codes, (0, codes.shape[1] % 2)).byte()
+    is_odd = codes.shape[1] % 2
+    padded = F.pad(codes, (0, is_odd)).byte()
     pairs = padded[:, 0::2] + 16 * padded[:, 1::2]
-    return torch.cat([pairs, best.view(torch.uint8)], dim=1).to(factor.device)
+    rounded = torch.cat([pairs, best.view(torch.uint8)], dim=1)
+    return rounded.to(factor.device)
 
 
 def _half_codes(values: Tensor, scale: Tensor, first: Tensor) -> Tensor:
@@ -264,7 +278,9 @@ def read_factor(rows: Tensor, columns: int, dtype: torch.dtype = torch.float32) 
     else:
         scale, first = _ends(rows, torch.float16)
         pairs = rows[..., :-4]
-        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
+        lower = pairs & 15
+        upper = pairs >> 4
+        codes = torch.stack([lower, upper], dim=-1).flatten(-2)
         read = codes * scale.float() + first.float()
     if read.shape[-1] != columns:
         read = read[..., :columns]
@@ -274,13 +290,15 @@ def read_factor(rows: Tensor, columns: int, dtype: torch.dtype = torch.float32) 
 def _ends(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the scales and the values of the first codes […, 1] at the ends of rows."""
     length = 2 * dtype.itemsize
-    ends = rows[..., -length:].clone(memory_format=torch.contiguous_format).view(dtype)
+    own = rows[..., -length:].clone(memory_format=torch.contiguous_format)
+    ends = own.view(dtype)
     return ends[..., :1], ends[..., 1:]
 
 
 def packed_nbytes(rows: int, columns: int, bits: int) -> int:
     """Return the bytes of a rounded matrix in a file, in so many bits a value and with a scale of two bytes a row."""
-    return rows * (math.ceil(bits * columns / 8) + 2)
+    bytes_of_row = math.ceil(bits * columns / 8)
+    return rows * (bytes_of_row + 2)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -294,5 +312,8 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 def is_smaller_rounded(shape: Sequence[int], bits: int) -> bool:
     """Say whether a matrix of a shape takes fewer bytes in so many bits a value than in float16."""
+    if len(shape) < 2:
+        return False
     rows, columns = matrix_shape(shape)
-    return len(shape) > 1 and packed_nbytes(rows, columns, bits) < 2 * rows * columns
+    in_float16 = 2 * rows * columns
+    return packed_nbytes(rows, columns, bits) < in_float16

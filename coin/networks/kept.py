@@ -37,7 +37,7 @@ class Kept(nn.Module):
 
     `forward` returns
 
-    1. the network's own parameter (`own`), which is ``original``, or the rounded matrix in ``rows``;
+    1. the network's own parameter (`own`): ``original`` itself, not to be written to, or the matrix in ``rows``;
     2. as the expert has it that answers (`ANSWERING`), if that one has a `Change` of it (`set_changes`).
 
     For a batch with few positions it is less work to change a layer's outputs: then layers read `own`, and take the
@@ -47,7 +47,7 @@ class Kept(nn.Module):
 
     * ``original``: the parameter; beside ``rows`` an empty one, for its type and device.
     * ``rows``: a rounded matrix, a byte a value (`coin.networks.delta.Rounded`); None for one that is not.
-    * ``scale``, ``shift``, ``left``, ``right``: the parts of the changes, those that they have, each of all experts
+    * ``scale``, ``shift``, ``left``, ``right``: the parts of the changes, those that they have, each of the N' experts
       with a change in one tensor ``[N', …]``. A tensor for each expert would take more memory than its values.
 
     Args:
@@ -72,7 +72,7 @@ class Kept(nn.Module):
         self._most_positions = -1.0  # for which outputs are changed
 
     def set_changes(self, name: str, changes: Mapping[int, Change]) -> None:
-        """Keep the changes by experts; a StateError, about the parameter's `name`, unless all are of one form."""
+        """Keep the changes by experts, at least one; a StateError about `name` where they are of several forms."""
         forms = {change.form for change in changes.values()}
         if len(forms) > 1:
             raise StateError(
@@ -84,10 +84,10 @@ class Kept(nn.Module):
         for part in self._parts:
             of_experts = [change.tensors[part] for change in changes.values()]
             self.register_buffer(part, torch.stack(of_experts))
-        rows = self.shape[0]
         is_low_rank = "left" in self._parts and "shift" not in self._parts
-        # Activations of other types are too coarse.
-        if is_low_rank and rows > 1 and self.original.dtype == torch.float32:
+        # A shift of a weight is none of the outputs; activations of other types are too coarse.
+        if is_low_rank and self.original.dtype == torch.float32:
+            rows = self.shape[0]
             columns = self.shape[1:].numel()
             self._most_positions = rows * columns / (rows + columns)
 
@@ -102,7 +102,7 @@ class Kept(nn.Module):
     def change_on_outputs(self, positions: int) -> Change | None:
         """Return the change by the expert that answers, if it is less work on the outputs at so many positions.
 
-        For a weight [O, K] it is where positions × (O + K) ≤ O × K.
+        For a float32 weight [O, K] with a low-rank change it is where positions × (O + K) ≤ O × K; for others never.
         """
         if positions > self._most_positions:
             return None
@@ -129,10 +129,10 @@ class Kept(nn.Module):
 
 
 def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
-    """Have a network, in place, make a parameter of what is kept whenever a layer reads it; return what is.
+    """Replace a parameter of a network, in place, by a `Kept` from which layers compute it; return that.
 
-    The layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled. Of
-    an embedding those rows alone are made that it looks up.
+    A layer becomes one of a subclass that has a property of the parameter's name; it can be copied, not pickled. Of an
+    embedding those rows alone are made that it looks up. The parameter is none of those that are `not_makeable`.
     """
     original = network.get_parameter(name)
     kept = Kept(original, rounded)
@@ -141,7 +141,7 @@ def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
             if own is not original:
                 continue
             layer.add_module(_KEPT + parameter, kept)
-            layer._parameters[parameter] = None  # in its place among the others
+            layer._parameters[parameter] = None  # which keeps its place, and is in no state
             attributes = {parameter: _made(parameter)}
             forward = _FORWARDS.get(_forward_of(layer))
             if parameter == "weight" and forward is not None:
@@ -151,7 +151,7 @@ def keep(network: nn.Module, name: str, rounded: Rounded | None = None) -> Kept:
 
 
 def take_out_norms(network: nn.Module) -> None:
-    """Have the maps into which BatchNorms are folded add these one's biases, in place; the BatchNorms no longer run.
+    """Have the maps into which BatchNorms are folded add the BatchNorms' biases, in place; these no longer run.
 
     The names of the network's tensors stay. A BatchNorm or a map of a kind that is not known stays as it is.
     """
@@ -193,7 +193,7 @@ def not_makeable(network: nn.Module) -> list[str]:
 
 
 def unpacked(network: nn.Module) -> nn.Module:
-    """Return a copy without `Kept`: every parameter is made once, as the expert that answers has it."""
+    """Return a copy without `Kept`: every parameter is made once, as the expert in `ANSWERING` has it."""
     copied = clone(network)
     made: dict[Kept, nn.Parameter] = {}  # tied parameters are one
     for name, layer, kept in list(kept_parameters(copied)):

@@ -18,12 +18,12 @@ from coin.networks.adapted import Adapted
 from coin.networks.calling import logits_of
 from coin.networks.heads import head_name, linear_head
 
-Experts = int | Tensor | None
+AnsweringAs = int | Tensor | None
 """As which experts a body with adapters answers: as one, or sample by sample as several ``[B]``; others ignore it."""
 
 
 def features_and_logits(
-    network: nn.Module, inputs: Batch, experts: Experts = None
+    network: nn.Module, inputs: Batch, experts: AnsweringAs = None
 ) -> tuple[Tensor, Tensor]:
     """Run a network once on inputs ``[B, ...]``; return its penultimate features ``[B, F]`` and its logits ``[B, C]``.
 
@@ -91,7 +91,9 @@ class Run(NamedTuple):
     logits: Tensor
 
 
-def run_network(network: nn.Module, inputs: Batch, features: bool, experts: Experts = None) -> Run:
+def run_network(
+    network: nn.Module, inputs: Batch, features: bool, experts: AnsweringAs = None
+) -> Run:
     """Run a network once on a copy of the inputs, with its penultimate features if they are wanted."""
     inputs = map_tensors(torch.clone, inputs)
     found = None

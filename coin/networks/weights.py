@@ -58,8 +58,9 @@ def without_prefix(state: Mapping[str, Tensor], names: Collection[str]) -> dict[
         return dict(state)
     for found in state:
         prefix = found.removesuffix(first)
-        if prefix.endswith(".") and all(prefix + name in state for name in names):
-            return {name: state[prefix + name] for name in names}
+        of_prefix = {name: prefix + name for name in names}
+        if prefix.endswith(".") and state.keys() >= set(of_prefix.values()):
+            return {name: state[key] for name, key in of_prefix.items()}
     return dict(state)
 
 
