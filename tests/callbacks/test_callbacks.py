@@ -1,3 +1,5 @@
+"""Callbacks that write the trained expert and its Fisher, and what they refuse before training."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from coin.callbacks import ExpertExport, FisherEstimator, Weights
+from coin.callbacks import ExpertExport, FisherEstimator
 from coin.errors import ConfigurationError, DataError, FileError
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
@@ -17,42 +19,55 @@ SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "
 
 
 @pytest.fixture
-def fit(tmp_path, synthetic, make_trainer):
-    def run(*callbacks, epochs=2, monitored=True):
+def task(synthetic):
+    return synthetic(key=5, seed=2)
+
+
+@pytest.fixture
+def fit(tmp_path, task, make_trainer):
+    """Return a function that trains with callbacks, and returns the expert and its best checkpoint."""
+
+    def run(*callbacks, epochs=2, monitor="train/loss"):
         # The highest training loss is the first epoch's, so that the best weights are not the last ones.
-        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="train/loss" if monitored else None, mode="max")
+        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor=monitor, mode="max")
         trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[saver, *callbacks])
         expert = Expert(**SMALL)
-        trainer.fit(expert, datamodule=synthetic(key=5, seed=2))
+        trainer.fit(expert, datamodule=task)
         return expert, saver.best_model_path
 
     return run
 
 
+def mark_of(network):
+    return fingerprint(network.state_dict())
+
+
 def test_the_export_holds_the_trained_network_and_says_what_it_is(tmp_path, fit):
     expert, _ = fit(ExpertExport())
     file = load_network(tmp_path / "run" / "expert.safetensors")
-    assert fingerprint(file.network.state_dict()) == fingerprint(expert.network.state_dict())
+    assert mark_of(file.network) == mark_of(expert.network)
     assert file.config.described() == expert.config.described()
-    made, classes = file.provenance, ["class 0", "class 1", "class 2"]
-    assert (made["made_by"], made["task"], made["classes"]) == ("coin fit", "Synthetic", classes)
-    assert (made["epochs"], made["num_classes"], made["options"]["lr"]) == (2, 3, 0.05)
+    made = file.provenance
+    expected = {"made_by": "coin fit", "task": "Synthetic", "epochs": 2, "num_classes": 3}
+    assert {name: made[name] for name in expected} == expected
+    assert made["classes"] == ["class 0", "class 1", "class 2"]
+    assert made["options"]["lr"] == 0.05
     assert {"train/loss", "val/accuracy"} <= made["metrics"].keys()
 
 
-def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_path, fit, synthetic):
+def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_path, fit, task):
     """Of random cotangents: all kinds are computed by one function, which tests/trainer compares with the plain one."""
     path = tmp_path / "fisher.safetensors"
-    options = {"kind": "monte_carlo", "mc_samples": 2}
-    fit(ExpertExport(), FisherEstimator(samples_per_task=20, path=str(path), **options), epochs=1)
-    exported = load_network(tmp_path / "run" / "expert.safetensors").network
-    statistic = open_statistic(path, statistic="fisher", weights=fingerprint(exported.state_dict()))
+    kind = {"kind": "monte_carlo", "mc_samples": 2}
+    fit(ExpertExport(task="mine"), FisherEstimator(20, path=str(path), **kind), epochs=1)
+    file = load_network(tmp_path / "run" / "expert.safetensors")
+    assert file.provenance["task"] == "mine"
     # In the memory format that it trained in, so that the same kernels give the same bits.
-    exported.to(memory_format=torch.channels_last)
-    calibration, generator = synthetic(key=5, seed=2).calibration(20), torch.Generator().manual_seed(2 * 100_003)
-    wanted = fisher_diagonal(exported, calibration, generator=generator, **options)
-    assert statistic.keys() == wanted.keys()
-    assert all(torch.equal(statistic[name], value) for name, value in wanted.items())
+    exported = file.network.to(memory_format=torch.channels_last)
+    statistic = open_statistic(path, statistic="fisher", weights=mark_of(exported))
+    generator = torch.Generator().manual_seed(2 * 100_003)  # of the task's seed
+    expected = fisher_diagonal(exported, task.calibration(20), generator=generator, **kind)
+    torch.testing.assert_close(dict(statistic), expected, rtol=0, atol=0)
     made = statistic.provenance
     assert (made["samples"], made["passes"]) == (20, 20 * (1 + 2 * 2))
     assert (made["kind"], made["data"]) == ("monte_carlo", "own")
@@ -64,17 +79,13 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
 
 def test_best_takes_the_best_checkpoint_for_both_files_and_leaves_the_module_as_it_is(tmp_path, fit):
     plain, _ = fit()
-    expert, best = fit(ExpertExport(weights=Weights.best), FisherEstimator(samples_per_task=8, weights="best"))
-    modes = [module.training for module in plain.network.modules()]
-    assert fingerprint(expert.network.state_dict()) == fingerprint(plain.network.state_dict())
-    assert [module.training for module in expert.network.modules()] == modes
+    expert, best = fit(ExpertExport(weights="best"), FisherEstimator(8, weights="best"))
+    assert mark_of(expert.network) == mark_of(plain.network)
     assert all(parameter.requires_grad for parameter in expert.network.parameters())
     mark = fingerprint(read_weights(tmp_path / best, expert.network.state_dict().keys()))
-    assert mark != fingerprint(expert.network.state_dict())
-    exported = load_network(tmp_path / "run" / "expert.safetensors")
-    assert fingerprint(exported.network.state_dict()) == mark
-    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
-    assert statistic.provenance["samples"] == 8
+    assert mark != mark_of(expert.network)
+    assert mark_of(load_network(tmp_path / "run" / "expert.safetensors").network) == mark
+    open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
 
 
 class Started(Callback):
@@ -84,55 +95,70 @@ class Started(Callback):
         self.training = True
 
 
-@pytest.mark.parametrize(
-    ("callback", "error", "message"),
-    [
-        (
-            ExpertExport(weights="best"),
-            ConfigurationError,
-            "found no best checkpoint; add a ModelCheckpoint with a mon",
-        ),
-        (FisherEstimator(8, weights="best"), ConfigurationError, "found no best checkpoint"),
-        (FisherEstimator(1000), DataError, "1000 calibration samples of Synthetic, expected at most 32"),
-    ],
-)
-def test_what_could_not_be_written_is_refused_before_the_training(fit, callback, error, message):
+UNWRITABLE = {
+    "no best weights": (ExpertExport(weights="best"), ConfigurationError, "found no best checkpoint; add a ModelCh"),
+    "no best to estimate": (FisherEstimator(8, weights="best"), ConfigurationError, "found no best checkpoint"),
+    "too many samples": (
+        FisherEstimator(1000),
+        DataError,
+        "1000 calibration samples of Synthetic, expected at most 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_what_could_not_be_written_is_refused_before_the_training(name, fit):
+    callback, error, message = UNWRITABLE[name]
     started = Started()
     with pytest.raises(error, match=message):
-        fit(callback, started, epochs=1, monitored=False)
+        fit(callback, started, monitor=None)
     assert not started.training
 
 
-def test_other_modules_data_and_too_many_processes_are_refused(synthetic, make_trainer):
-    class Foreign(LightningModule):
-        def configure_optimizers(self):
-            return None
-
-    for callback in (ExpertExport(), FisherEstimator(samples_per_task=4)):
-        trainer = SimpleNamespace(datamodule=synthetic(), world_size=1)
-        with pytest.raises(ConfigurationError, match="found a Foreign, expected an Expert"):
-            callback.on_fit_start(trainer, Foreign())
-    started = Started()
-    trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples_per_task=8), started])
-    with pytest.raises(ConfigurationError, match=r"found data of NoneType.*expected a task of coin.data"):
-        trainer.fit(Expert(**SMALL, num_classes=3), synthetic().train_dataloader())
-    assert not started.training
-    trainer = SimpleNamespace(datamodule=object(), world_size=9)
-    with pytest.raises(ConfigurationError, match=r"found 8 calibration samples for 9 processes.*take fewer devices"):
-        FisherEstimator(samples_per_task=8).on_fit_start(trainer, None)
+def test_training_that_diverged_leaves_no_file(tmp_path, task, make_trainer):
+    trainer = make_trainer(max_epochs=1, callbacks=[ExpertExport()])
+    expert = Expert(**{**SMALL, "lr": 1e30})
+    with pytest.raises(ArithmeticError, match=r"training diverged: the weights for .* give a smaller rate"):
+        trainer.fit(expert, datamodule=task)
+    assert not (tmp_path / "run" / "expert.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
-        ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes one"),
-        ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected a whole number of at least 1"),
-        ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
-        ({"kind": "exactly"}, r"found kind='exactly' \(did you mean exact\?\), expected one of exact, monte_carlo"),
-        ({"weights": "first"}, "found weights='first', expected one of last, best"),
-    ],
-)
-def test_bad_options_are_refused_at_construction(options, message):
+class Foreign(LightningModule):
+    pass
+
+
+WRONG_PARTS = {  # the callback, and the number of processes
+    "another module": (ExpertExport(), 1, "found a Foreign, expected an Expert"),
+    "another module to estimate": (FisherEstimator(4), 1, "found a Foreign, expected an Expert"),
+    "more processes than samples": (FisherEstimator(8), 9, "found 8 calibration samples for 9 processes.*"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_other_modules_and_too_many_processes_are_refused(name, task):
+    callback, processes, message = WRONG_PARTS[name]
+    trainer = SimpleNamespace(datamodule=task, world_size=processes)
     with pytest.raises(ConfigurationError, match=message):
-        FisherEstimator(**options)
+        callback.on_fit_start(trainer, Foreign())
+
+
+def test_data_without_calibration_samples_is_refused(task, make_trainer):
+    trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(8)])
+    with pytest.raises(ConfigurationError, match=r"found data of NoneType .*, expected a task of coin.data"):
+        trainer.fit(Expert(**SMALL, num_classes=3), task.train_dataloader())
+
+
+REFUSED = {
+    "found samples_per_task=0, expected a whole number of at least 1": {"samples_per_task": 0},
+    "found mc_samples=2 for the exact Fisher; only monte_carlo takes one": {"mc_samples": 2},
+    "found mc_samples=0, expected a whole number": {"kind": "monte_carlo", "mc_samples": 0},
+    "found memory_mib=0, expected a whole number of at least 1": {"memory_mib": 0},
+    r"found kind='exactly' \(did you mean exact\?\), expected one of exact": {"kind": "exactly"},
+    "found weights='first', expected one of last, best": {"weights": "first"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_options_are_refused_at_construction(message):
+    with pytest.raises(ConfigurationError, match=message):
+        FisherEstimator(**REFUSED[message])

@@ -14,8 +14,8 @@ from coin.cli import main
 from coin.coding.metrics import DecodingAccuracy
 from coin.core import devices
 from coin.evaluation.cache import NetworkCache
+from coin.merging import HeadFit, UserMethod
 from coin.networks import delta
-from coin.networks.adapter import Change
 from coin.reporting import read_results
 from coin.statistics import FisherOptions
 from coin.statistics.statistic import statistic_sums
@@ -24,34 +24,38 @@ torch.set_num_threads(1)
 DEVICE = pretend.register()
 SMALLEST = Path(__file__).parents[2] / "configs" / "experiment" / "smallest.yaml"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same operations on the same processor: only the order of sums may differ
+NEXT_CODE = {"rtol": 1e-3, "atol": 1e-3}  # in 8 bits one code may be the next one
+CODE = coin.uniform(3)
 METHODS = {
-    "average": coin.Average(),
+    "average": coin.Average(batchnorm="average"),
     "average, recalibrated": coin.Average(batchnorm="recalibrate"),
-    "head_fit": coin.merging.HeadFit(),
+    "head_fit": HeadFit(),
     "base": coin.Base(),
     "coin": coin.Coin(),
     "regmean": coin.RegMean(),
     "refit": coin.Refit(),
     "refit, adapters": coin.Refit(adapters={"rank": 2}),
-    "user": coin.merging.UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),
+    "user": UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),
     "distillation": coin.Distillation(lr=0.01, steps=2),
 }
+QUICK = ("coin", "refit, adapters", "coin without float64")  # where merges run on the CPU, and the rest as it is
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in QUICK]
 
 
-# Without float64 merges run on the CPU and the rest as it is: what shows that is enough.
-WITH_FLOAT64 = pytest.mark.parametrize("seen", [True], indirect=True, ids=["float64"])
-MERGES = [(name, True) for name in METHODS]
-MERGES += [(name, False) for name in ("coin", "refit, adapters", "distillation")]
-DECODINGS = [(kind, True) for kind in ("linear", "ridge", "feature_ridge", "expert_head")] + [("ridge", False)]
+@pytest.fixture
+def on(monkeypatch):
+    """Return a function that runs another on the CPU and on the device, and gives both results and what has run."""
 
+    def run(function, *, float64=True):
+        own = function(torch.device("cpu"))
+        if not float64:
+            monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
+        delta._table.cache_clear()  # whose tables are of the device as it was
+        with pretend.running(float64=float64) as seen:
+            here = function(DEVICE)
+        return own, here, seen
 
-@pytest.fixture(params=[True, False], ids=["float64", "without float64"])
-def seen(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
-    delta._table.cache_clear()  # whose tables are of the device as it was
-    with pretend.running(float64=request.param) as found:
-        yield found
+    return run
 
 
 class Shift(nn.Module):
@@ -77,178 +81,180 @@ def network(seed=0):
     return made.eval()
 
 
-def fleet():
-    """Return three experts near a start, that start, and a batch for each expert."""
+def experts_on(place):
+    """Return three experts near a start, and that start, on a device."""
     start = network()
-    experts = [deepcopy(start) for _ in range(3)]
     torch.manual_seed(1)
+    experts = [deepcopy(start) for _ in range(3)]
     for expert in experts:
         for parameter in expert.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return experts, start, [[torch.randn(20, 3, 8, 8)] for _ in experts]
+    return [expert.to(place) for expert in experts], start.to(place)
 
 
-def moved(value):
-    return deepcopy(value).to(DEVICE)
+IMAGES = torch.randn(36, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+INPUTS = [[batch] for batch in IMAGES.split(12)]  # on the CPU, wherever the experts are
 
 
-def answers(net, inputs, expert=1):
-    named = {"experts": expert} if isinstance(net, coin.Adapted) else {}
+def answers(net, place, **options):
     with torch.no_grad():
-        return net(inputs.to(next(net.parameters()).device), **named).cpu()
+        return net(IMAGES[:4].to(place), **options).cpu()
 
 
-def test_a_metric_on_the_cpu_counts_answers_of_the_device(seen):
-    metric = DecodingAccuracy()
-    logits = torch.eye(3, device=DEVICE)
-    metric.update(logits, logits, torch.arange(3, device=DEVICE))
-    assert metric.counts.tolist() == [3, 3, 3, 0, 0, 3]
-
-
-@WITH_FLOAT64
-def test_held_networks_move_to_the_device(seen):
-    cache = NetworkCache([network, network])
-    cache.networks([0])
-    cache.move(DEVICE)
-    for held in cache.networks([0, 1]).values():
-        assert {tensor.device for tensor in held.parameters()} == {DEVICE}
-
-
-def test_files_of_the_package_alone_are_blamed(seen):
-    one = torch.ones(2, device=DEVICE)
-    for file in ("/home/someone/coin/lib/torch/nn.py", coin.__file__):
-        exec(compile("one + one", file, "eval"), {"one": one})
-    assert seen == {"__init__.py"}
-
-
-@pytest.mark.parametrize(("name", "seen"), MERGES, indirect=["seen"])
-def test_methods_merge_where_the_experts_are(name, seen):
-    experts, start, inputs = fleet()
-    code = coin.uniform(3)
-    options = {"calibration": inputs, "initial": start}
+def merged(name, place):
+    experts, start = experts_on(place)
+    calibration = [[first[:5].to(place), first[5:]] for (first,) in INPUTS]  # batches may lie on both
     torch.manual_seed(0)
-    own = coin.merge_networks(METHODS[name], experts, code, **options)
-    torch.manual_seed(0)
-    here = coin.merge_networks(METHODS[name], [moved(each) for each in experts], code, **options)
-    assert {tensor.device for tensor in (*here[0].parameters(), *here[0].buffers())} == {DEVICE}
-    close = dict.fromkeys(("rtol", "atol"), 1e-3) if "adapters" in name else CLOSE  # a code may be the next one
-    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **close)
-    assert ("merging/method.py" in seen) == devices.has_float64(DEVICE)  # else merges run on the CPU
+    made = coin.merge_networks(METHODS[name], experts, CODE, calibration=calibration, initial=start)
+    assert {tensor.device.type for tensor in (*made[0].parameters(), *made[0].buffers())} == {torch.device(place).type}
+    return made[0]
 
 
-@WITH_FLOAT64
-@pytest.mark.parametrize("method", ["coin", "regmean"])
-def test_statistics_of_the_cpu_serve_experts_on_the_device(method, seen):
-    experts, _, inputs = fleet()
-    fishers = [coin.fisher_diagonal(expert, batch) for expert, batch in zip(experts, inputs, strict=True)]
-    grams = [coin.gram_sums(expert, batch).mean() for expert, batch in zip(experts, inputs, strict=True)]
-    options = {"fishers": fishers, "grams": grams, "calibration": inputs}
-    own = coin.merge_networks(METHODS[method], experts, coin.uniform(3), **options)
-    here = coin.merge_networks(METHODS[method], [moved(each) for each in experts], coin.uniform(3), **options)
-    torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_methods_merge_where_the_experts_are(name, on):
+    method, _, without = name.partition(" without ")
+
+    def merge(place):
+        options = {"experts": 1} if "adapters" in name else {}
+        return answers(merged(method, place), place, **options)
+
+    own, here, seen = on(merge, float64=not without)
+    torch.testing.assert_close(here, own, **(NEXT_CODE if "adapters" in name else CLOSE))
+    assert ("merging/method.py" in seen) == (not without)  # else merges run on the CPU
 
 
-@pytest.mark.parametrize("kind", ["exact", "categorical", "monte_carlo", "gram"])
-def test_statistics(kind, seen):
-    experts, _, inputs = fleet()
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("categorical", "monte_carlo")]
+
+
+def statistic(kind, place):
+    (expert, *_), _ = experts_on(place)
     if kind == "gram":
-        own, here = (coin.gram_sums(net, inputs[0]).mean() for net in (experts[0], moved(experts[0])))
-    else:
-        options = FisherOptions(kind, 2 if kind == "monte_carlo" else None)
-        own, here = (statistic_sums(net, inputs[0], options).mean() for net in (experts[0], moved(experts[0])))
+        return coin.gram_sums(expert, INPUTS[0]).mean()
+    options = FisherOptions(kind, 2 if kind == "monte_carlo" else None)
+    return statistic_sums(expert, INPUTS[0], options).mean()
+
+
+@pytest.mark.parametrize("float64", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["exact", "gram", *SLOW_KINDS])
+def test_statistics(kind, float64, on):
+    own, here, _ = on(lambda place: statistic(kind, place), float64=float64)
     for name, tensor in own.items():
         assert here[name].device == DEVICE
         torch.testing.assert_close(here[name].cpu(), tensor, **CLOSE)
 
 
-@pytest.mark.parametrize(("decoder", "seen"), DECODINGS, indirect=["seen"])
-def test_coded_systems_answer_decode_and_are_saved(decoder, seen, tmp_path):
-    experts, start, inputs = fleet()
-    code = coin.uniform(3)
-    method = METHODS["refit, adapters" if decoder == "expert_head" else "average"]
-    coded = coin.merge_networks(method, experts, code, calibration=inputs, initial=start)
-    pooled = [torch.cat([batch for (batch,) in inputs])]
-    found = []
-    for place in ("cpu", DEVICE):
-        system = coin.Coded(code, [deepcopy(each).to(place) for each in experts], [deepcopy(coded[0]).to(place)])
-        if decoder != "linear":
-            system.fit_decoder(pooled, [1], decoder)
-        tests = [[(batch, expert(batch).argmax(1))] for expert, (batch,) in zip(experts, inputs, strict=True)]
-        table = coin.evaluate(system, tests, decoders=[decoder], calibration=list(inputs))
-        system.save(tmp_path / "system.safetensors")
-        again = coin.Coded.load(tmp_path / "system.safetensors", [deepcopy(each).to(place) for each in experts])
-        for each in (system, again):
-            batch = inputs[1][0].to(place)
-            found.append(each.decode(batch, [1]).cpu() if decoder != "linear" else torch.zeros(1))
-        found.append(torch.tensor(table["nda"].to_numpy(dtype=float)))
-    for own, here in zip(found[:3], found[3:], strict=True):
-        torch.testing.assert_close(here, own, **CLOSE)
+@pytest.mark.slow
+def test_statistics_of_the_cpu_serve_experts_on_the_device(on):
+    grams = [coin.gram_sums(each, batches).mean() for each, batches in zip(experts_on("cpu")[0], INPUTS, strict=True)]
+
+    def merge(place):
+        return answers(coin.merge_networks(coin.RegMean(), experts_on(place)[0], CODE, grams=grams)[0], place)
+
+    own, here, _ = on(merge)
+    torch.testing.assert_close(here, own, **CLOSE)
 
 
-@WITH_FLOAT64
-def test_compressed_bodies_answer_where_the_experts_are(seen):
-    experts, _, inputs = fleet()
-    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4})
-    code = coin.uniform(3)
-    found = []
-    for place in ("cpu", DEVICE):
-        networks = [deepcopy(each).to(place) for each in experts]
-        merged = coin.merge_networks(method, networks, code, calibration=inputs)
-        compressed = merged.compressed["refit+rank2-4bit"]
-        assert {each.levels.device.type for each in compressed[0].rounded.values()} == {"cpu"}
-        system = coin.Coded(code, networks, compressed)
-        system.fit_decoder([batch for (batch,) in inputs], [0, 1, 2], "expert_head")
-        found.append(system.decode(inputs[1][0].to(place), [1]).cpu())
-    torch.testing.assert_close(found[1], found[0], **CLOSE)
+DECODINGS = [("ridge", False)]
+DECODINGS += [pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("linear", "feature_ridge")]
 
 
-def test_bodies_move_and_answer_packed(seen):
-    experts, start, inputs = fleet()
-    adapted = coin.fit_adapters(start, experts, inputs, rank=2)
-    packed = [
-        coin.Adapted(coin.compress(start, None, bits=bits, base_bits=0).packed(), adapted.adapters)
-        for bits in (1, 3, 8)
-    ]
-    for body in (adapted, *packed):
-        here = moved(body)
-        experts_of = torch.tensor([0, 2, 1, 2])
-        torch.testing.assert_close(answers(here, inputs[0][0]), answers(body, inputs[0][0]), **CLOSE)
-        batch = inputs[0][0][:4]
-        torch.testing.assert_close(answers(here, batch, experts_of), answers(body, batch, experts_of), **CLOSE)
-        torch.testing.assert_close(answers(here.network(1), batch), answers(body.network(1), batch), **CLOSE)
-        assert {tensor.device for tensor in here.network(1).parameters()} == {DEVICE}
-    fitted = coin.fit_adapters(moved(start), [moved(each) for each in experts], inputs, rank=2)
-    torch.testing.assert_close(answers(fitted, inputs[0][0]), answers(adapted, inputs[0][0]), **CLOSE)
-    assert isinstance(next(iter(fitted.adapters[0].changes.values())), Change)
+@pytest.mark.parametrize(("decoder", "float64"), DECODINGS)
+def test_coded_systems_answer_decode_and_are_saved(decoder, float64, on, tmp_path):
+    def decoded(place):
+        experts, start = experts_on(place)
+        system = coin.Coded(CODE, experts, [start]).fit_decoder([IMAGES], [1], decoder)
+        labels = torch.arange(12) % 4
+        tests = [[(batch, labels)] for (batch,) in INPUTS]
+        table = coin.evaluate(system, tests, decoders=[decoder], calibration=INPUTS)
+        path = tmp_path / "system.safetensors"
+        system.save(path)
+        again = coin.Coded.load(path, experts)
+        batch = IMAGES[:4].to(place)
+        accuracies = torch.tensor(table["decoded_accuracy"].to_numpy(dtype=float))
+        return [system.decode(batch).cpu(), again.decode(batch).cpu(), accuracies]
+
+    own, here, _ = on(decoded, float64=float64)
+    torch.testing.assert_close(here, own, **CLOSE)
 
 
-@WITH_FLOAT64
-def test_rounding_is_the_same_bytes(seen):
-    experts, start, _ = fleet()
-    own = coin.compress(experts[0], start, bits=3)
-    here = coin.compress(moved(experts[0]), moved(start), bits=3)
-    for name, rounded in own.rounded.items():
-        assert torch.equal(rounded.levels, here.rounded[name].levels)
-        assert torch.equal(rounded.scale, here.rounded[name].scale)
+@pytest.mark.parametrize("float64", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bodies_move_and_answer_packed(float64, on):
+    experts, start = experts_on("cpu")
+    adapters = coin.fit_adapters(start, experts, INPUTS, rank=2).adapters
+    packed = coin.compress(start, None, bits=3, base_bits=0).packed()
+
+    def every(place):
+        found = []
+        for body in (start, packed):
+            here = deepcopy(coin.Adapted(body, adapters)).to(place)
+            plain = here.network(1)
+            found += [answers(here, place, experts=1), answers(plain, place)]
+            found.append(answers(here, place, experts=torch.tensor([0, 2, 1, 2])))
+            assert {tensor.device for tensor in plain.parameters()} == {next(here.parameters()).device}
+        return found
+
+    own, here, _ = on(every, float64=float64)
+    torch.testing.assert_close(here, own, **CLOSE)
 
 
-def test_batchnorms_are_recalibrated(seen):
-    own, here = network(), moved(network())
-    batches = fleet()[2][0]
-    assert coin.recalibrate(own, batches) == coin.recalibrate(here, batches)
-    torch.testing.assert_close(here[1].running_var.cpu(), own[1].running_var, **CLOSE)
+@pytest.mark.slow
+def test_compressed_bodies_answer_where_the_experts_are(on):
+    def decoded(place):
+        experts, _ = experts_on(place)
+        method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4})
+        merged = coin.merge_networks(method, experts, CODE, calibration=INPUTS)
+        system = coin.Coded(CODE, experts, merged.compressed["refit+rank2-4bit"])
+        system.fit_decoder([IMAGES], [0, 1, 2], "expert_head")
+        return system.decode(IMAGES[:4].to(place), [1]).cpu()
+
+    own, here, _ = on(decoded)
+    torch.testing.assert_close(here, own, **CLOSE)
 
 
-@WITH_FLOAT64
-def test_batches_may_lie_elsewhere(seen):
-    experts, _, inputs = fleet()
-    halves = [[batch[:7], batch[7:]] for (batch,) in inputs]
-    mixed = [[first, second.to(DEVICE)] for first, second in halves]
-    for method in ("head_fit", "refit, adapters"):
-        own = coin.merge_networks(METHODS[method], experts, coin.uniform(3), calibration=halves)
-        networks = [moved(each) for each in experts]
-        here = coin.merge_networks(METHODS[method], networks, coin.uniform(3), calibration=mixed)
-        torch.testing.assert_close(answers(here[0], inputs[0][0]), answers(own[0], inputs[0][0]), **CLOSE)
+def test_rounding_is_the_same_bytes(on):
+    def rounded(place):
+        experts, start = experts_on(place)
+        made = coin.compress(experts[0], start, bits=3).rounded
+        return {name: (each.levels, each.scale) for name, each in made.items()}
+
+    own, here, _ = on(rounded)
+    torch.testing.assert_close(here, own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("float64", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_batchnorms_are_recalibrated(float64, on):
+    def recalibrated(place):
+        net = network().to(place)
+        assert coin.recalibrate(net, INPUTS[0]) == 12
+        return net[1].running_var.cpu()
+
+    own, here, _ = on(recalibrated, float64=float64)
+    torch.testing.assert_close(here, own, **CLOSE)
+
+
+def test_a_metric_on_the_cpu_counts_answers_of_the_device():
+    metric = DecodingAccuracy()
+    with pretend.running():
+        logits = torch.eye(3, device=DEVICE)
+        metric.update(logits, logits, torch.arange(3, device=DEVICE))
+    assert metric.counts.tolist() == [3, 3, 3, 0, 0, 3]
+
+
+def test_held_networks_move_to_the_device():
+    with pretend.running():
+        cache = NetworkCache([network, network])
+        cache.networks([0])
+        cache.move(DEVICE)
+        for held in cache.networks([0, 1]).values():
+            assert {tensor.device for tensor in held.parameters()} == {DEVICE}
+
+
+def test_files_of_the_package_alone_are_blamed():
+    with pretend.running() as seen:
+        one = torch.ones(2, device=DEVICE)
+        for file in ("/home/someone/coin/lib/torch/nn.py", coin.__file__):
+            exec(compile("one + one", file, "eval"), {"one": one})
+    assert seen == {"__init__.py"}
 
 
 RUN = """
@@ -263,42 +269,26 @@ methods:
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [expert_head]
 """
+NUMBERS = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "memory_mib", "resident_mib"]
 
 
-@pytest.fixture
-def run_on(tmp_path, monkeypatch):
-    """Return a function that runs the experiment on a device, and returns its results."""
+@pytest.mark.slow
+@pytest.mark.parametrize("float64", [True, False])
+def test_a_run_is_the_same(float64, on, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     (tmp_path / "methods.yaml").write_text(RUN)
 
     def run(place):
         command = ["run", "-c", str(SMALLEST), "-c", str(tmp_path / "methods.yaml")]
-        assert main([*command, f"--output={tmp_path / place}", f"--trainer.accelerator={place}"]) == 0
-        return read_results(tmp_path / place / "smallest" / "seed-0")
+        options = [f"--output={tmp_path / place.type}", f"--trainer.accelerator={place.type}"]
+        assert main([*command, *options]) == 0
+        return read_results(tmp_path / place.type / "smallest" / "seed-0")
 
-    return run
-
-
-@WITH_FLOAT64
-def test_a_run_trains_merges_and_evaluates_on_the_device(run_on, seen):
-    assert {"refit+rank2", "distillation"} <= set(run_on(pretend.NAME)["method"])
-    assert {"modules/expert.py", "modules/distillation.py", "merging/units.py", "coding/answers.py"} <= seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("float64", [True, False])
-def test_a_run_is_the_same(float64, run_on, monkeypatch):
-    own = run_on("cpu")
-    if not float64:
-        monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
-    delta._table.cache_clear()
-    with pretend.running(float64=float64) as seen:
-        here = run_on(pretend.NAME)
-    numbers = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "memory_mib", "resident_mib"]
+    own, here, seen = on(run, float64=float64)
     pd.testing.assert_frame_equal(own[["method", "decoder"]], here[["method", "decoder"]])
     # Attention has another kernel on the device, and Adam's first steps make much of last bits.
     own, here = (rows[rows["method"] != "distillation"] for rows in (own, here))
-    pd.testing.assert_frame_equal(own[numbers], here[numbers], rtol=1e-6)
+    pd.testing.assert_frame_equal(own[NUMBERS], here[NUMBERS], rtol=1e-6)
     pd.testing.assert_series_equal(own["residual"], here["residual"], **CLOSE)
-    assert "modules/expert.py" in seen
+    assert {"modules/expert.py", "modules/distillation.py", "coding/answers.py"} <= seen
     assert ("merging/units.py" in seen) == float64  # else merges run on the CPU

@@ -152,24 +152,21 @@ def test_networks_that_change_their_inputs_answer_as_others(kind, inputs):
     assert torch.equal(given, inputs)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ridge"])
-def test_several_losses_are_ready_at_once_and_say_their_score(kind, inputs):
+def test_several_losses_are_ready_at_once_and_say_their_score(inputs):
     system = make_system(noise=0.1)
-    losses = system.code.erasures() if kind == "ridge" else [(0,), (1,), (2,)]
-    for erased in losses:
-        system.fit_decoder(inputs.split(7), erased, kind)
+    for erased in system.code.erasures():
+        system.fit_decoder(inputs.split(7), erased, "ridge")
     answers = system.answers(inputs)
-    for erased in losses:
-        expected = make_decoder(kind, system.code, erased).fit(answers).decode(answers)
+    for erased in system.code.erasures():
+        expected = make_decoder("ridge", system.code, erased).fit(answers).decode(answers)
         decoded = system.decode(inputs, erased)
         scores = system.score(decoded, erased)
         for place, expert in enumerate(erased):
             own = slice(0, CLASSES[expert])
             torch.testing.assert_close(decoded[place, :, own], expected[place, :, own])
             torch.testing.assert_close(scores[place], answer_score(decoded[place, :, own]))
-    assert torch.equal(system.decode(inputs), system.decode(inputs, losses[-1]))
-    if kind == "ridge":
-        assert torch.equal(system.decode(inputs, [2, 1]), system.decode(inputs, [1, 2])[[1, 0]])
+    assert torch.equal(system.decode(inputs), decoded)  # by default of the last
+    assert torch.equal(system.decode(inputs, [2, 1]), decoded[[1, 0]])
 
 
 def test_experts_are_given_by_name_and_calibration_as_pairs_too(inputs):
@@ -200,23 +197,6 @@ def test_answers_are_accepted_as_promised_by_inputs_of_each_experts_own_task(inp
     assert system.accept(0.2, 0.9, inputs=new.split(150), tasks=tasks.tolist()) == promises[::-1]
     assert system.accept(0.001, inputs=[new])[0].samples == 400
     assert not system.accepted(decoded, [2, 0]).any()
-
-
-@pytest.mark.parametrize("kind", list(DecoderKind))
-def test_a_system_in_a_file_answers_as_before(kind, inputs, tmp_path):
-    system = make_system(noise=0.1)
-    for erased in system.code.erasures():
-        system.fit_decoder(inputs.split(7), erased, kind)
-        system.accept(0.2, inputs=[2 * inputs])
-    path = tmp_path / "system.safetensors"
-    system.save(path)
-    again = Coded.load(path, deepcopy(list(system.experts)))
-    assert (again.names, again.classes, again.nbytes) == (system.names, system.classes, system.nbytes)
-    assert torch.equal(again.code.matrix, system.code.matrix)
-    for erased in system.code.erasures():
-        decoded = system.decode(inputs, erased)
-        assert torch.equal(again.decode(inputs, erased), decoded)
-        assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
 
 
 def test_a_file_of_other_experts_or_of_something_else_is_refused(tmp_path):
@@ -250,25 +230,46 @@ class Own(nn.Module):
         return self.body(torch.maximum(x * self.scale, self.mask))
 
 
-@pytest.mark.parametrize("adapters", [None, {"rank": 2}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("matrix", [[[0.5, 0.5]], [[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]]])
-def test_networks_are_saved_with_all_that_they_hold(adapters, dtype, matrix, tmp_path):
+def own_system(dtype, matrix, **options):
+    """Return a system of networks that hold all of that, merged, and calibration samples."""
     torch.manual_seed(0)
     experts = [Own().to(dtype).eval() for _ in range(2)]
     experts[1].body[1].running_mean += 1
     experts[1].scale.copy_(experts[0].scale)
-    batches = [[{"x": torch.randn(50, 6, dtype=dtype)}] for _ in experts]
-    method = Average(batchnorm="average", adapters=adapters)
-    coded = merge_networks(method, experts, matrix, calibration=batches)
-    kind = "expert_head" if adapters else "linear"
-    system = Coded(matrix, experts, coded).fit_decoder(batches[0], [0], kind)
-    system.save(tmp_path / "own.safetensors")
-    again = Coded.load(tmp_path / "own.safetensors", experts)
-    decoded = system.decode(batches[1][0])
-    assert decoded.dtype == dtype
-    assert torch.equal(again.decode(batches[1][0]), decoded)
-    assert again.nbytes == system.nbytes
+    inputs = torch.randn(60, 6, dtype=dtype)
+    batches = [[{"x": batch}] for batch in inputs.split(30)]
+    coded = merge_networks(Average(batchnorm="average", **options), experts, matrix, calibration=batches)
+    return Coded(matrix, experts, coded), {"x": inputs}
+
+
+SAVED = {  # the system, and its decoder
+    "linear": (lambda x: (make_system(noise=0.1), x), "linear"),
+    "ridge": (lambda x: (make_system(noise=0.1), x), "ridge"),
+    "feature_ridge": (lambda x: (make_system(noise=0.1), x), "feature_ridge"),
+    "expert_head": (lambda x: (make_system(noise=0.1), x), "expert_head"),
+    "float32": (lambda x: own_system(torch.float32, [[0.5, 0.5]]), "linear"),
+    "three rows": (lambda x: own_system(torch.float64, [[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]]), "ridge"),
+    "adapters": (lambda x: own_system(torch.float32, [[0.5, 0.5]], adapters={"rank": 2}), "expert_head"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_system_in_a_file_answers_as_before(name, inputs, tmp_path):
+    make, kind = SAVED[name]
+    system, batch = make(inputs)
+    tasks = [0] * 60
+    for erased in system.code.erasures():
+        system.fit_decoder([batch], erased, kind)
+        system.accept(0.2, inputs=[batch], tasks=tasks if system.is_adapted else None)
+    path = tmp_path / "system.safetensors"
+    system.save(path)
+    again = Coded.load(path, deepcopy(list(system.experts)))
+    for attribute in ("names", "classes", "nbytes", "method"):
+        assert getattr(again, attribute) == getattr(system, attribute)
+    for erased in system.code.erasures():
+        decoded = system.decode(batch, erased)
+        assert torch.equal(again.decode(batch, erased), decoded)
+        assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -385,15 +385,6 @@ def test_promises_are_made_on_each_tasks_own_new_samples(experts, coded, members
     assert max(thresholds) > 0
 
 
-def test_samples_of_promises_are_of_the_validation_split(members):
-    data = Tasks(members, samples_per_task=20, promise_samples=90)
-    data.setup()
-    for images, task in zip(data.promise_samples().stored, members.values(), strict=True):
-        validation, _ = task.splits.validation[:]
-        sums = {int(image.sum()) for image in validation}
-        assert {int(image.sum()) for image in images} <= sums
-
-
 @pytest.fixture
 def seed_folder(experts, coded, members, measure, make_trainer, tmp_path):
     """The folder of a run's seed, and the evaluator that has written its results."""
