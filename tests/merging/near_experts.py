@@ -17,7 +17,7 @@ SIZES = (2, 4, 3)  # samples of a task: so few that all positions are rows of th
 class Scale(nn.Module):
     def __init__(self, *shape):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(*shape))
+        self.weight = nn.Parameter(torch.ones(shape))
 
     def forward(self, x):
         return x * self.weight
@@ -154,7 +154,7 @@ def layer_scale():
 
 
 def one_scale():
-    return [nn.Linear(5, 6), nn.Tanh(), Scale(1), nn.Linear(6, 3)]
+    return [nn.Linear(5, 6), nn.Tanh(), Scale(), nn.Linear(6, 3)]
 
 
 def two_layers():
@@ -224,23 +224,23 @@ def near_experts(make, shape, sizes=SIZES):
     """Networks in float64 a little way from each other, and tasks with unequal numbers of samples."""
     draw = torch.Generator().manual_seed(3)
 
-    def normal(*size):
-        return torch.randn(*size, generator=draw, dtype=torch.float64)
+    def normal(size):
+        return torch.randn(size, generator=draw, dtype=torch.float64)
 
     torch.manual_seed(0)
     initial = make().double().eval()
-    initial(normal(2, *shape))  # lazy layers
+    initial(normal((2, *shape)))  # lazy layers
     networks = []
     tasks = []
     for index, size in enumerate(sizes):
         network = deepcopy(initial)
         for parameter in network.parameters():
-            parameter.data += 0.3 * normal(*parameter.shape)
+            parameter.data += 0.3 * normal(parameter.shape)
         for buffer in network.buffers():
             if buffer.ndim > 0:
-                buffer += 0.3 * normal(*buffer.shape).abs()
+                buffer += 0.3 * normal(buffer.shape).abs()
         networks.append(network)
-        tasks.append(normal(size, *shape) * (1 + index) + index)
+        tasks.append(normal((size, *shape)) * (1 + index) + index)
     return networks, tasks
 
 
