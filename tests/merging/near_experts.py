@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,14 @@ class Apply(nn.Module):
 
 def mean():
     return Apply(lambda x: x.mean(1))
+
+
+def perceptron(*widths):
+    """Layers of these widths with tanh between."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Parallel(nn.Module):
@@ -121,44 +130,105 @@ def groups():
 
 
 def geometry():
-    layer = nn.Conv2d(2, 3, 3, stride=(2, 1), dilation=(1, 2), padding=(1, 2))
-    return [layer, nn.BatchNorm2d(3), nn.Tanh(), *tail()]
+    layer = nn.Conv2d(
+        2,
+        3,
+        3,
+        stride=(2, 1),
+        dilation=(1, 2),
+        padding=(1, 2),
+    )
+    return [
+        layer,
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        *tail(),
+    ]
 
 
 def in_time():
-    return [nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), *tail()]
+    return [
+        nn.Conv1d(3, 4, 3, padding=1),
+        nn.BatchNorm1d(4),
+        nn.Tanh(),
+        *tail(),
+    ]
 
 
 def linear_norm():
-    return [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
+    ]
 
 
 def layer_norm():
-    return [nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.LayerNorm(6),
+        nn.GELU(),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def group_norm():
-    return [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), *tail()]
+    return [
+        nn.Conv2d(2, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        *tail(),
+    ]
 
 
 def norm_first():
-    return [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), *tail()]
+    return [
+        nn.BatchNorm2d(2),
+        nn.Conv2d(2, 3, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(3),
+        *tail(),
+    ]
 
 
 def norm_of_tokens():
-    return [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def layer_scale():
-    return [nn.Linear(5, 6), nn.Tanh(), Scale(6), Shift(4, 6), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.Tanh(),
+        Scale(6),
+        Shift(4, 6),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def one_scale():
-    return [nn.Linear(5, 6), nn.Tanh(), Scale(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.Tanh(),
+        Scale(),
+        nn.Linear(6, 3),
+    ]
 
 
 def two_layers():
-    return [nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)]
+    return [
+        nn.Linear(6, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 3),
+    ]
 
 
 def in_turn():
@@ -256,6 +326,17 @@ def experts_of(networks, tasks):
 @torch.no_grad()
 def answers(network, x):
     return network(x)
+
+
+def mixture(networks, row, x):
+    """Return Σ_i β_i f_i(x)."""
+    return sum(share * answers(network, x) for share, network in zip(row, networks, strict=True))
+
+
+def assert_same_tensors(network, other):
+    expected = other.state_dict()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def assert_answers_close(one, other, tasks, tolerance):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from near_experts import answers, experts_of, near_experts
+from near_experts import answers, experts_of, mixture, near_experts
 from torch import nn
 from torch.testing import assert_close
 
@@ -16,7 +16,12 @@ from coin.merging.regmean import regmean_parameters
 
 WEIGHTS = (0.2, 0.3, 0.5)
 # A convolution in two groups of two inputs each, and a head.
-SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "head.weight": (3, 5), "head.bias": (3,)}
+SHAPES = {
+    "conv.weight": (4, 2, 3, 3),
+    "conv.bias": (4,),
+    "head.weight": (3, 5),
+    "head.bias": (3,),
+}
 
 
 def random_state(seed):
@@ -192,8 +197,8 @@ def test_with_statistics_of_all_tasks_a_linear_network_is_the_mixture(kind, meth
     networks, tasks = linear_experts(kind)
     coded = method.make(experts_of(networks, tasks), WEIGHTS).network
     x = torch.cat(tasks)
-    outputs = [weight * answers(each, x) for weight, each in zip(WEIGHTS, networks, strict=True)]
-    assert_close(answers(coded, x), sum(outputs), rtol=1e-9, atol=1e-9)
+    wanted = mixture(networks, WEIGHTS, x)
+    assert_close(answers(coded, x), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,11 @@ def linear(*values):
 )
 def test_ties_by_hand(scale, row, steps):
     # Task vectors (0, 5, 5, .2), (0, 3, −2, 6), (0, −2, −3, 0).
-    networks = [linear(1, 6, 6, 1.2), linear(1, 4, -1, 7), linear(1, -1, -2, 1)]
+    networks = [
+        linear(1, 6, 6, 1.2),
+        linear(1, 4, -1, 7),
+        linear(1, -1, -2, 1),
+    ]
     experts = Experts(networks, initial=linear(1, 1, 1, 1))
     made = Ties(keep=0.5, scale=scale).make(experts, row).network
     found = made.weight.flatten() - 1

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import answers, near_experts
+from near_experts import answers, assert_same_tensors, mixture, near_experts, perceptron
 from torch import nn
 from torch.testing import assert_close
 
@@ -31,13 +31,9 @@ def batchnorm():
     return nn.Sequential(*layers)
 
 
-def perceptron():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
 NETWORKS = {
     "linear": (lambda: nn.Linear(6, 4), (6,)),
-    "perceptron": (perceptron, (6,)),
+    "perceptron": (lambda: perceptron(6, 8, 3), (6,)),
     "groups": (groups, (2, 4, 4)),
     "batchnorm": (batchnorm, (2, 4, 4)),
     "vit": (lambda: SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12), (3, 8, 8)),
@@ -112,8 +108,7 @@ def test_experts_stay_and_give_their_type_and_a_network_of_its_own(kind, name):
         parameter.data.zero_()
     for network, other in zip(networks, before, strict=True):
         assert all(module.training for module in network.modules())
-        for tensor, own in zip(network.parameters(), other.parameters(), strict=True):
-            assert torch.equal(tensor, own)
+        assert_same_tensors(network, other)
 
 
 # The head
@@ -127,14 +122,13 @@ def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves
     fitted = HeadFit().make(experts, WEIGHTS).network
     assert torch.equal(fitted[0].weight, Average().make(experts, WEIGHTS).network[0].weight)
     x = torch.cat(tasks)
-    outputs = [weight * answers(each, x) for weight, each in zip(WEIGHTS, networks, strict=True)]
-    mixture = sum(outputs)
+    wanted = mixture(networks, WEIGHTS, x)
     columns = answers(fitted[:2], x)
     if bias:
         columns = torch.cat([columns, torch.ones(len(x), 1)], 1)
-    best = columns @ torch.linalg.lstsq(columns, mixture).solution
-    error = (answers(fitted, x) - mixture).norm()
-    assert error < 1.1 * (best - mixture).norm()
+    best = columns @ torch.linalg.lstsq(columns, wanted).solution
+    error = (answers(fitted, x) - wanted).norm()
+    assert error < 1.1 * (best - wanted).norm()
 
 
 def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
@@ -147,7 +141,7 @@ def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
 
 
 def test_a_head_that_does_not_give_the_logits_is_refused():
-    networks, tasks = near_experts(lambda: nn.Sequential(perceptron(), nn.Softmax(1)), (6,), SIZES)
+    networks, tasks = near_experts(lambda: nn.Sequential(perceptron(6, 8, 3), nn.Softmax(1)), (6,), SIZES)
     message = r"^the logits of Sequential are not its head '0\.2' of [^\n]*$"
     with pytest.raises(StateError, match=message):
         HeadFit().make(experts_of(networks, tasks), WEIGHTS)
@@ -294,7 +288,15 @@ def test_parts_are_of_every_expert(given):
         Experts(networks, **{given: parts})
 
 
-@pytest.mark.parametrize("row", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])
+@pytest.mark.parametrize(
+    "row",
+    [
+        (0.5, 0.5),
+        (0.5, 0.6, -0.1),
+        (0.5, 0.5, 0.5),
+        (math.nan,) * 3,
+    ],
+)
 def test_a_row_that_is_none_of_a_code_is_refused(row):
     networks, _ = parts_of("linear")
     with pytest.raises(ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"):

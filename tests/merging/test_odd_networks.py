@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import ROW, answers, experts_of, near_experts
+from near_experts import ROW, answers, assert_same_tensors, experts_of, near_experts, perceptron
 from torch import nn
 from torch.testing import assert_close
 from torchmetrics.classification import MulticlassAccuracy
@@ -13,7 +13,12 @@ import coin
 from coin.errors import StateError
 
 FITTED = [coin.Coin(), coin.RegMean(), coin.Refit()]
-CLOSED_FORMS = [coin.Average(), coin.Coin(), coin.RegMean(), coin.HeadFit()]
+CLOSED_FORMS = [
+    coin.Average(),
+    coin.Coin(),
+    coin.RegMean(),
+    coin.HeadFit(),
+]
 
 
 def labels(method):
@@ -22,11 +27,6 @@ def labels(method):
 
 def merged(method, networks, tasks):
     return method.coded_model(experts_of(networks, tasks), ROW).network
-
-
-def assert_equal(network, other):
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(network.state_dict()[name], tensor), name
 
 
 # Caches
@@ -152,13 +152,9 @@ def test_identical_experts_whose_weights_are_computed_merge_to_themselves(wrap, 
 # Frozen parameters
 
 
-def perceptron():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
 @pytest.mark.parametrize("method", CLOSED_FORMS, ids=labels)
 def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method):
-    networks, tasks = near_experts(perceptron, (6,))
+    networks, tasks = near_experts(lambda: perceptron(6, 8, 3), (6,))
     for network in networks:
         network[0] = deepcopy(networks[0][0]).requires_grad_(False)
     coded = merged(method, networks, tasks)
@@ -170,19 +166,19 @@ def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method):
 
 @pytest.mark.parametrize("method", CLOSED_FORMS[1:], ids=labels)
 def test_what_is_frozen_in_one_expert_alone_is_averaged(method):
-    networks, tasks = near_experts(perceptron, (6,))
+    networks, tasks = near_experts(lambda: perceptron(6, 8, 3), (6,))
     networks[1][0].requires_grad_(False)
     coded = merged(method, networks, tasks)
     average = merged(coin.Average(), networks, tasks)
-    assert_equal(coded[0], average[0])
+    assert_same_tensors(coded[0], average[0])
     assert not torch.allclose(coded[2].weight, average[2].weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", FITTED, ids=labels)
 def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
-    networks, tasks = near_experts(perceptron, (6,))
+    networks, tasks = near_experts(lambda: perceptron(6, 8, 3), (6,))
     frozen = [deepcopy(network).requires_grad_(False) for network in networks]
-    assert_equal(merged(method, frozen, tasks), merged(method, networks, tasks))
+    assert_same_tensors(merged(method, frozen, tasks), merged(method, networks, tasks))
 
 
 # Networks that write, keep and hold
@@ -201,7 +197,7 @@ def test_inputs_that_a_network_writes_over_are_its_own(method):
     coded = merged(method, networks, tasks)
     for task, other in zip(tasks, untouched, strict=True):
         assert torch.equal(task, other)
-    assert_equal(coded, merged(method, plain, untouched))
+    assert_same_tensors(coded, merged(method, plain, untouched))
 
 
 def test_activations_that_a_network_keeps_are_not_copied():
@@ -209,7 +205,7 @@ def test_activations_that_a_network_keeps_are_not_copied():
     expected = merged(coin.Coin(), networks, tasks)
     for network in networks:
         network.kept = [network[1].weight * 2]
-    assert_equal(merged(coin.Coin(), networks, tasks), expected)
+    assert_same_tensors(merged(coin.Coin(), networks, tasks), expected)
 
 
 def test_a_function_that_holds_another_expert_is_refused():

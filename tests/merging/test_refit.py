@@ -257,7 +257,8 @@ def test_an_expert_that_has_no_share_of_the_row_is_not_run():
 
 def test_a_convolution_whose_taps_meet_no_image_stays_finite():
     layer = nn.Conv1d(2, 2, 2, padding=1, dilation=2)
-    networks, tasks = near_experts(lambda: nn.Sequential(layer, nn.Flatten(), nn.Linear(2, 3)), (2, 1))
+    layers = layer, nn.Flatten(), nn.Linear(2, 3)
+    networks, tasks = near_experts(lambda: nn.Sequential(*layers), (2, 1))
     made = Refit(RIDGE, head=False).coded_model(experts_of(networks, tasks), ROW)
     assert bool(answers(made.network, torch.cat(tasks)).isfinite().all())
 

@@ -4,7 +4,16 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import ATTENTION, NETWORKS, ROW, assert_answers_close, case_of, distance, experts_of
+from near_experts import (
+    ATTENTION,
+    NETWORKS,
+    ROW,
+    assert_answers_close,
+    case_of,
+    distance,
+    experts_of,
+    perceptron,
+)
 from torch import nn
 
 from coin.errors import CoinWarning, ConfigurationError
@@ -60,7 +69,7 @@ def test_eight_bits_are_nearly_as_good_as_none_and_go_through_a_file(kind, tmp_p
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def perceptron():
+def wide():
     """A network of rows wide enough for few bits."""
     return nn.Sequential(
         nn.Linear(130, 140),
@@ -96,7 +105,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_at_few_bits_it_is_better_than_rounding_afterwards(name):
-    base, networks = fine_tuned(perceptron, 0.005)
+    base, networks = fine_tuned(wide, 0.005)
     inputs = [[correlated(300, 130)] for _ in networks]
     experts = Experts(networks, initial=base, calibration=inputs)
     method = METHODS[name]
@@ -115,7 +124,7 @@ def test_at_few_bits_it_is_better_than_rounding_afterwards(name):
 
 
 def test_a_body_that_is_not_refitted_is_rounded_to_its_own_outputs():
-    base, networks = fine_tuned(perceptron, 0.05)
+    base, networks = fine_tuned(wide, 0.05)
     inputs = [[correlated(300, 130)] for _ in networks]
     experts = Experts(networks, initial=base, calibration=inputs)
     method = METHODS["base"]
@@ -126,7 +135,7 @@ def test_a_body_that_is_not_refitted_is_rounded_to_its_own_outputs():
 
 
 def test_rows_of_fewer_than_128_values_are_rounded_to_eight_bits():
-    _, networks = fine_tuned(lambda: nn.Sequential(nn.Linear(127, 128), nn.ReLU(), nn.Linear(128, 3)), 0.1)
+    _, networks = fine_tuned(lambda: perceptron(127, 128, 3), 0.1)
     method = Refit(head=False, compress={"bits": 2})
     calibration = [[torch.randn(20, 127)] for _ in networks]
     merged = merge_networks(method, networks, [UNIFORM], calibration=calibration)
@@ -137,7 +146,7 @@ def test_rows_of_fewer_than_128_values_are_rounded_to_eight_bits():
 
 def test_a_matrix_of_very_many_inputs_is_rounded_to_the_nearest():
     """With a metric a layer of 9,216 inputs took 7.6 GB and 48 s where it takes 0.4 GB and 6 s."""
-    _, networks = fine_tuned(lambda: nn.Sequential(nn.Linear(5001, 4), nn.ReLU(), nn.Linear(4, 3)), 0.1)
+    _, networks = fine_tuned(lambda: perceptron(5001, 4, 3), 0.1)
     method = Refit(head=False, compress={"bits": 3})
     calibration = [[torch.randn(20, 5001)] for _ in networks]
     merged = merge_networks(method, networks, [UNIFORM], calibration=calibration)
@@ -165,7 +174,7 @@ def test_what_is_in_no_unit_is_rounded_to_the_nearest_and_the_rest_by_its_inputs
 
 
 def test_a_matrix_without_entries_is_left():
-    _, networks = fine_tuned(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), 0.1)
+    _, networks = fine_tuned(lambda: perceptron(8, 8, 3), 0.1)
     for network in networks:
         network[0].prompts = nn.Parameter(torch.zeros(0, 8))
     method = Refit(compress={"bits": 4})
