@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ SIZES = (2, 4, 3)  # samples of a task: so few that all positions are rows of th
 class Scale(nn.Module):
     def __init__(self, *shape):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(*shape))
+        self.weight = nn.Parameter(torch.ones(shape))
 
     def forward(self, x):
         return x * self.weight
@@ -52,6 +53,14 @@ class Apply(nn.Module):
 
 def mean():
     return Apply(lambda x: x.mean(1))
+
+
+def perceptron(*widths):
+    """Layers of these widths with tanh between."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Parallel(nn.Module):
@@ -121,44 +130,105 @@ def groups():
 
 
 def geometry():
-    layer = nn.Conv2d(2, 3, 3, stride=(2, 1), dilation=(1, 2), padding=(1, 2))
-    return [layer, nn.BatchNorm2d(3), nn.Tanh(), *tail()]
+    layer = nn.Conv2d(
+        2,
+        3,
+        3,
+        stride=(2, 1),
+        dilation=(1, 2),
+        padding=(1, 2),
+    )
+    return [
+        layer,
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        *tail(),
+    ]
 
 
 def in_time():
-    return [nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), *tail()]
+    return [
+        nn.Conv1d(3, 4, 3, padding=1),
+        nn.BatchNorm1d(4),
+        nn.Tanh(),
+        *tail(),
+    ]
 
 
 def linear_norm():
-    return [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
+    ]
 
 
 def layer_norm():
-    return [nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.LayerNorm(6),
+        nn.GELU(),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def group_norm():
-    return [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), *tail()]
+    return [
+        nn.Conv2d(2, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        *tail(),
+    ]
 
 
 def norm_first():
-    return [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), *tail()]
+    return [
+        nn.BatchNorm2d(2),
+        nn.Conv2d(2, 3, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(3),
+        *tail(),
+    ]
 
 
 def norm_of_tokens():
-    return [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def layer_scale():
-    return [nn.Linear(5, 6), nn.Tanh(), Scale(6), Shift(4, 6), mean(), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.Tanh(),
+        Scale(6),
+        Shift(4, 6),
+        mean(),
+        nn.Linear(6, 3),
+    ]
 
 
 def one_scale():
-    return [nn.Linear(5, 6), nn.Tanh(), Scale(1), nn.Linear(6, 3)]
+    return [
+        nn.Linear(5, 6),
+        nn.Tanh(),
+        Scale(),
+        nn.Linear(6, 3),
+    ]
 
 
 def two_layers():
-    return [nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)]
+    return [
+        nn.Linear(6, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 3),
+    ]
 
 
 def in_turn():
@@ -224,23 +294,23 @@ def near_experts(make, shape, sizes=SIZES):
     """Networks in float64 a little way from each other, and tasks with unequal numbers of samples."""
     draw = torch.Generator().manual_seed(3)
 
-    def normal(*size):
-        return torch.randn(*size, generator=draw, dtype=torch.float64)
+    def normal(size):
+        return torch.randn(size, generator=draw, dtype=torch.float64)
 
     torch.manual_seed(0)
     initial = make().double().eval()
-    initial(normal(2, *shape))  # lazy layers
+    initial(normal((2, *shape)))  # lazy layers
     networks = []
     tasks = []
     for index, size in enumerate(sizes):
         network = deepcopy(initial)
         for parameter in network.parameters():
-            parameter.data += 0.3 * normal(*parameter.shape)
+            parameter.data += 0.3 * normal(parameter.shape)
         for buffer in network.buffers():
             if buffer.ndim > 0:
-                buffer += 0.3 * normal(*buffer.shape).abs()
+                buffer += 0.3 * normal(buffer.shape).abs()
         networks.append(network)
-        tasks.append(normal(size, *shape) * (1 + index) + index)
+        tasks.append(normal((size, *shape)) * (1 + index) + index)
     return networks, tasks
 
 
@@ -256,6 +326,17 @@ def experts_of(networks, tasks):
 @torch.no_grad()
 def answers(network, x):
     return network(x)
+
+
+def mixture(networks, row, x):
+    """Return Σ_i β_i f_i(x)."""
+    return sum(share * answers(network, x) for share, network in zip(row, networks, strict=True))
+
+
+def assert_same_tensors(network, other):
+    expected = other.state_dict()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def assert_answers_close(one, other, tasks, tolerance):

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import answers
+from near_experts import answers, assert_same_tensors, mixture
 from torch import nn
 from torch.testing import assert_close
 
@@ -69,16 +69,9 @@ def trained_statistics(calibration):
     return [first.eval(), second.eval()]
 
 
-def same(first, second):
-    """Say whether networks have the same tensors."""
-    other = second.state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in first.state_dict().items())
-
-
 def residual(coded, networks, inputs):
     """Return ‖f_c − Σβ_i f_i‖ / ‖Σβ_i f_i‖ for the row `PAIR`."""
-    outputs = [weight * answers(each, inputs) for weight, each in zip(PAIR, networks, strict=True)]
-    wanted = sum(outputs)
+    wanted = mixture(networks, PAIR, inputs)
     return float((answers(coded, inputs) - wanted).norm() / wanted.norm())
 
 
@@ -103,7 +96,7 @@ def test_auto_takes_the_policy_with_the_smaller_held_out_residual(make, better, 
     assert residuals[better] < 0.1 < 0.3 < residuals[worse]
     found = pytest.approx(residuals, rel=1e-10)
     assert made.chosen == {"batchnorm": better, "held_out_residual": found}
-    assert same(made.network, fixed[better])
+    assert_same_tensors(made.network, fixed[better])
     # The experts and both candidates on the held-out samples; the statistics on the others, and at last on all.
     last = SAMPLES if better == "recalibrate" else 0
     passes = 4 * HELD_OUT + (SAMPLES - HELD_OUT) + last
@@ -132,7 +125,7 @@ def test_without_calibration_data_auto_averages_with_a_warning(calibration):
         made = Average(label="soup").make(Experts(networks), PAIR)
     assert made.chosen == {"batchnorm": "average"}
     averaged = Average(batchnorm="average").make(Experts(networks), PAIR)
-    assert same(made.network, averaged.network)
+    assert_same_tensors(made.network, averaged.network)
 
 
 def test_too_few_samples_to_hold_one_out_are_refused(calibration):

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
+from near_experts import answers, experts_of, mixture, near_experts
 from torch import nn
-from torch.func import functional_call
 from torch.testing import assert_close
 
 import coin
@@ -13,12 +13,15 @@ from coin.errors import NumericalError, StateError
 from coin.files.tensors import weighted_sum
 from coin.merging.coin import coin_parameters
 from coin.merging.regmean import regmean_parameters
-from coin.networks.weights import parameters_of
-from coin.statistics import fisher_diagonal, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
 # A convolution in two groups of two inputs each, and a head.
-SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "head.weight": (3, 5), "head.bias": (3,)}
+SHAPES = {
+    "conv.weight": (4, 2, 3, 3),
+    "conv.bias": (4,),
+    "head.weight": (3, 5),
+    "head.bias": (3,),
+}
 
 
 def random_state(seed):
@@ -176,87 +179,39 @@ NETWORKS = {
     "groups": (lambda: nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten()), (4, 4, 4)),
     "in time": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, bias=False), nn.Flatten()), (2, 6)),
 }
+POOLED = [
+    coin.Coin(0, fisher_data="pooled"),
+    coin.RegMean(gram_data="pooled"),
+    coin.RegMean(alpha=1, damping=0, gram_data="pooled"),
+]
 
 
-@pytest.fixture(params=NETWORKS)
-def linear_experts(request):
-    """Three networks of one linear layer, their parameters, and inputs of their tasks."""
-    make, shape = NETWORKS[request.param]
-    networks = []
-    data = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        networks.append(make().double())
-        data.append(torch.randn(20, *shape, dtype=torch.float64))
-    parameters = [parameters_of(network) for network in networks]
-    return networks, parameters, data
+def linear_experts(kind):
+    """Return three experts of one linear layer, and their tasks."""
+    return near_experts(*NETWORKS[kind], sizes=(40, 30, 50))
 
 
-def test_a_linear_network_on_pooled_data_reaches_the_mixture(linear_experts):
-    networks, experts, data = linear_experts
-    pooled = torch.cat(data)
-    grams = [gram_sums(network, pooled.split(25)).mean() for network in networks]
-    fishers = [fisher_diagonal(network, pooled.split(25)) for network in networks]
-    with torch.no_grad():
-        outputs = [weight * network(pooled) for weight, network in zip(WEIGHTS, networks, strict=True)]
-    for merged in (
-        regmean_parameters(experts, grams, WEIGHTS),
-        coin_parameters(experts, fishers, WEIGHTS),
-    ):
-        found = functional_call(networks[0], merged, (pooled,))
-        assert_close(found, sum(outputs), rtol=1e-9, atol=1e-9)
-
-
-def test_regmean_on_own_data_minimises_the_weighted_output_error(linear_experts):
-    """Its gradient there, by autograd through the networks themselves, is zero; the average's is not."""
-    networks, experts, data = linear_experts
-
-    def slope(parameters):
-        leaves = {name: each.clone().requires_grad_() for name, each in parameters.items()}
-        error = 0
-        for weight, network, x in zip(WEIGHTS, networks, data, strict=True):
-            difference = functional_call(network, leaves, (x,)) - network(x).detach()
-            error = error + weight * difference.square().sum()
-        gradients = torch.autograd.grad(error, list(leaves.values()))
-        return torch.cat([gradient.flatten() for gradient in gradients]).norm()
-
-    grams = [gram_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
-    merged = regmean_parameters(experts, grams, WEIGHTS, alpha=1, damping=0)
-    assert slope(merged) < 1e-9 * slope(weighted_sum(experts, WEIGHTS))
-
-
-# The data that statistics are of
-
-
-def apart_inputs():
-    """Two linear experts, and inputs of their tasks that have little in common."""
-    torch.manual_seed(0)
-    networks = [nn.Linear(6, 4).double() for _ in range(2)]
-    scale = torch.tensor([3, 3, 3, 0.1, 0.1, 0.1], dtype=torch.float64)
-    first = scale * torch.randn(20, 6, dtype=torch.float64)
-    second = scale.flip(0) * torch.randn(20, 6, dtype=torch.float64)
-    return networks, [[first], [second]]
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("method", POOLED, ids=["coin", "regmean", "undamped"])
+def test_with_statistics_of_all_tasks_a_linear_network_is_the_mixture(kind, method):
+    networks, tasks = linear_experts(kind)
+    coded = method.make(experts_of(networks, tasks), WEIGHTS).network
+    x = torch.cat(tasks)
+    wanted = mixture(networks, WEIGHTS, x)
+    assert_close(answers(coded, x), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"),
+    ("method", "of_own", "of_all"),
     [
-        (lambda **data: coin.Coin(0, **data), "fisher_data"),
-        (lambda **data: coin.RegMean(alpha=1, damping=0, **data), "gram_data"),
+        (coin.Coin(), coin.Coin(fisher_data="own"), coin.Coin(fisher_data="pooled")),
+        (coin.RegMean(), coin.RegMean(gram_data="own"), coin.RegMean(gram_data="pooled")),
     ],
     ids=["coin", "regmean"],
 )
-def test_pooled_statistics_of_a_linear_layer_are_exact_and_own_ones_are_the_default(kind, option):
-    networks, calibration = apart_inputs()
-    x = torch.cat([batch for (batch,) in calibration])
-    wanted = 0.5 * networks[0](x) + 0.5 * networks[1](x)
-    weights = {}
-    errors = {}
-    for data in ("own", "pooled", None):
-        method = kind(**{option: data})
-        (made,) = coin.merge_networks(method, networks, [[0.5, 0.5]], calibration=calibration)
-        weights[data] = made.weight
-        errors[data] = float((made(x) - wanted).norm() / wanted.norm())
-    assert errors["pooled"] < 1e-10
-    assert errors["own"] > 0.1
-    assert torch.equal(weights[None], weights["own"])
+def test_statistics_are_of_each_experts_own_task_by_default(method, of_own, of_all):
+    networks, tasks = linear_experts("linear")
+    experts = experts_of(networks, tasks)
+    found = method.make(experts, WEIGHTS).network.weight
+    assert torch.equal(found, of_own.make(experts, WEIGHTS).network.weight)
+    assert not torch.allclose(found, of_all.make(experts, WEIGHTS).network.weight)

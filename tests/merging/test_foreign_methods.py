@@ -48,15 +48,6 @@ def test_one_that_merges_matrices_averages_the_rest(method, parts):
         assert is_average == (name != "0.weight"), name
 
 
-@pytest.mark.parametrize("method", [Wudi(), TaskArithmetic(), Ties(keep=1.0), IsoC(), TsvM(), Magic(), Ace()])
-def test_experts_that_are_the_base_merge_to_it(method, parts):
-    initial, _, _ = parts
-    experts = Experts([deepcopy(initial) for _ in ROW], initial=initial)
-    made = method.coded_model(experts, ROW).network
-    for name, tensor in initial.named_parameters():
-        assert_close(made.get_parameter(name), tensor)
-
-
 def test_task_arithmetic_by_hand(parts):
     initial, networks, experts = parts
     made = TaskArithmetic(0.4).make(experts, [0.5, 0.5]).network
@@ -83,7 +74,11 @@ def linear(*values):
 )
 def test_ties_by_hand(scale, row, steps):
     # Task vectors (0, 5, 5, .2), (0, 3, −2, 6), (0, −2, −3, 0).
-    networks = [linear(1, 6, 6, 1.2), linear(1, 4, -1, 7), linear(1, -1, -2, 1)]
+    networks = [
+        linear(1, 6, 6, 1.2),
+        linear(1, 4, -1, 7),
+        linear(1, -1, -2, 1),
+    ]
     experts = Experts(networks, initial=linear(1, 1, 1, 1))
     made = Ties(keep=0.5, scale=scale).make(experts, row).network
     found = made.weight.flatten() - 1

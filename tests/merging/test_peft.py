@@ -100,7 +100,12 @@ def test_a_lora_of_full_rank_is_the_network(tmp_path):
     network = moved(base, 0.3)
     x = torch.randn(200, 12)
     extract_lora(network, base, [x], 12, tmp_path)
-    assert_close(answers(loaded(base, tmp_path), x), answers(network, x), rtol=1e-4, atol=1e-5)
+    assert_close(
+        answers(loaded(base, tmp_path), x),
+        answers(network, x),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.fixture
@@ -113,7 +118,11 @@ def fleet(tmp_path):
     distilbert().config.save_pretrained(tmp_path / "config")
     config = NetworkConfig(f"hf/{tmp_path / 'config'}", 9)
     body = build_network(config, 4).eval()
-    tasks = {"a": ["no", "yes"], "b": ["red", "green", "blue"], "c": ["n", "e", "s", "w"]}
+    tasks = {
+        "a": ["no", "yes"],
+        "b": ["red", "green", "blue"],
+        "c": ["n", "e", "s", "w"],
+    }
     experts = []
     for task, classes in tasks.items():
         head = nn.Linear(linear_head(body).in_features, len(classes))
@@ -123,7 +132,13 @@ def fleet(tmp_path):
         save_network(path, expert, config, len(classes), {"task": task, "classes": classes})
         experts.append(expert)
     texts = [torch.randint(3, 50, (60, 9)) for _ in experts]
-    adapted = fit_adapters(body, experts, [[each] for each in texts], rank=4, scales=False)
+    adapted = fit_adapters(
+        body,
+        experts,
+        [[each] for each in texts],
+        rank=4,
+        scales=False,
+    )
     path = tmp_path / "coded/body.safetensors"
     save_network(path, body, config, 4, {"tasks": list(tasks)}, adapted.adapters)
     wanted = {}
@@ -147,7 +162,12 @@ def test_an_exported_fleet_answers_in_one_batch_with_classes_of_its_own(fleet):
         mixed = model(input_ids=torch.cat(texts), adapter_names=names).logits
     for task, found in zip(tasks, mixed.split(60), strict=True):
         classes = tasks[task]
-        assert_close(found[:, : len(classes)], wanted[task], rtol=1e-4, atol=1e-4)
+        assert_close(
+            found[:, : len(classes)],
+            wanted[task],
+            rtol=1e-4,
+            atol=1e-4,
+        )
         assert found.argmax(1).max() < len(classes)
         labels = json.loads((folder / task / "labels.json").read_text())
         assert list(labels["id2label"].values()) == classes
@@ -162,20 +182,30 @@ def test_one_expert_of_a_fleet_is_exported_as_a_network(fleet):
     auto = transformers.AutoModelForSequenceClassification
     alone = auto.from_pretrained(export(path, expert="b")).eval()
     assert list(alone.config.id2label.values()) == tasks["b"]
-    assert_close(answers(alone, texts[1]).logits, wanted["b"], rtol=1e-4, atol=1e-4)
+    assert_close(
+        answers(alone, texts[1]).logits,
+        wanted["b"],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
     torch.manual_seed(0)
     base = resnet18(num_classes=4).eval()
     experts = [base, moved(base, 0.002)]
-    images = [[torch.rand(24, 3, 32, 32)] for _ in experts]
+    images = [[torch.rand(12, 3, 32, 32)] for _ in experts]
     method = coin.Average(adapters={"rank": 2, "scales": False})
     made = method.coded_model(coin.Experts(experts, calibration=images), [0.5, 0.5])
     save_peft(made.adapters[1], made.network, experts[1].fc.state_dict(), tmp_path, images[1][0])
     wanted = made.adapters[1].applied_to(made.network, experts[1].fc)
     found = answers(loaded(made.network, tmp_path), images[1][0])
-    assert_close(found, answers(wanted, images[1][0]), rtol=1e-4, atol=1e-4)
+    assert_close(
+        found,
+        answers(wanted, images[1][0]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 # What a plain LoRA has no place for
