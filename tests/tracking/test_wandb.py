@@ -17,7 +17,6 @@ import wandb_workspaces.workspaces.interface as interface
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.reporting.results import confusion_key
-from coin.tracking import dashboard
 from coin.tracking.dashboard import workspace
 from coin.tracking.evaluation import log_evaluation
 from coin.tracking.runs import RunLog
@@ -25,108 +24,120 @@ from coin.tracking.settings import check_connection, run_environment
 from tests.reporting.conftest import measured
 
 
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Ask for online mode; W&B reads its environment once per process, so make it forget before and after."""
-    wandb.teardown()
-    monkeypatch.setenv("WANDB_MODE", "online")
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    wandb.teardown()
-
-
 def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-def test_the_start_of_a_run_warns_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path / "seed-0", "quickstart", "expert", "expert mnist", (), {})
-    with log.open(tmp_path / "step"):
-        pass
-    assert "WARNING" not in capfd.readouterr().err
+def offline_run(folder: Path) -> Path:
+    """Return the folder of the one offline run."""
+    (found,) = (folder / "wandb").glob("offline-run-*")
+    return found
 
 
-def test_an_evaluation_reads_back_whole(tmp_path: Path, read_wandb: Any):
-    folder = tmp_path / "runs" / "quickstart" / "seed-0"
-    rows, confusions = measured(0)
-    compressed = [replace(row, method="coin-4bit", nda=0.9) for row in rows if row.method == "coin"]
-    replicas = [replace(row, method="replica", decoder="replica", nda=0.99) for row in rows if row.method == "none"]
-    rows += [row for row in compressed if row.batchnorm.startswith("auto")] + replicas[-2:]
-    log = RunLog(folder, "quickstart", "evaluate", "evaluate seed 0", ("overview",), {"lr": 0.1})
-    classes = {"mnist": [f"digit {i}" for i in range(10)], "letters": [str(i) for i in range(10)]}
-    with log.open(tmp_path / "step") as loggers:
-        log_evaluation(loggers[1].experiment, rows, confusions, classes)
-
-    (run_folder,) = (folder / "wandb").glob("offline-run-*")
-    records = read_wandb(run_folder)
-    (started,) = of_type(records, "run")
-    names = [started[name] for name in ("run_group", "job_type", "display_name")]
-    assert names == ["quickstart", "evaluate", "evaluate seed 0"]
-    assert (started["tags"], started["config"]["update"]["lr"]) == (["overview"], 0.1)
-    assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
-
-    summary = {name: value for each in of_type(records, "summary") for name, value in each.get("update", {}).items()}
-    frame = pd.DataFrame([vars(row) for row in rows])
-    means = frame.groupby(["method", "decoder"])["nda"].mean()
-    logged = {name: value for name, value in summary.items() if name.startswith("nda/")}
-    assert logged == pytest.approx({f"nda/{name}/{decoder}": nda for (name, decoder), nda in means.items()}, rel=1e-12)
-    assert {"nda/coin-4bit/linear", "nda/none/ridge", "nda/replica/replica"} <= {*logged}
-    coded = means.drop(["none", "oracle", "replica"])
-    assert summary["nda_mean_best"] == pytest.approx(coded.max(), rel=1e-12)
-    method, decoder = coded.idxmax()
-    assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
-    own = frame[(frame["method"] == method) & (frame["decoder"] == decoder)]
-    assert summary["best_memory_mib"] == pytest.approx(own["memory_mib"].mean(), rel=1e-12)
-    assert summary["best_resident_mib"] == pytest.approx(own["resident_mib"].mean(), rel=1e-12)
-
-    def table(name: str) -> dict[str, Any]:
-        (file,) = (run_folder / "files" / "media" / "table").glob(f"{name}_*.table.json")
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    assert len(table("results")["data"]) == len(rows)
-    assert table("results")["columns"] == list(frame)
-    cells = table("confusion/mnist_table")["data"]
-    row = next(r for r in rows if (r.method, r.decoder, r.task) == (method, decoder, "mnist"))
-    counts = confusions[confusion_key(row)]
-    assert cells == [[f"digit {i}", f"digit {k}", counts[i, k]] for i in range(10) for k in range(10)]
-    assert list((run_folder / "files/media/images").glob("nda_against_memory_*"))
-
-
-def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Any):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_has_the_user_s_project_and_tags_and_how_it_ended(
+    fails: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_wandb: Any,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "one, two")
-    with RunLog(tmp_path, "g", "method", "n", ("two", "x" * 100), {}).open(tmp_path / "step"):
+    log = RunLog(tmp_path, "group", "method", "name", ("two", "x" * 100), {"lr": 0.1})
+    try:
+        with log.open(tmp_path / "step"):
+            assert not fails
+    except AssertionError:
         pass
-    (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (started,) = of_type(read_wandb(run_folder), "run")
-    assert started["project"] == "theirs"
+    assert "WARNING" not in capfd.readouterr().err
+    records = read_wandb(offline_run(tmp_path))
+    (started,) = of_type(records, "run")
+    named = [started[name] for name in ("project", "run_group", "job_type", "display_name")]
+    assert named == ["theirs", "group", "method", "name"]
     assert set(started["tags"]) == {"one", "two", "x" * 64}
+    assert started["config"]["update"]["lr"] == 0.1
+    assert records[-1]["exit"].get("exit_code", 0) == fails
 
 
-def test_the_environment_is_offline_unless_the_user_says_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def evaluation() -> tuple[list[Any], dict[str, Any]]:
+    """Rows and confusions of two tasks, lost alone and together, with compressed models and copies."""
+    rows, confusions = measured(0)
+    for row in list(rows):
+        if row.method == "coin" and row.batchnorm.startswith("auto"):
+            rows.append(replace(row, method="coin-4bit", nda=0.9))
+            rows.append(replace(row, method="both-lost", erased="mnist+letters", nda=5.0))
+        if row.method == "none" and row.decoder == "ridge":
+            rows.append(replace(row, method="replica", decoder="replica", nda=0.99))
+    return rows, confusions
+
+
+def test_an_evaluation_reads_back_whole(evaluation: Any, tmp_path: Path, read_wandb: Any) -> None:
+    rows, confusions = evaluation
+    digits = [f"digit {number}" for number in range(10)]
+    log = RunLog(tmp_path, "quickstart", "evaluate", "evaluate seed 0", ("overview",), {})
+    with log.open(tmp_path / "step") as loggers:
+        classes = {"mnist": digits, "letters": digits}
+        log_evaluation(loggers[1].experiment, rows, confusions, classes)
+
+    records = read_wandb(offline_run(tmp_path))
+    assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
+    summary: dict[str, Any] = {}
+    for record in of_type(records, "summary"):
+        summary |= record.get("update", {})
+    frame = pd.DataFrame([vars(row) for row in rows])
+    alone = frame[frame["erased"] == frame["task"]]
+    means = alone.groupby(["method", "decoder"])["nda"].mean()
+    for (name, decoder), nda in means.items():
+        assert summary.pop(f"nda/{name}/{decoder}") == pytest.approx(nda, rel=1e-12)
+    assert not [name for name in summary if name.startswith("nda/")]
+    coded = means.drop(["none", "oracle", "replica"])
+    method, decoder = coded.idxmax()
+    assert summary["nda_mean_best"] == pytest.approx(coded.max(), rel=1e-12)
+    assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
+    best = alone[(alone["method"] == method) & (alone["decoder"] == decoder)]
+    for name in ("memory_mib", "resident_mib"):
+        assert summary[f"best_{name}"] == pytest.approx(best[name].mean(), rel=1e-12)
+
+    def table(name: str) -> dict[str, Any]:
+        media = offline_run(tmp_path) / "files/media"
+        (file,) = media.glob(f"table/{name}_*.table.json")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    assert table("results")["columns"] == list(frame)
+    assert len(table("results")["data"]) == len(rows)
+    (place,) = best.index[best["task"] == "mnist"]
+    counts = confusions[confusion_key(rows[place])]
+    cells = table("confusion/mnist_table")["data"]
+    expected = [[digits[i], digits[k], counts[i, k]] for i in range(10) for k in range(10)]
+    assert cells == expected
+    assert list(offline_run(tmp_path).glob("files/media/images/nda_against_memory_*"))
+
+
+def test_the_environment_is_offline_unless_the_user_says_and_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "seed-0"
     monkeypatch.setenv("WANDB_DIR", "/elsewhere")
-    with run_environment(tmp_path / "seed-0"):
-        assert (os.environ["WANDB_MODE"], os.environ["WANDB_DIR"]) == ("offline", str(tmp_path / "seed-0"))
-        assert Path(os.environ["WANDB_DATA_DIR"]).is_relative_to(tmp_path / "seed-0")
+    with run_environment(folder):
+        assert os.environ["WANDB_MODE"] == "offline"
+        assert os.environ["WANDB_DIR"] == str(folder)
+        assert os.environ["WANDB_DATA_DIR"] == str(folder / "wandb")
     assert os.environ["WANDB_DIR"] == "/elsewhere"
-    assert not {"WANDB_MODE", "WANDB_DATA_DIR"} & set(os.environ)
+    assert "WANDB_MODE" not in os.environ
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with run_environment(tmp_path):
+    with run_environment(folder):
         assert os.environ["WANDB_MODE"] == "disabled"
 
 
 @pytest.mark.usefixtures("online")
-def test_online_without_a_key_or_a_server_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch):
+def test_online_without_a_key_or_a_server_is_one_line_of_advice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(CoinError, match=r"no W&B API key; run `wandb login`[^\n]*$"):
         check_connection()
+    check_connection("offline")
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
@@ -134,15 +145,10 @@ def test_online_without_a_key_or_a_server_is_one_line_of_advice(monkeypatch: pyt
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(CoinError, match=r"does not answer[^\n]*set WANDB_MODE=offline$"):
             check_connection()
-    check_connection("offline")
-    asked = []
-    monkeypatch.setattr(wandb, "login", lambda **options: asked.append(options) or True)
-    check_connection()
-    assert asked == [{"prompt": False, "verify": True}]  # a key that the server refuses is found at once
 
 
-LOGGED = [f"nda/{name}/{decoder}" for name in ("coin", "refit-4bit", "none") for decoder in ("linear", "ridge")]
-LOGGED += ["nda/replica-3bit/replica", "nda_mean_best", "confusion/mnist_table", "confusion/letters_table", "_step"]
+LOGGED = ["nda_mean_best", "confusion/mnist_table", "_step", "nda/replica-3bit/replica"]
+LOGGED += ["nda/none/linear", "nda/coin/linear", "nda/refit-4bit/ridge"]
 
 
 def built(**options: Any) -> dict[str, Any]:
@@ -151,49 +157,58 @@ def built(**options: Any) -> dict[str, Any]:
     return spec.model_dump(by_alias=True, exclude_none=True)["section"]
 
 
-def test_bars_are_all_methods_of_a_decoder_beside_memory_and_tables():
-    sections = built()["panelBankConfig"]["sections"]
-    found = {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
-    bars = found["NDA by method"]
-    assert [bar["chartTitle"] for bar in bars] == ["NDA, linear", "NDA, ridge", "NDA, replica"]
-    both = [[f"nda/{name}/{decoder}" for name in ("coin", "none", "refit-4bit")] for decoder in ("linear", "ridge")]
-    assert [bar["metrics"] for bar in bars] == [*both, ["nda/replica-3bit/replica"]]
-    assert all((bar["groupAgg"], bar["groupArea"]) == ("mean", "stddev") for bar in bars)
+def test_bars_are_all_methods_of_a_decoder_beside_memory_and_tables() -> None:
+    sections = {}
+    for section in built()["panelBankConfig"]["sections"]:
+        sections[section["name"]] = [panel["config"] for panel in section["panels"]]
+    bars = sections["NDA by method"]
+    assert {bar["chartTitle"]: bar["metrics"] for bar in bars} == {
+        "NDA, linear": ["nda/coin/linear", "nda/none/linear"],
+        "NDA, ridge": ["nda/refit-4bit/ridge"],
+        "NDA, replica": ["nda/replica-3bit/replica"],
+    }
+    assert {(bar["groupAgg"], bar["groupArea"]) for bar in bars} == {("mean", "stddev")}
+    assert sections["NDA against memory"][0]["mediaKeys"] == ["nda_against_memory"]
+    assert "results" in str(sections["Results"])
 
-    assert [*found] == ["NDA by method", "NDA against memory", "Results"]
-    assert [panel["mediaKeys"] for panel in found["NDA against memory"]] == [["nda_against_memory"]]
-    assert "results" in str(found["Results"])
+
+@pytest.mark.parametrize("group", [None, "quickstart"])
+def test_runs_are_grouped_by_experiment_and_job_type(group: str | None) -> None:
+    (runs,) = built(group=group)["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["group", "jobType"]
+    assert ("quickstart" in str(runs["filters"])) == (group is not None)
 
 
-def test_runs_are_grouped_by_experiment_and_job_type_and_filtered_by_experiment():
-    for group in (None, "quickstart"):
-        (runs,) = built(group=group)["runSets"]
-        assert [key["name"] for key in runs["grouping"]] == ["group", "jobType"]
-        assert ("quickstart" in str(runs["filters"])) == (group is not None)
-    with pytest.raises(ConfigurationError, match=r"found no run of an evaluation in 'me/coin', group 'g'[^\n]*$"):
+def test_without_an_evaluation_there_is_no_workspace() -> None:
+    message = "found no run of an evaluation in 'me/coin', group 'g'"
+    with pytest.raises(ConfigurationError, match=message):
         workspace("me", "coin", ["val/accuracy"], group="g")
 
 
+MISTAKES = {
+    "offline": ("offline", "found WANDB_MODE=offline"),
+    "no key": ("online", "run `wandb login`"),
+    "not installed": ("online", "pip install '.[dashboard]'"),
+}
+
+
 @pytest.mark.usefixtures("online")
-def test_what_cannot_be_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def refused(*arguments: str) -> str:
-        assert main(["dashboard", *arguments]) == 2
-        error = capsys.readouterr().err.strip()
-        assert error.startswith("coin: error: ")
-        assert "\n" not in error
-        return error
-
-    assert "project" in refused()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert "found WANDB_MODE=offline" in refused("me/coin")
-    for mode in ("online", ""):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert "run `wandb login`" in refused("me/coin")
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert "pip install '.[dashboard]'" in refused("me/coin")
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_dashboard_that_cannot_be_is_one_line(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mode, expected = MISTAKES[case]
+    monkeypatch.setenv("WANDB_MODE", mode)
+    if case == "not installed":
+        monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert main(["dashboard", "me/coin"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
 
 
-def test_a_server_s_runs_become_a_workspace_with_an_address(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_server_s_runs_become_a_workspace_with_an_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: dict[str, Any] = {}
     sent = []
 
@@ -208,13 +223,15 @@ def test_a_server_s_runs_become_a_workspace_with_an_address(monkeypatch: pytest.
         sent.append(view)
         return {"upsertView": {"view": {"name": "nw-abc-v", "id": "1"}}}
 
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(dashboard, "check_connection", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "Api", Api)
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
     monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.test")
     assert main(["dashboard", "coin", "--group=quickstart"]) == 0
     assert capsys.readouterr().out.strip() == "https://wandb.test/me/coin?nw=abc"
-    assert (asked["path"], asked["filters"]) == ("me/coin", {"jobType": "evaluate", "group": "quickstart"})
+    assert (asked["path"], asked["filters"]) == (
+        "me/coin",
+        {"jobType": "evaluate", "group": "quickstart"},
+    )
     (view,) = sent
     assert (view.entity, view.project, view.display_name) == ("me", "coin", "quickstart")
