@@ -1,103 +1,108 @@
 """How serving starts Ray and leaves it again, on a Ray that only notes what it is told."""
 
+import socket
 import sys
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-from coin.errors import ServingError
+from coin.errors import ConfigurationError, ServingError
 from coin.serving import ray_app
-from coin.serving.ray_app import RayOptions, start
+from coin.serving.ray_app import RayOptions, check_port, start
+
+JOINED = RayOptions(address="auto")
+SYSTEM = None  # `ray_application` alone reads it
 
 
-class NotedRay:
+class Ray:
     """Modules ``ray`` and ``ray.serve`` that note the calls; `fails` says which of these raises."""
 
-    def __init__(self, fails: str = "", running: tuple[str, ...] = ()) -> None:
-        self.calls: list[str] = []
-        self.fails = fails
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.fails = None
         self.connected = False
-        self.applications = dict.fromkeys(running)
-        self.ray, self.serve = ModuleType("ray"), ModuleType("ray.serve")
-        modules: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
-            (self.ray, {"init": self.init, "shutdown": self.disconnect, "is_initialized": lambda: self.connected}),
-            (self.serve, {"start": self.noted("start"), "run": self.run, "delete": self.delete}),
-            (self.serve, {"shutdown": self.noted("serve.shutdown"), "status": lambda: self}),
-            (self.serve, {"get_app_handle": self.noted("get_app_handle")}),
+        self.applications = {}
+        ray = ModuleType("ray")
+        vars(ray).update(
+            init=self.init, shutdown=self.disconnect, is_initialized=lambda: self.connected
         )
-        for module, own in modules:
-            vars(module).update(own)
+        serve = ModuleType("ray.serve")
+        vars(serve).update(run=self.run, delete=self.delete, status=lambda: self)
+        for name in ("start", "shutdown", "get_app_handle"):
+            setattr(serve, name, lambda *_, name=name, **__: self.note(name))
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.serve", serve)
+        monkeypatch.setattr(ray_app, "ray_application", lambda *_: "an application")
+        monkeypatch.setattr(ray_app, "set_ray_variables", lambda address: None)
 
-    def note(self, name: str) -> None:
+    def note(self, name):
         self.calls.append(name)
         if name == self.fails:
-            raise RuntimeError("The node timed out during startup.\nThis could happen because of this or that.")
+            raise RuntimeError("The node timed out.\nThis could happen because of this or that.")
 
-    def noted(self, name: str) -> Any:
-        return lambda *_, **__: self.note(name)
-
-    def init(self, *_: Any, **__: Any) -> None:
+    def init(self, *_, **__):
         self.note("init")
         self.connected = True
 
-    def disconnect(self) -> None:
+    def disconnect(self):
         self.connected = False
 
-    def run(self, *_: Any, name: str, **__: Any) -> None:
+    def run(self, *_, name, **__):
         self.note("run")
         self.applications[name] = None
 
-    def delete(self, name: str) -> None:
-        self.note("delete")
-        self.applications.pop(name, None)
+    def delete(self, name):
+        del self.applications[name]
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(noted: NotedRay) -> NotedRay:
-        monkeypatch.setitem(sys.modules, "ray", noted.ray)
-        monkeypatch.setitem(sys.modules, "ray.serve", noted.serve)
-        monkeypatch.setattr(ray_app, "ray_application", lambda *_: "an application")
-        monkeypatch.setattr(ray_app, "set_ray_variables", lambda address: None)
-        return noted
-
-    return install
+def ray(monkeypatch):
+    return Ray(monkeypatch)
 
 
-SYSTEM: Any = None  # `ray_application` alone reads it
-
-
-def test_a_ray_that_does_not_come_up_is_one_line_and_starts_no_other(use: Any) -> None:
-    noted = use(NotedRay(fails="init"))
-    with pytest.raises(ServingError, match=r"Ray cannot serve here \(The node timed out during startup\.\); see"):
+def test_a_ray_that_does_not_come_up_is_one_line_and_starts_no_other(ray):
+    ray.fails = "init"
+    with pytest.raises(ServingError, match=r"Ray cannot serve here \(The node timed out\.\); see"):
         start(SYSTEM, RayOptions())
-    assert noted.calls == ["init"]  # each function of Serve's would start a cluster of its own
+    assert ray.calls == ["init"]  # each function of Serve's would start a cluster of its own
 
 
 @pytest.mark.parametrize("others", [(), ("theirs",)])
-def test_only_the_own_application_of_a_joined_cluster_is_stopped(use: Any, others: tuple[str, ...]) -> None:
-    noted = use(NotedRay(running=others))
-    stop = start(SYSTEM, RayOptions(address="auto"))
-    assert list(noted.applications) == [*others, "coin"]
+def test_only_the_own_application_of_a_joined_cluster_is_stopped(ray, others):
+    ray.applications = dict.fromkeys(others)
+    stop = start(SYSTEM, JOINED)
+    assert list(ray.applications) == [*others, "coin"]
     stop()
-    assert list(noted.applications) == list(others)
-    assert ("serve.shutdown" in noted.calls) == (others == ())
-    assert not noted.connected
+    assert list(ray.applications) == list(others)
+    assert ("shutdown" in ray.calls) == (others == ())
+    assert not ray.connected
 
 
-def test_an_application_that_does_not_start_is_removed_and_others_stay(use: Any) -> None:
-    noted = use(NotedRay(fails="run", running=("theirs",)))
-    with pytest.raises(ServingError, match="Ray cannot serve here"):
-        start(SYSTEM, RayOptions(address="auto"))
-    assert list(noted.applications) == ["theirs"]
-    assert "serve.shutdown" not in noted.calls
-    assert not noted.connected
+REFUSED = {  # what is running, what fails, and the line
+    "does not start": ("theirs", "run", "Ray cannot serve here"),
+    "is there already": ("coin", None, "found an application 'coin' in the cluster, expected none"),
+}
 
 
-def test_a_cluster_that_serves_a_run_already_is_left_as_it_is(use: Any) -> None:
-    noted = use(NotedRay(running=("coin",)))
-    with pytest.raises(ServingError, match="found an application 'coin' in the cluster, expected none"):
-        start(SYSTEM, RayOptions(address="auto"))
-    assert list(noted.applications) == ["coin"]
-    assert not noted.connected
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_application_that_cannot_be_started_leaves_the_cluster_as_it_is(ray, name):
+    running, ray.fails, message = REFUSED[name]
+    ray.applications = {running: None}
+    with pytest.raises(ServingError, match=message):
+        start(SYSTEM, JOINED)
+    assert list(ray.applications) == [running]
+    assert "shutdown" not in ray.calls
+    assert not ray.connected
+
+
+def test_a_port_in_use_is_refused_but_of_a_cluster_elsewhere():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ServingError, match=rf"found 127.0.0.1:{port} in use .*; set --ray.port"
+        ):
+            check_port(RayOptions(port=port))
+        check_port(RayOptions(port=port, address="auto"))
+    check_port(RayOptions(port=port))
+    with pytest.raises(ConfigurationError, match="port=0"):
+        RayOptions(port=0)
