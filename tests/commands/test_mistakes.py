@@ -118,7 +118,7 @@ RUN = {
     "unknown network": (["--network.name=resnet51"], "Unknown model resnet51; change network.name"),
     "unknown weights": (
         ["--network={name: resnet18, weights: V9, options: {}}"],
-        "with weights V9 and options",
+        "weights V9 and options",
     ),
     "missing weights": (["--network.weights=nowhere.pt"], "found network.weights 'nowhere.pt', expected null"),
     "unknown decoder": (["--decoders=[linear, lineer]"], "found decoder='lineer' (did you mean linear?), expected one"),

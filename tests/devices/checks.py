@@ -120,7 +120,7 @@ def test_methods_merge_where_the_experts_are(name, on):
 
     own, here, seen = on(merge, float64=not without)
     torch.testing.assert_close(here, own, **(NEXT_CODE if "adapters" in name else CLOSE))
-    assert ("merging/method.py" in seen) == (not without)  # else merges run on the CPU
+    assert ("merging/experts.py" in seen) == (not without)  # else merges run on the CPU
 
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("categorical", "monte_carlo")]

@@ -66,7 +66,7 @@ REFUSED = {
     "unexpected keyword .*'rho'": {"optimizer": {"class_path": "AdamW", "init_args": {"rho": 0.9}}},
     "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'": {"lr_scheduler": "StepLR"},
     "Unknown model small_resnett; change network.name": {"network": "small_resnett"},
-    "found 0 classes": {"num_classes": 0},
+    "found num_classes=0": {"num_classes": 0},
     "found trainable pattern 'layer4.*stages": {"trainable": ["head", "layer4*"]},
     "found trainable pattern 'fc.wieght'.*the nearest names are fc.weight": {"trainable": ["fc.wieght"]},
     "optimizer got an empty parameter list|no parameter": {"trainable": ["nothing"]},
