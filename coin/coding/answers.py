@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from coin.errors import DecodingError
 
@@ -130,12 +130,20 @@ class Answers:
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
         """Return the answers of the same servers for several batches as one, in their order."""
+        tasks = [batch.tasks for batch in batches if batch.tasks is not None]
+        if len(tasks) not in (0, len(batches)):
+            raise DecodingError(
+                f"found the tasks of {len(tasks)} of {len(batches)} batches, expected those of all, or of none"
+            )
+        return cls(
+            torch.cat([batch.experts for batch in batches], dim=1),
+            torch.cat([batch.coded for batch in batches], dim=1),
+            _joined([batch.expert_features for batch in batches]),
+            _joined([batch.coded_features for batch in batches]),
+            torch.cat(tasks) if tasks else None,
+        )
 
-        def joined(*parts: Any) -> Tensor | None:
-            if parts[0] is None:  # the inputs' tasks are unknown
-                return None
-            samples = 0 if parts[0].ndim == 1 else -2
-            return torch.cat(parts, dim=samples)
 
-        first, *others = [vars(batch) for batch in batches]
-        return cls(**tree_map(joined, first, *others))
+def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return every network's features of all batches ``[B, F]``."""
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]

@@ -65,10 +65,11 @@ def read_system(
     run = Path(folder)
     if method is not None:
         return _read_system(run, method, decoder, policy, quantile)
-    if decoder is None and policy is None:
-        method = recommended_copies(run)
-    system = _read_system(run, method, decoder, policy, quantile)
-    found = weakness(recommended(standins(read_run(run)[1])))
+    if decoder is not None or policy is not None:
+        return _read_system(run, None, decoder, policy, quantile)
+    system = _read_system(run, recommended_copies(run), None, None, quantile)
+    kept = standins(read_run(run)[1])
+    found = "" if kept.empty else weakness(recommended(kept))
     if found:
         warning = f"nothing can be recommended: {found}; serving {system.variant} all the same"
         warnings.warn(warning, CoinWarning, stacklevel=2)

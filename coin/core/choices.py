@@ -56,7 +56,7 @@ def check_number(
             return
     bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
     told = [f"{side} {limit:g}" for side, limit in bounds.items() if isfinite(limit)]
-    expected = " and ".join(told)
+    expected = " and ".join(told) or "that is finite"
     raise ConfigurationError(f"found {name}={value!r}, expected a number {expected}")
 
 

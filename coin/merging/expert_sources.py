@@ -40,10 +40,11 @@ class Record:
 
     @classmethod
     def of_network(cls, network: nn.Module, like: nn.Module, source: str) -> Self:
-        """Return a record of a network in memory; a StateError where its parameters are not like another's."""
+        """Return a record of a network in memory, on the device of one that it must be like, else a StateError."""
         parameters, buffers = tensors_of(network)
         check_layout(parameters_of(like), parameters, source)
-        return cls(parameters, buffers, lambda: network)
+        device = device_of(like)
+        return cls(on_device(parameters, device), on_device(buffers, device), lambda: network)
 
     @property
     def state(self) -> State:

@@ -68,6 +68,8 @@ def merge_networks(
         )
     if not isinstance(code, Code):
         code = Code(code)
+    if not networks:
+        raise ConfigurationError("found no experts, expected at least one")
     home = device_of(networks[0])
     experts = Experts(
         to_compute([*networks], home),

@@ -44,7 +44,7 @@ class Coded(LightningModule):
     Attributes:
         experts, coded: The networks.
         nbytes: The bytes of the coded models as stored.
-        decoders: The fitted ones by the lost experts; the last is taken by default.
+        decoders: The fitted ones by the lost experts; the last is taken by default, and of several for one loss.
         classes: How many classes every expert has, once there were inputs.
         method, class_names, files: Of a run the merge method, the experts' classes, and all networks' files.
 
@@ -298,7 +298,7 @@ class Coded(LightningModule):
             raise ConfigurationError(
                 f"found no decoder of the loss of {list(lost)}, only of {list(self.decoders)}; call fit_decoder first"
             )
-        return min(able, key=lambda decoder: len(decoder.erased)), lost
+        return min(reversed(able), key=lambda decoder: len(decoder.erased)), lost
 
     def _indices(self, erased: Erased) -> tuple[int, ...]:
         """Return the indices of experts that are given by index or by name."""

@@ -82,16 +82,19 @@ class HuggingFace(NetworkSource):
         return None
 
     def check_vocabulary(self, count: int) -> None:
-        """Refuse another number of tokens than its own tokenizer has, if it has one."""
+        """Refuse another number of tokens than its own tokenizer has, or without one more than it has embeddings."""
         own = self.tokenizer
         if own is None:
-            return
-        tokenizer = extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
-        expected = tokenizer.get_vocab_size()
-        if count != expected:
+            expected = getattr(self.configuration, "vocab_size", count)
+            is_other = count > expected
+        else:
+            tokenizer = extra_module("tokenizers", "text").Tokenizer.from_file(str(own))
+            expected = tokenizer.get_vocab_size()
+            is_other = count != expected
+        if is_other:
             raise ConfigurationError(
                 f"found a task whose tokenizer has {count} tokens for the network '{self.name}', expected {expected}; "
-                f"set the task's tokenizer={own}"
+                f"set the task's tokenizer={own or 'its tokenizer.json'}"
             )
 
     @_quiet()

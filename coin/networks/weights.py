@@ -13,7 +13,7 @@ from coin.errors import FileError, first_line
 from coin.files.atomic import how_to_redo
 from coin.files.tensors import State, check_layout, check_tensors
 from coin.networks.calling import clear_caches, clone
-from coin.networks.heads import head_name, initialise_head, linear_head, with_rows
+from coin.networks.heads import head_name, initialise_head, with_rows
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
@@ -39,7 +39,7 @@ def with_own_head(
     wider: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return a state; a head of other classes is drawn from the seed, or the first rows of the `wider` network's."""
-    head = linear_head(network)
+    head = network.get_submodule(head_name(network))
     with seeded(seed):
         initialise_head(head)
     found = dict(state)

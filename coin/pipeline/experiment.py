@@ -219,9 +219,8 @@ def _check_names(name: str, tasks: Mapping[str, TaskData], expert: ExpertConfig)
 def _for_network(task: TaskData, network: NetworkConfig) -> TaskData:
     """Return a task with the network's input size and, of texts, the tokenizer of Hugging Face's network."""
     task = task_with(task, image_size=network.image_size)
-    _ = (
-        task.classes
-    )  # files without them, or without their columns, show before anything is fetched
+    # Read here so that files without classes or columns show before anything is fetched.
+    _ = task.classes
     source = network.source
     if (
         not isinstance(task, TextFile)

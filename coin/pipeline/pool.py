@@ -143,10 +143,17 @@ def check_launch(experiment: Experiment, launch: Launch) -> None:
     trainer = experiment.trainer
     running = os.environ.get("WORLD_SIZE", "1")
     for processes in (running, trainer.get("devices", 1), trainer.get("num_nodes", 1)):
-        if processes not in (1, "1"):
+        if _is_several(processes):
             found = f"found {processes} processes that share every training"
             raise ConfigurationError(f"{found}, and a launch section; leave out one")
     _executor(launch, _folder(experiment))
+
+
+def _is_several(processes: Any) -> bool:
+    """Return whether an option of Trainer's names more than one device or node; ``auto`` is each job's own matter."""
+    if isinstance(processes, list | tuple):
+        return len(processes) > 1
+    return processes != "auto" and int(processes) > 1
 
 
 def _folder(experiment: Experiment) -> Path:

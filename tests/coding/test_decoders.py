@@ -301,3 +301,10 @@ def test_a_list_of_decoders_has_each_once():
     for wrong in (["ridge", DecoderKind.ridge], []):
         with pytest.raises(ConfigurationError, match="expected at least one and each once"):
             distinct_decoders(wrong)
+
+
+def test_batches_of_known_and_of_unknown_tasks_are_not_joined():
+    known = Answers(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4), tasks=torch.tensor([0, 1, 1]))
+    unknown = Answers(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
+    with pytest.raises(DecodingError, match="found the tasks of 1 of 2 batches"):
+        Answers.concatenate([known, unknown])

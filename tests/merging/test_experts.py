@@ -226,6 +226,8 @@ def test_what_is_no_network_or_compiled_is_refused(given):
 def test_no_experts_are_refused():
     with pytest.raises(ConfigurationError, match="found no experts"):
         Experts([])
+    with pytest.raises(ConfigurationError, match="found no experts"):
+        merge_networks(Average(), [], [[1.0]])
 
 
 # Batches

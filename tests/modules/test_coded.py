@@ -365,3 +365,13 @@ def test_what_does_not_fit_is_refused(name, inputs):
     use, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         use(make_system(), inputs)
+
+
+def test_of_two_decoders_of_a_loss_the_later_answers(inputs):
+    system = make_system(noise=0.3)
+    system.fit_decoder([inputs], [0, 1], "linear")
+    first = system.decode(inputs, [0, 1])
+    system.fit_decoder([inputs], [1, 0], "ridge")
+    later = system.decode(inputs, [0, 1])
+    torch.testing.assert_close(system.decode(inputs)[[1, 0]], later)
+    assert not torch.allclose(first[0], later[0])

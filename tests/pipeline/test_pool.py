@@ -218,11 +218,17 @@ def test_a_section_that_means_nothing_is_refused(case: str) -> None:
         Launch(**options)
 
 
-@pytest.mark.parametrize("count", [{"devices": 2}, {"num_nodes": 2}, {"devices": "auto"}])
+@pytest.mark.parametrize("count", [{"devices": 2}, {"num_nodes": 2}, {"devices": [0, 1]}])
 def test_jobs_of_several_processes_are_refused(count: dict[str, Any], experiment: Any) -> None:
     experiment.trainer = count
     with pytest.raises(ConfigurationError, match="that share every training, and a launch section"):
         check_launch(experiment, LOCAL)
+
+
+@pytest.mark.parametrize("devices", ["auto", 1, "1", [0], -1])
+def test_a_device_that_each_job_finds_is_no_several_processes(devices: Any, experiment: Any) -> None:
+    experiment.trainer = {"devices": devices}
+    check_launch(experiment, LOCAL)
 
 
 def test_processes_that_would_each_submit_jobs_are_refused(
