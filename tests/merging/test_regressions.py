@@ -75,6 +75,14 @@ def test_rows_that_cannot_be_squared_are_refused(size, message):
         fit_affine(a, a, torch.ones(3).double(), 0.1)
 
 
+def test_a_ridge_that_is_too_small_is_refused():
+    draw = torch.Generator().manual_seed(0)
+    few = torch.randn(1, 200, 3, generator=draw)
+    dependent = few @ torch.randn(1, 3, 40, generator=draw)
+    with pytest.raises(NumericalError, match="too nearly dependent for this ridge; give a larger ridge"):
+        fit_affine(dependent, few, torch.ones(200), 1e-10)
+
+
 # Rows
 
 
