@@ -65,7 +65,7 @@ class AdapterFit:
     def fit(self, unit: Unit, call: Call, regression: Regression) -> Tensor:
         """Fit a unit of every expert, and return its call's output on all samples, each with its own expert's adapter.
 
-        The samples lie task by task.
+        The samples must lie task by task, in the order of the experts.
         """
         each = len(call.inputs) // len(regression.tasks)  # k
         first = 0

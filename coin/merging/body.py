@@ -38,7 +38,7 @@ DAMPING = 0.1  # relative to the inputs' mean square, of the metric by which a b
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitOptions:
     """How a body is fitted to the experts' outputs.
 
     Attributes:
@@ -54,8 +54,8 @@ class Fit:
     memory_mib: int | None = None
 
 
-class Body(NamedTuple):
-    """A network whose BatchNorms are folded into its units.
+class Folded(NamedTuple):
+    """A body before it is fitted: a network whose BatchNorms are folded into its units.
 
     Attributes:
         network: The network.
@@ -77,7 +77,9 @@ class Body(NamedTuple):
         states: Sequence[State] = (),
         row: Sequence[float] = (1.0,),
     ) -> Self:
-        """Return a copy of a network with its BatchNorms folded, as the β-average of other networks' folded maps.
+        """Return a copy of a network in which each unit is the β-average of other networks' maps, BatchNorms folded in.
+
+        It is not the average's map with the average's BatchNorm folded in.
 
         Args:
             network: It has the β-average of the other networks' tensors.
@@ -125,10 +127,10 @@ def default_memory_mib(device: torch.device) -> int:
 
 @torch.inference_mode(False)
 def fit_body(
-    body: Body,
+    start: Folded,
     experts: Experts,
     row: Sequence[float],
-    fit: Fit,
+    options: FitOptions,
     label: str,
     rounding: Rounding | None = None,
     adapter_fit: type[AdapterFit] = AdapterFit,
@@ -140,29 +142,33 @@ def fit_body(
     3. The copy runs once on these samples. Just before a unit's call, with all units before it fitted already, its
        inputs a and the experts' outputs z make a regression, in which the unit is fitted, then rounded, then its
        adapters are fitted (`fit_units`).
-    4. Without adapters the head is fitted to Σ_i β_i f_i at last (`fit_head`).
+    4. Without adapters the head is fitted to Σ_i β_i f_i at last, for which the copy runs once more (`fit_head`).
 
     Args:
-        body: The body.
+        start: The body before it is fitted.
         experts: The experts, with calibration samples.
         row: β.
-        fit: What is fitted.
+        options: What is fitted.
         label: The method's, for messages.
         rounding: What rounds matrices, if they are.
         adapter_fit: What fits adapters.
+
+    Raises StateError where an expert makes the body's calls in another order or number, DataError where a task with a
+    share has no samples that fit the memory, NumericalError where a regression breaks down. Warns where not all samples
+    fit.
     """
-    network = clone(body.network)
+    network = clone(start.network)
     if rounding is not None:
-        _round_rest(network, body.rest, rounding)
-    units = body.trace.units
-    memory_mib = fit.memory_mib or default_memory_mib(device_of(network))
-    samples = _samples_that_fit(body.trace, experts, label, memory_mib)
+        _round_rest(network, start.rest, rounding)
+    units = start.trace.units
+    memory_mib = options.memory_mib or default_memory_mib(device_of(network))
+    samples = _samples_that_fit(start.trace, experts, label, memory_mib)
     adapters: AdapterFit | None = None
-    if fit.adapters is not None:
+    if options.adapters is not None:
         units = [unit for unit in units if unit.weight != head_weight(network)]
         samples = samples[experts.tasks[samples].argsort(stable=True)]  # task by task
         states = [record.state for record in experts.source.records]
-        adapters = adapter_fit(network, fit.adapters, states, row)
+        adapters = adapter_fit(network, options.adapters, states, row)
     budget = max(memory_mib // 4, FEWEST_MIB) << 20
     inputs = experts.pooled.inputs(samples)
     rows = chosen_rows(network, units, inputs, experts.tasks[samples], row, budget)
@@ -170,12 +176,12 @@ def fit_body(
     passes = len(groups) * int(rows.shares.count_nonzero())
     doing = "layers" if rounding is None else "layers again, rounded"
     with progress_bar(f"{label}, {doing}", passes) as bar:
-        outputs = ExpertOutputs(experts, body.trace.calls, rows, groups, bar.update)
-        fit_units(network, rows, outputs, fit.ridge, rounding, adapters)
+        outputs = ExpertOutputs(experts, start.trace.calls, rows, groups, bar.update)
+        fit_units(network, rows, outputs, options.ridge, rounding, adapters)
     experts.passes += rows.passes + passes + len(samples)
     if adapters is not None:
         return network, adapters.adapters
-    if fit.head:
+    if options.head:
         fit_head(network, experts, row, rounding)
     return network, []
 
@@ -263,7 +269,7 @@ def fit_adapters(
     >>> torch.allclose(again(inputs[2][0]), networks[2](inputs[2][0]), atol=0.2)  # corrections in 4 bits
     True
     """
-    fit = Fit(adapters=AdapterOptions(rank, ridge, scales))
+    options = FitOptions(adapters=AdapterOptions(rank, ridge, scales))
     home = device_of(experts[0])
     every = Experts(to_compute([*experts], home), calibration=calibration)
     own = _without_head(body, parameters_of(body))
@@ -271,7 +277,7 @@ def fit_adapters(
     check_layout(expected, own, "the body")
     label = "fit_adapters"
     row = [1 / every.count] * every.count
-    fitted, adapters = fit_body(Body.of(body, every, label), every, row, fit, label)
+    fitted, adapters = fit_body(Folded.of(body, every, label), every, row, options, label)
     every.check_as_plain(fitted, adapters)
     return Adapted(fitted, adapters).to(home)
 

@@ -63,7 +63,8 @@ class ExpertOutputs:
     def take(self, unit: Unit) -> Tensor:
         """Return a unit's targets [P, q, G·O], in the order of `output_rows`, and forget them.
 
-        Raises StateError where an expert makes other calls than the body, or not on all samples at once.
+        Raises StateError where an expert makes the body's calls in another order or number, or not on all samples at
+        once.
         """
         if unit.weight not in self._made:
             (group,) = [group for group in self._groups if unit in group]
@@ -86,6 +87,7 @@ class ExpertOutputs:
             call: Call, names: dict[str, str], function: Callable[[], Tensor]
         ) -> Tensor | None:
             weight = names.get("weight", "")
+            # With gradients the body's pass has not seen calls of a computed bias.
             if weight not in self._calls:
                 return None
             calls.append(weight)

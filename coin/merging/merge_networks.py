@@ -56,7 +56,8 @@ def merge_networks(
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     See `Experts` for the other arguments. The networks are made, and left, on the experts' device; where that has no
-    float64, as Apple's MPS, they are made on the CPU. Raises as `Method.coded_model`.
+    float64, as Apple's MPS, they are made on the CPU, where compressed ones stay. With adapters they are
+    `coin.Adapted`, called with ``experts=``. Raises as `Code`, `Experts` and `Method.coded_model`.
 
     >>> coded = coin.merge_networks(coin.Refit(), experts, code, calibration=inputs)
     >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
@@ -81,6 +82,7 @@ def merge_networks(
     began = time.perf_counter()
     made = []
     compressed: dict[str, list[Compressed]] = {label: [] for label in method.compressed_labels}
+    # On other devices the passes themselves suspend it (`coin.networks.guard.evaluating`).
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for variant in method.coded_models(experts, code):
             if variant.packed is None:

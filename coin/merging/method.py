@@ -13,7 +13,7 @@ from torch import nn
 from coin.coding import Code
 from coin.errors import ConfigurationError
 from coin.files.tensors import check_finite
-from coin.merging.body import Body, Fit, fit_body
+from coin.merging.body import FitOptions, Folded, fit_body
 from coin.merging.experts import Experts
 from coin.merging.rounding import Rounding
 from coin.networks.adapter import Adapter, AdapterOptions
@@ -37,7 +37,7 @@ Adapters = AdapterOptions | dict[str, Any] | None
 class CodedModel:
     """A method's result for one row of a code: a network in eval mode, and the options that were chosen, plain values.
 
-    `body` is what the network is fitted from (`Method.fit`), if it is; `adapters` are what experts keep beside it.
+    `start` is what the network is fitted from (`fit_body`), if it is; `adapters` are what experts keep beside it.
 
     >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
@@ -46,7 +46,7 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
-    body: Body | None = None
+    start: Folded | None = None
     adapters: Sequence[Adapter] = ()
 
 
@@ -78,10 +78,13 @@ class Method(ABC):
         name: The name in result tables.
         label: The name of this variant in results and files; by default `name`, with adapters and with a BatchNorm
             policy that is not the class's own (``coin-recalibrate``).
-        batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
+        batchnorm: The BatchNorm merge policy, which `MergeMethod` applies; empty if the method has its own.
         reads_initial: Whether it needs the shared initialisation.
         compress: The compressed variants of its coded models, beside the whole ones.
         adapters: What experts keep beside its coded models, which are bodies then.
+        is_trained: Whether it trains, with a Trainer and on all processes; other methods run on rank zero only.
+        samples_per_task: Its own P; by default the experiment's.
+        augmentation: Of calibration samples in its training.
 
     A user's own method:
 
@@ -97,14 +100,12 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    is_trained: ClassVar[bool] = (
-        False  # with a Trainer, on all processes; other methods run on rank zero only
-    )
+    is_trained: ClassVar[bool] = False
     reads_initial: bool = False
     compress: Sequence[Compression] = ()
     adapters: AdapterOptions | None = None
-    samples_per_task: int | None = None  # its own P; by default the experiment's
-    augmentation: str = "none"  # of calibration samples in its training
+    samples_per_task: int | None = None
+    augmentation: str = "none"
     label: str
     batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
@@ -129,6 +130,8 @@ class Method(ABC):
             )
         sections = compress if isinstance(compress, list | tuple) else [compress]
         self.compress = [Compression.of(each, base_bits=0) for each in sections if each is not None]
+        if len(set(self.compress)) < len(self.compress):
+            raise ConfigurationError(f"found compress={compress}, expected each section once")
 
     @property
     def compressed_labels(self) -> list[str]:
@@ -136,13 +139,13 @@ class Method(ABC):
         return [f"{self.label}-{each.name}" for each in self.compress]
 
     @property
-    def fit(self) -> Fit:
+    def fit_options(self) -> FitOptions:
         """How a body is fitted: its adapters alone, if there are any."""
-        return Fit(adapters=self.adapters)
+        return FitOptions(adapters=self.adapters)
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1, or the body to fit it from.
+        """Make the coded model of one row of the code, β ``[N]``, non-negative with sum 1, or the start to fit it from.
 
         Raises ConfigurationError where an input is missing; StateError, which names expert and tensor, where statistics
         differ in names or shapes, are not finite, or a Fisher entry is negative; NumericalError where the method broke
@@ -152,23 +155,23 @@ class Method(ABC):
     def coded_model(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row, or the body, and fit this (`fit_body`).
 
-        Raises as `make`; ConfigurationError for another row than a code's, and StateError, which names the tensor,
-        where experts differ in names or shapes, or they or the coded model are not finite.
+        Raises as `make` and `fit_body`; ConfigurationError for another row than a code's, and StateError, which names
+        the tensor, where experts differ in names or shapes, or they or the coded model are not finite.
         """
         experts.check(row)
         made = self.make(experts, row)
         made.network.to(experts.source.device)  # one that was trained is where its Trainer left it
         check_coded(made.network, self.label)
-        body = made.body
-        if body is None and self.adapters is not None:
-            body = Body.of(made.network, experts, self.label)
-        if body is None:
+        start = made.start
+        if start is None and self.adapters is not None:
+            start = Folded.of(made.network, experts, self.label)
+        if start is None:
             return made
-        network, adapters = fit_body(body, experts, row, self.fit, self.label)
+        network, adapters = fit_body(start, experts, row, self.fit_options, self.label)
         check_coded(network, self.label)
         if adapters:
             experts.check_as_plain(network, adapters)
-        return CodedModel(network, made.chosen, body, adapters)
+        return CodedModel(network, made.chosen, start, adapters)
 
     def pack(
         self, experts: Experts, row: Sequence[float], made: CodedModel, bits: int
@@ -182,9 +185,11 @@ class Method(ABC):
         network = made.network
         adapters = made.adapters
         rounded: Mapping[str, Rounded] = {}
-        if made.body is not None:
-            rounding = Rounding(made.body.network, bits)
-            network, adapters = fit_body(made.body, experts, row, self.fit, self.label, rounding)
+        if made.start is not None:
+            rounding = Rounding(made.start.network, bits)
+            network, adapters = fit_body(
+                made.start, experts, row, self.fit_options, self.label, rounding
+            )
             rounded = rounding.rounded
         packed = compress(network, None, bits=bits, base_bits=0, rounded=rounded)
         packed.adapters = adapters

@@ -16,7 +16,7 @@ from coin.core.devices import device_of
 from coin.errors import ConfigurationError
 from coin.files.tensors import check_layout
 from coin.merging.adapter_fit import AdapterFit
-from coin.merging.body import Body, Fit, fit_body
+from coin.merging.body import FitOptions, Folded, fit_body
 from coin.merging.experts import Experts
 from coin.merging.units import Unit
 from coin.networks.adapter import Adapter, AdapterOptions, Change
@@ -226,10 +226,10 @@ def extract_lora(
     base = clone(base).to(device_of(network))
     experts = Experts(to_compute([network], device_of(network)), calibration=[samples])
     label = "extract_lora"
-    body = Body.of(base, experts, label)
-    fit = Fit(adapters=AdapterOptions(rank, scales=False))
+    start = Folded.of(base, experts, label)
+    options = FitOptions(adapters=AdapterOptions(rank, scales=False))
     with torch.inference_mode(False):
-        _, (adapter,) = fit_body(body, experts, [1.0], fit, label, adapter_fit=LoraFit)
+        _, (adapter,) = fit_body(start, experts, [1.0], options, label, adapter_fit=LoraFit)
     few = experts.pooled.inputs(torch.tensor([0]))
     save_peft(adapter, base, head.state_dict(), Path(folder), few)
     return adapter.applied_to(base, head)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from coin.core.choices import check_integer, check_number
 from coin.files.tensors import weighted_sum
 from coin.merging.average import average_parameters
-from coin.merging.body import Body, Fit
+from coin.merging.body import FitOptions, Folded
 from coin.merging.experts import Experts, fill
 from coin.merging.method import Adapters, CodedModel, Compress, Method
 from coin.networks.batchnorm import BatchNormPolicy
@@ -67,9 +67,9 @@ class Refit(Method):
         super().__init__(label, compress, adapters=adapters)
 
     @property
-    def fit(self) -> Fit:
+    def fit_options(self) -> FitOptions:
         """How the body is fitted: every unit, and the head or adapters."""
-        return Fit(self.ridge, self.head, self.adapters, self.memory_mib)
+        return FitOptions(self.ridge, self.head, self.adapters, self.memory_mib)
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the body, the β-average of the experts' maps with their BatchNorms folded in; see `Method.make`."""
@@ -78,6 +78,6 @@ class Refit(Method):
         buffers = weighted_sum(experts.buffers, row)
         fill(average, {**parameters, **buffers})
         states = [record.state for record in experts.source.records]
-        body = Body.of(average, experts, self.label, states, row)
-        chosen = {"ridge": self.ridge, "averaged": body.rest}
-        return CodedModel(body.network, chosen, body)
+        start = Folded.of(average, experts, self.label, states, row)
+        chosen = {"ridge": self.ridge, "averaged": start.rest}
+        return CodedModel(start.network, chosen, start)

@@ -41,8 +41,8 @@ class Unit:
         norm: The BatchNorm's module.
         shape: The shape of its output for one sample [k, …].
         groups: G.
-        outputs: O.
-        unknowns: K, the inputs of each output.
+        outputs: O of a group; there are G·O channels.
+        unknowns: K of a group, the inputs of each output.
         is_convolution: Whether it is a convolution.
         kernel: The number of taps of a convolution's kernel, 1 for other maps.
         taps: Those that meet the image anywhere; the others multiply padding alone.
@@ -118,7 +118,7 @@ class Trace(NamedTuple):
     Attributes:
         units: In the order of execution.
         calls: The weights of all calls, in their order.
-        floats: The numbers of one sample that are in memory at once, at most.
+        floats: The numbers of one sample that are in memory at once, by estimate.
         probes: The forward-equivalents of the search.
     """
 
@@ -149,21 +149,23 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
     A call of a function with parameters is a unit's where
 
     1. it is affine in its weight: a linear map, a convolution, a normalisation or a scale;
-    2. nothing else in the forward pass reads its weight or its bias (`Tape.shared`);
+    2. nothing else that is differentiated reads its weight or its bias (`Tape.shared`);
     3. its output has k rows for each sample, sample by sample (`Tape.misplaced`);
-    4. a sample has a single row, or no activation has placed rows before, as sorting does: gradients do not show the
-       order of the rows within a sample, and another network may have another one.
+    4. its output is [3, O], one position a sample, or no values that parameters went into have placed rows before it,
+       as sorting by a score does: gradients do not show the order of the positions within a sample, and another network
+       may have another one.
 
-    A BatchNorm that alone reads a unit's output, and next, belongs to the unit.
+    A BatchNorm that alone reads a unit's output, and is called next, belongs to the unit: nothing can change the output
+    in place before it.
 
     Args:
         network: The network.
         inputs: Samples; three are used.
         others: Where inputs place rows, as where samples are sorted by length, three may lie in order by chance: then
-            3 is asked of these too, which are unlike each other.
+            2 and 3 are asked of these too, which are unlike each other.
 
-    Raises StateError where two samples lead to other calls than three, or samples depend on one another; DataError
-    where the outputs are not logits [B, C].
+    Raises ConfigurationError where layers are checkpointed; StateError where two samples lead to other calls than
+    three, or samples depend on one another; DataError where the outputs are not logits [B, C].
     """
     if any(getattr(module, "grad_checkpointing", False) for module in network.modules()):  # timm's
         raise ConfigurationError(
@@ -184,6 +186,7 @@ def affine_units(network: nn.Module, inputs: Batch, others: Batch | None = None)
                 f"{SAME_CALLS}"
             )
         check_apart(network, few, output)
+        # Not batched: any backward pass will do.
         excluded = three.shared(output) | three.misplaced(output, batched=False)
         if three.sorts and others is not None:
             more = Tape(parameters)
@@ -230,10 +233,10 @@ def _is_unit(call: Call, excluded: set[str]) -> bool:
 
 def _is_norm_of(norm: Call, call: Call, network: nn.Module, excluded: set[str]) -> bool:
     """Whether a call is that of a BatchNorm which alone reads the output of a unit, whose channels are its own."""
-    is_matrix = isinstance(call, LinearCall) and len(call.made) == 2
-    is_per_row = is_matrix or isinstance(call, ConvolutionCall)
+    has_one_position = isinstance(call, LinearCall) and len(call.made) == 2
+    is_per_channel = has_one_position or isinstance(call, ConvolutionCall)
     reads_it_alone = call.readers == 1 and norm.source == call.node
-    if not (is_per_row and reads_it_alone and norm.names.keys() == {"weight", "bias"}):
+    if not (is_per_channel and reads_it_alone and norm.names.keys() == {"weight", "bias"}):
         return False
     is_batchnorm = isinstance(network.get_submodule(_module_of(norm)), _BatchNorm)
     return is_batchnorm and excluded.isdisjoint(norm.names.values())
@@ -274,7 +277,7 @@ def _unit(call: Call) -> Unit:
 
 
 def folded_unit(network: nn.Module, unit: Unit, state: State) -> dict[str, Tensor]:
-    """Return a unit's parameters and statistics from a network's state, its BatchNorm `folded` in; none without."""
+    """Return a unit's parameters and statistics from a network's state, its BatchNorm `folded` in; {} without."""
     if unit.norm is None:
         return {}
     norm = network.get_submodule(unit.norm)

@@ -30,7 +30,12 @@ def labels(method):
 
 def perceptron(seed, classes, *after):
     torch.manual_seed(seed)
-    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes), *after
+    layers = (
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, classes),
+        *after,
+    )
     return nn.Sequential(*layers).double()
 
 
@@ -367,7 +372,11 @@ def test_no_batches_and_a_tensor_in_the_place_of_batches_are_refused(ragged):
 
 def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(4, 50), nn.Linear(50, 30), nn.Linear(30, 3)).double()
+    base = nn.Sequential(
+        nn.Linear(4, 50),
+        nn.Linear(50, 30),
+        nn.Linear(30, 3),
+    ).double()
     states = []
     for sign in (1, 0, -1):
         network = deepcopy(base)

@@ -15,7 +15,12 @@ ROW = [0.25, 0.75]
 
 def network():
     """A convolution, one of several groups, and a head."""
-    layers = nn.Conv2d(3, 6, 2), nn.Conv2d(6, 6, 1, groups=6), nn.Flatten(), nn.Linear(6, 4)
+    layers = (
+        nn.Conv2d(3, 6, 2),
+        nn.Conv2d(6, 6, 1, groups=6),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
     return nn.Sequential(*layers).double()
 
 

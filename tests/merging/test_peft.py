@@ -56,7 +56,11 @@ class Deep(nn.Module):
 
 def like_head():
     """Peft keeps whole all layers whose names end as the head's: `0.2` by `2`."""
-    inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    inner = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+    )
     return nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 3))
 
 
@@ -95,7 +99,13 @@ def test_peft_makes_of_a_folder_what_was_returned(kind, tmp_path):
 def test_a_lora_of_full_rank_is_the_network(tmp_path):
     """Its factors are float32, as the folder is."""
     torch.manual_seed(0)
-    layers = nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)
+    layers = (
+        nn.Linear(12, 10),
+        nn.ReLU(),
+        nn.Linear(10, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
     base = nn.Sequential(*layers).eval()
     network = moved(base, 0.3)
     x = torch.randn(200, 12)
@@ -213,12 +223,22 @@ def test_a_body_of_torchvisions_resnet_takes_plain_lora(tmp_path):
 
 def reflecting():
     layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
-    return nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        layer,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def dilated():
     layer = nn.Conv2d(3, 4, 3, padding=1, dilation=2)
-    return nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        layer,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def attention():
@@ -230,12 +250,20 @@ def swin():
 
 
 def blocks():
-    inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Sequential(nn.Linear(5, 5)))
+    inner = nn.Sequential(
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(5, 5)),
+    )
     return nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 3))
 
 
 def norm():
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 2),
+    )
 
 
 REFUSED = [

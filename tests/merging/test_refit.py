@@ -192,7 +192,7 @@ def test_of_many_samples_some_positions_are_rows_that_weigh_alike(kind):
     experts = experts_of(networks, tasks)
     method = Refit(RIDGE, head=False)
     made = method.coded_model(experts, ROW)
-    body = made.body
+    body = made.start
     inputs = experts.pooled.inputs()
     rows = chosen_rows(body.network, body.trace.units, inputs, experts.tasks, ROW, 2**40)
     places = {}
@@ -349,12 +349,14 @@ class Forks(nn.Module):
     def forward(self, x):
         if self.way == "turned":
             return self.head(self.first(self.second(x)))
+        if self.way == "again":
+            x = self.first(x)
         x = self.first(x)
         is_short = self.way == "short" or (self.way == "by size" and len(x) > 2)
         return self.head(x if is_short else self.second(x))
 
 
-@pytest.mark.parametrize("way", ["short", "turned"])
+@pytest.mark.parametrize("way", ["short", "turned", "again"])
 def test_an_expert_that_makes_other_calls_is_refused(way):
     networks, tasks = near_experts(Forks, (6,))
     networks[1].way = way
@@ -391,7 +393,12 @@ def test_networks_that_run_in_chunks_are_refused():
 def test_a_network_that_mixes_samples_is_refused():
     """Identical experts were 3 to 15 % off."""
     norm = nn.BatchNorm1d(6, track_running_stats=False)
-    layers = nn.Conv1d(4, 6, 1), norm, nn.Flatten(), nn.Linear(18, 3)
+    layers = (
+        nn.Conv1d(4, 6, 1),
+        norm,
+        nn.Flatten(),
+        nn.Linear(18, 3),
+    )
     networks, tasks = near_experts(lambda: nn.Sequential(*layers), (4, 3))
     with pytest.raises(StateError, match="gives a sample other outputs beside others than alone"):
         Refit().coded_model(experts_of(networks, tasks), ROW)
@@ -580,7 +587,11 @@ class Unbatched(torch.autograd.Function):
 
 
 def test_networks_whose_backward_pass_cannot_be_batched_are_fitted():
-    layers = nn.Linear(4, 6), Apply(Unbatched.apply), nn.Linear(6, 3)
+    layers = (
+        nn.Linear(4, 6),
+        Apply(Unbatched.apply),
+        nn.Linear(6, 3),
+    )
     networks, tasks = near_experts(lambda: nn.Sequential(*layers), (4,))
     made = Refit().coded_model(experts_of(networks, tasks), ROW)
     assert made.chosen["averaged"] == []

@@ -75,6 +75,14 @@ def test_rows_that_cannot_be_squared_are_refused(size, message):
         fit_affine(a, a, torch.ones(3).double(), 0.1)
 
 
+def test_a_ridge_that_is_too_small_is_refused():
+    draw = torch.Generator().manual_seed(0)
+    few = torch.randn(1, 200, 3, generator=draw)
+    dependent = few @ torch.randn(1, 3, 40, generator=draw)
+    with pytest.raises(NumericalError, match="too nearly dependent for this ridge; give a larger ridge"):
+        fit_affine(dependent, few, torch.ones(200), 1e-10)
+
+
 # Rows
 
 
@@ -124,7 +132,13 @@ def test_places_are_one_of_each_stretch_and_as_often_as_they_weigh():
 
 def test_positions_that_outputs_do_not_read_weigh_half_and_without_outputs_none_weigh():
     first_token = Apply(lambda x: x[:, 0])
-    layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), first_token, nn.Linear(5, 3)
+    layers = (
+        nn.Linear(4, 6),
+        nn.ReLU(inplace=True),
+        nn.Linear(6, 5),
+        first_token,
+        nn.Linear(5, 3),
+    )
     network = nn.Sequential(*layers).double().eval()
     x = torch.randn(10, 7, 4, dtype=torch.float64)
     units = affine_units(network, x).units

@@ -158,7 +158,14 @@ def test_a_matrix_of_very_many_inputs_is_rounded_to_the_nearest():
 def twice():
     """A network with a layer that runs twice, which no unit has."""
     layer = nn.Linear(130, 130)
-    return nn.Sequential(nn.Linear(130, 130), nn.ReLU(), layer, nn.ReLU(), layer, nn.Linear(130, 3))
+    return nn.Sequential(
+        nn.Linear(130, 130),
+        nn.ReLU(),
+        layer,
+        nn.ReLU(),
+        layer,
+        nn.Linear(130, 3),
+    )
 
 
 def test_what_is_in_no_unit_is_rounded_to_the_nearest_and_the_rest_by_its_inputs():
@@ -189,3 +196,8 @@ def test_a_matrix_without_entries_is_left():
 def test_what_is_no_section_of_a_compression_is_refused(section):
     with pytest.raises(ConfigurationError, match=r"expected \{bits: 4\} or so"):
         Average(compress=section)
+
+
+def test_a_section_of_a_compression_is_given_once():
+    with pytest.raises(ConfigurationError, match="expected each section once"):
+        Average(compress=[{"bits": 3}, {"bits": 3}])
