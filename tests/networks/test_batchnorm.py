@@ -1,3 +1,7 @@
+"""BatchNorm: running statistics are re-estimated as the mean over batches, and folding leaves outputs as they are."""
+
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -7,191 +11,216 @@ from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import batchnorms, folded, mark_folded, recalibrate
 
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
-    ).double()
+SIZES = (5, 5, 3)
 
 
 @pytest.fixture
 def batches():
     draw = torch.Generator().manual_seed(1)
-    return [torch.randn(size, 2, 6, 6, generator=draw, dtype=torch.float64) for size in (5, 5, 3)]
+    return [torch.randn(size, 2, 6, 6, generator=draw, dtype=torch.float64) for size in SIZES]
 
 
-def statistics(x):
-    return x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True)
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    first = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*first, nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).double()
 
 
-def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(batches):
-    net = network()
-    first, second = net[1], net[5]
+def weighted(values, sizes=SIZES):
+    """Return the mean of batches' values, weighted by their samples."""
+    return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
+
+
+def check_statistics(norm, inputs, sizes=SIZES):
+    """Compare a BatchNorm's statistics with those of its inputs, batch by batch."""
+    means = [x.mean((0, 2, 3)) for x in inputs]
+    variances = [x.var((0, 2, 3), unbiased=True) for x in inputs]
+    torch.testing.assert_close(norm.running_mean, weighted(means, sizes), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, weighted(variances, sizes), rtol=1e-12, atol=1e-12)
+
+
+def normalised(x, norm):
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = x.var((0, 2, 3), unbiased=False, keepdim=True)
+    return (x - mean) / (variance + norm.eps).sqrt()
+
+
+@torch.no_grad()
+def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(network, batches):
+    first = network[1]
     first.running_mean.fill_(1e6)  # is forgotten
-    with torch.no_grad():
-        expected = ([], [])
-        for batch in batches:
-            x = net[0](batch)
-            expected[0].append(statistics(x))
-            mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
-            x = (x - mean) / (variance + first.eps).sqrt()
-            expected[1].append(statistics(net[4](x.relu())))
-    assert recalibrate(net, batches) == 13
-    for layer, found in zip((first, second), expected, strict=True):
-        shares = torch.tensor([5, 5, 3], dtype=torch.float64) / 13
-        means, variances = (shares @ torch.stack(values) for values in zip(*found, strict=True))
-        torch.testing.assert_close(layer.running_mean, means, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(layer.running_var, variances, rtol=1e-12, atol=1e-12)
-        assert layer.num_batches_tracked.item() == 3
-
-
-def test_a_network_that_changes_its_inputs_leaves_the_batches_as_they_are(batches):
-    net = network()
-    net.register_forward_pre_hook(lambda module, arguments: (arguments[0].sub_(1),))
-    before = [batch.clone() for batch in batches]
-    recalibrate(net, batches)
-    assert all(map(torch.equal, batches, before))
-
-
-def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(batches):
-    net = network().train()
-    net[5].eval()
-    net[1].momentum = 0.37
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    modes = [module.training for module in net.modules()]
-
-    def breaks_off():
-        yield from batches[:2]  # the first has been used when the third is asked for
-        raise KeyError
-
-    recalibrate(net, batches)
-    with pytest.raises(KeyError):
-        recalibrate(net, breaks_off())
-    assert [module.training for module in net.modules()] == modes
-    assert (net[1].momentum, net[5].momentum) == (0.37, 0.1)
-    assert batchnorms(net)
-    assert not batchnorms(nn.Sequential(nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False)))
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "joined"),
-    [
-        *[((4, 4, 1), (4, 5)), ((4, 1), (5,)), ((1, 4), (5,))],
-        *[((4, 1, 4), (5, 4)), ((1, 1, 1), (3,)), ((1, 1, 4), (2, 4))],
-    ],
-)
-def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
-    def flat():
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()  # one sample has no variance at all
-
-    torch.manual_seed(2)
-    net = flat()
-    wanted = flat()
-    wanted.load_state_dict(net.state_dict())
-    inputs = torch.randn(sum(sizes), 3, dtype=torch.float64)
-    assert recalibrate(net, inputs.split(list(sizes))) == sum(sizes)
-    recalibrate(wanted, inputs.split(list(joined)))
-    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), wanted.buffers(), strict=True))
-
-
-def test_with_fewer_than_two_samples_nothing_is_reset(batches):
-    net = network().train()
-    net(batches[0])
-    before = [buffer.clone() for buffer in net.buffers()]
-    for few in ([], [batches[0][:1]]):
-        with pytest.raises(StateError, match="found fewer than two calibration samples"):
-            recalibrate(net, few)
-    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
+    assert recalibrate(network, batches) == sum(SIZES)
+    inputs = [network[0](batch) for batch in batches]
+    later = [network[4](normalised(x, first).relu()) for x in inputs]
+    check_statistics(first, inputs)
+    check_statistics(network[5], later)
+    assert first.num_batches_tracked.item() == 3
 
 
 class Twice(nn.Module):
-    def __init__(self, norm):
+    def __init__(self):
         super().__init__()
-        self.norm = norm
+        self.norm = nn.BatchNorm2d(2)
 
     def forward(self, x):
         return self.norm(3 * x) + self.norm(x + 1)
 
 
-def test_a_layer_that_runs_twice_in_a_pass_counts_both(batches):
-    """It had the statistics of its second call: a variance of 1 in the place of 5."""
-    net = Twice(nn.BatchNorm2d(2)).double()
-    recalibrate(net, batches)
-    shares = torch.tensor([5, 5, 3], dtype=torch.float64) / 26
-    mean, variance = (
-        sum(share * (statistics(3 * x)[i] + statistics(x + 1)[i]) for share, x in zip(shares, batches, strict=True))
-        for i in range(2)
-    )
-    torch.testing.assert_close(net.norm.running_mean, mean)
-    torch.testing.assert_close(net.norm.running_var, variance)
+class ByName(nn.BatchNorm2d):
+    def __call__(self, x):
+        return super().__call__(input=x)
 
 
 class Stubborn(nn.BatchNorm2d):
+    """A layer that stays in eval mode."""
+
     def train(self, mode=True):
         return super().train(False)
 
 
-def test_a_layer_that_is_called_by_name_is_recalibrated(batches):
-    class ByName(nn.BatchNorm2d):
-        def __call__(self, x):
-            return super().__call__(input=x)
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.unused = nn.BatchNorm2d(2)
+        self.unused.running_mean.fill_(7.0)
 
-    plain = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten())
-    named = nn.Sequential(ByName(2), nn.Flatten())
-    recalibrate(plain.to(batches[0].dtype), batches)
-    recalibrate(named.to(batches[0].dtype), batches)
-    torch.testing.assert_close(named.state_dict(), plain.state_dict())
-
-
-def test_a_layer_that_stays_in_eval_mode_is_recalibrated_and_one_that_never_runs_is_not_reset(batches):
-    net, usual = nn.Sequential(Stubborn(2)).double(), nn.Sequential(nn.BatchNorm2d(2)).double()
-    net.unused = nn.BatchNorm2d(2)
-    net.forward = lambda x: net[0](x)
-    net.unused.running_mean.fill_(7.0)
-    for each in (net.eval(), usual):
-        recalibrate(each, batches)
-    torch.testing.assert_close(net[0].running_mean, usual[0].running_mean)
-    torch.testing.assert_close(net[0].running_var, usual[0].running_var)
-    assert not net[0].training
-    assert net.unused.running_mean.tolist() == [7.0, 7.0]
+    def forward(self, x):
+        return self.norm(x)
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(x.sub_(1))
+
+
+KINDS = {
+    "runs twice": (Twice, lambda x: torch.cat([3 * x, x + 1])),
+    "called by name": (lambda: nn.Sequential(ByName(2)), lambda x: x),
+    "stays in eval mode": (lambda: nn.Sequential(Stubborn(2)), lambda x: x),
+    "one never runs": (Unused, lambda x: x),
+    "changes its inputs": (InPlace, lambda x: x - 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_recalibrated_however_it_runs(kind, batches):
+    build, read = KINDS[kind]
+    network = build().double()
+    before = deepcopy(batches)
+    recalibrate(network, batches)
+    norm = batchnorms(network)[0]
+    if kind == "runs twice":  # each call counts: it had the statistics of the second one
+        calls = [call for x in before for call in (3 * x, x + 1)]
+        check_statistics(norm, calls, [size for size in SIZES for _ in range(2)])
+    else:
+        check_statistics(norm, [read(x) for x in before])
+    torch.testing.assert_close(batches, before, rtol=0, atol=0)
+    if kind == "one never runs":
+        assert network.unused.running_mean.tolist() == [7.0, 7.0]
+
+
+def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(network, batches):
+    network.train()
+    network[5].eval()
+    network[1].momentum = 0.37
+    parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    modes = [module.training for module in network.modules()]
+
+    def breaks_off():
+        yield from batches[:2]  # the first has been used when the third is asked for
+        raise KeyError
+
+    recalibrate(network, batches)
+    with pytest.raises(KeyError):
+        recalibrate(network, breaks_off())
+    assert [module.training for module in network.modules()] == modes
+    assert (network[1].momentum, network[5].momentum) == (0.37, 0.1)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, parameters[name])
+        assert parameter.grad is None
+
+
+def test_layers_without_running_statistics_are_none():
+    untracked = nn.BatchNorm2d(3, track_running_stats=False)
+    assert not batchnorms(nn.Sequential(nn.GroupNorm(1, 3), untracked))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ((4, 4, 1), (4, 5)),
+        ((4, 1), (5,)),
+        ((1, 4), (5,)),
+        ((4, 1, 4), (5, 4)),
+        ((1, 1, 1), (3,)),
+        ((1, 1, 4), (2, 4)),
+    ],
+)
+def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
+    network = nn.BatchNorm1d(3).double()  # of one sample there is no variance at all
+    inputs = torch.randn(sum(sizes), 3, dtype=torch.float64)
+    assert recalibrate(network, inputs.split(sizes)) == sum(sizes)
+    parts = [part[..., None, None] for part in inputs.split(joined)]
+    check_statistics(network, parts, joined)
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_with_fewer_than_two_samples_nothing_is_reset(network, batches, samples):
+    network.train()
+    network(batches[0])
+    before = deepcopy(network.state_dict())
+    with pytest.raises(StateError, match="found fewer than two calibration samples"):
+        recalibrate(network, [batches[0][:1]] * samples)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def with_a_norm(bias, head=()):
+    """Return a network in eval mode with a BatchNorm behind a convolution, of any statistics."""
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, bias=bias), nn.BatchNorm2d(3), *head).double().eval()
+    norm = network[1]
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 2)
+    return network
+
+
+def fold(network):
+    state = network.state_dict()
+    bias = "0.bias" if "0.bias" in state else None
+    network.load_state_dict(state | folded(state, "0.weight", bias, "1", network[1].eps))
+    mark_folded(network, {"1": "0.weight"})
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
-    torch.manual_seed(2)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=bias), nn.BatchNorm2d(3)).double().eval()
-    norm = net[1]
-    for tensor in [norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var]:
-        tensor.uniform_(0.5, 2)
-    wanted = net(batches[0])
-    state = net.state_dict()
-    net.load_state_dict(state | folded(state, "0.weight", "0.bias" if bias else None, "1", norm.eps))
-    torch.testing.assert_close(net(batches[0]), wanted, rtol=1e-12, atol=1e-12)
+    network = with_a_norm(bias)
+    expected = network(batches[0])
+    fold(network)
+    torch.testing.assert_close(network(batches[0]), expected, rtol=1e-12, atol=1e-12)
+
+
+CHANGES = {
+    "none": {},
+    "weight": {"1.weight": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}},
+    "bias": {"1.bias": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}},
+}
 
 
 @torch.no_grad()
-def test_a_folded_batchnorm_that_was_trained_since_runs_again(batches):
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(4)).eval()
-    inputs = batches[0].float()
-    net(inputs)
-    net.load_state_dict(net.state_dict() | folded(net.state_dict(), "0.weight", None, "1", net[1].eps))
-    mark_folded(net, {"1": "0.weight"})
-    torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
-    recalibrate(net, [3 * inputs + 1])
-    torch.testing.assert_close(Adapted(net)(inputs), net(inputs))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("parameter", ["weight", "bias"])
-def test_a_folded_batchnorm_whose_own_parameters_adapters_change_answers_with_the_change(batches, parameter):
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(4)).eval()
-    inputs = batches[0].float()
-    net(inputs)
-    net.load_state_dict(net.state_dict() | folded(net.state_dict(), "0.weight", None, "1", net[1].eps))
-    mark_folded(net, {"1": "0.weight"})
-    adapter = Adapter({f"1.{parameter}": {"scale": torch.rand(3), "shift": torch.rand(3)}})
-    torch.testing.assert_close(Adapted(net, [adapter])(inputs, experts=0), adapter.applied_to(net)(inputs))
+@pytest.mark.parametrize("is_trained", [False, True], ids=["folded", "trained since"])
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_body_answers_as_its_folded_network(batches, case, is_trained):
+    network = with_a_norm(False, [nn.Flatten(), nn.Linear(48, 4)])
+    fold(network)
+    if is_trained:
+        recalibrate(network, [3 * batches[0] + 1])
+    adapter = Adapter(CHANGES[case])
+    found = Adapted(network, [adapter])(batches[0], experts=0)
+    torch.testing.assert_close(found, adapter.applied_to(network)(batches[0]))
