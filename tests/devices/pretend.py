@@ -9,9 +9,8 @@ It is torch's own place for further backends (PrivateUse1), with a backend in Py
 runs a backward pass of a device in a thread of its own, works as it does on a GPU. A `PretendTensor` holds a CPU
 tensor. `_run` checks each ATen operation, below autograd, before it is done on the tensors inside:
 
-- Tensors of both devices together raise torch's error; a CPU tensor without dimensions may take part in pointwise
-  operations and be the value of a fill; indices may be CPU tensors.
-- A CPU tensor takes no indices of the device, and is never written to with a tensor of the device but by `copy_`.
+- Tensors of both devices together raise torch's error but in copies; CUDA also takes CPU tensors without dimensions in
+  pointwise operations, and as indices.
 - Generators must be of the output's device; ``numpy()`` raises; with ``float64=False`` there is no float64.
 
 It knows nothing of memory, streams, waits, TF32 or processes.
@@ -42,14 +41,6 @@ aten = torch.ops.aten
 _COPIES = {
     aten.copy_.default, aten._to_copy.default, aten.copy.default, aten._copy_from.default,
     aten._foreach_copy_.default, aten._has_compatible_shallow_copy_type.default, aten.is_set_to.default,
-}  # fmt: skip
-_INDEXING = {
-    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
-}  # fmt: skip
-_FILLS = {  # whose last argument may be a CPU tensor without dimensions
-    aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor,
-    aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor,
 }  # fmt: skip
 
 
@@ -88,9 +79,6 @@ class PretendTensor(Tensor):
             return self.detach().cpu().numpy()
         raise TypeError("can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
 
-    def __array__(self, dtype=None, **options):
-        return self.numpy()
-
     def __deepcopy__(self, memo):
         if id(self) in memo:
             return memo[id(self)]
@@ -106,9 +94,6 @@ class PretendTensor(Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.inner.detach().__reduce_ex__(protocol)
-
-    def __format__(self, spec):
-        return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def __repr__(self, **options):
         return f"PretendTensor({self.inner!r})"
@@ -127,8 +112,8 @@ def _run(function, args, kwargs):
         return function(*args, **kwargs)
 
     is_factory = asked is not None and len(tensors) <= 1
-    if function not in _COPIES and not is_factory:
-        _check_devices(function, args, ours, others)
+    if others and function not in _COPIES and not is_factory:
+        raise RuntimeError(f"{ANOTHER} ({function})")
     target = _target(function, args, asked)
     _check_generators(flat, torch.device(NAME))
     if target == NAME and not _has_float64:
@@ -185,29 +170,6 @@ def _target(function, args, asked):
     if function in (aten._to_copy.default, aten.copy_.default):
         return args[0].device.type
     return NAME
-
-
-def _check_devices(function, args, ours, others):
-    """Raise what torch raises where devices do not fit."""
-    if not others:
-        return
-    if function in _INDEXING:
-        is_inside = isinstance(args[0], PretendTensor)
-        if not is_inside and any(isinstance(index, PretendTensor) for index in args[1]):
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        if len(args) > 2 and isinstance(args[2], PretendTensor) != is_inside and args[2].numel() != 1:
-            raise RuntimeError(f"{ANOTHER} ({function}: its values)")
-        return
-    are_scalars = all(each.ndim == 0 for each in others)
-    if function in _FILLS and are_scalars and isinstance(args[0], PretendTensor):
-        return
-    is_pointwise = torch.Tag.pointwise in function.tags or function is aten.where.self
-    if is_pointwise and are_scalars:
-        aliases = [each.alias_info for each in function._schema.arguments]
-        written = [each for each in aliases if each is not None and each.is_write]
-        if not written or isinstance(args[0], PretendTensor):
-            return
-    raise RuntimeError(f"{ANOTHER} ({function})")
 
 
 def _check_generators(flat, device):

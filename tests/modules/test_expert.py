@@ -203,6 +203,25 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, trained, n
     assert is_equal == (network is SMALL)
 
 
+class Seeds(Callback):
+    """Keeps what dropout is seeded with, by epoch."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_start(self, trainer, *_):
+        self.found[trainer.current_epoch] = torch.initial_seed()
+
+
+def test_dropout_is_drawn_anew_in_every_epoch_and_for_every_seed(synthetic, make_trainer):
+    every = []
+    for seed in (0, 1):
+        seeds = Seeds()
+        make_trainer(max_epochs=3, callbacks=[seeds]).fit(Expert(**SMALL, seed=seed), datamodule=synthetic())
+        every += seeds.found.values()
+    assert len(set(every)) == 6
+
+
 @pytest.fixture
 def fine_tuned(make_trainer, synthetic):
     """Return a function that trains for one epoch and returns the expert and the names of what changed."""
