@@ -24,7 +24,10 @@ METHODS = [
 
 
 def glyphs(classes: str) -> dict[str, Any]:
-    return {"class_path": "Glyphs", "init_args": {"classes": classes, "train_per_class": 30, "test_per_class": 9}}
+    return {
+        "class_path": "Glyphs",
+        "init_args": {"classes": classes, "train_per_class": 30, "test_per_class": 9},
+    }
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,9 @@ def test_anything_else_is_refused(option: Any, error: type[Exception], message: 
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(run_small: Callable[..., Path]) -> None:
+def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(
+    run_small: Callable[..., Path],
+) -> None:
     tasks = {"digits": {"class_path": "Digits", "init_args": {"max_train": 120, "max_test": 77}}}
     tasks |= {"letters": glyphs("A-F"), "bars": glyphs("G-L")}
     expert = {"epochs": 2, "lr": 0.1, "batch_size": 32}
@@ -68,9 +73,16 @@ def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(run_small:
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_swapped_tasks_are_measured_anew_each_with_the_weight_of_its_place(run_small: Callable[..., Path]) -> None:
+def test_swapped_tasks_are_measured_anew_each_with_the_weight_of_its_place(
+    run_small: Callable[..., Path],
+) -> None:
     tasks = {"one": glyphs("A-F"), "two": glyphs("G-L")}
-    sections: dict[str, Any] = {"base": None, "expert": {"epochs": 1}, "code": [[0.2, 0.8]], "decoders": ["linear"]}
+    sections: dict[str, Any] = {
+        "base": None,
+        "expert": {"epochs": 1},
+        "code": [[0.2, 0.8]],
+        "decoders": ["linear"],
+    }
     sections["methods"] = [{"class_path": "Average"}]
     swapped = dict(reversed(tasks.items()))
     run_small(tasks=tasks, **sections)

@@ -24,9 +24,14 @@ METHODS = [
 
 
 def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
-    run_small: Callable[..., Path], trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_small: Callable[..., Path],
+    trained: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seed = run_small(**trained, methods=METHODS, replicas=REPLICAS, decoders=["linear", "expert_head"])
+    seed = run_small(
+        **trained, methods=METHODS, replicas=REPLICAS, decoders=["linear", "expert_head"]
+    )
     frame = read_results(seed)
     replicas = frame[frame.decoder == "replica"]
     labels = ["replica-8bit-delta", "replica-3bit-delta", "replica-3bit-int8base"]
@@ -49,7 +54,9 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     expert = load_network(seed / "experts/digits/expert.safetensors").nbytes / 2**20
     resident = replicas.groupby("method").resident_mib.first()
     assert (resident - memory).tolist() == pytest.approx([expert] * 3)
-    coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
+    coded = frame[
+        frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")
+    ]
     assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit", "refit-2bit"]
     nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
     assert nda["refit-8bit"] == pytest.approx(nda["refit"], abs=0.1)
@@ -58,7 +65,9 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
     resident_mib = coded[coded.decoder == "linear"].groupby("method").resident_mib.first()
     assert resident_mib["refit"] == kept_mib["refit"]
     assert kept_mib["refit-2bit"] < resident_mib["refit-2bit"] < resident_mib["refit"]
-    for method, mib in frame[frame.decoder == "linear"].groupby("method").memory_mib.first().items():
+    for method, mib in (
+        frame[frame.decoder == "linear"].groupby("method").memory_mib.first().items()
+    ):
         if method not in ("none", "oracle"):
             assert Coded.from_run(seed, method, "linear").nbytes / 2**20 == pytest.approx(mib)
     bodies = frame[frame.method.str.contains("rank2")].groupby("method").memory_mib.first()
@@ -69,7 +78,10 @@ def test_replicas_and_compressed_coded_models_are_rows_of_the_results(
         assert (system.nbytes + heads) / 2**20 == pytest.approx(mib)
     references = frame[frame.method.isin(["none", "oracle"])]
     assert references.resident_mib.equals(references.memory_mib)
-    kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
+    kinds = {
+        each["label"]: each["method"]
+        for each in json.loads((seed / "results.json").read_text())["methods"]
+    }
     assert (kinds["replica-3bit-delta"], kinds["refit-2bit"]) == ("replica", "refit")
     # The configuration that was left repeats the run, and finds all of it done.
     capsys.readouterr()
@@ -94,7 +106,19 @@ def test_the_command_compresses_experts_and_coded_models(
 ) -> None:
     seed, base = finished / "seed-0", finished / "base/initial-10.safetensors"
     expert, output = seed / "experts/letters/expert.safetensors", tmp_path / "letters.safetensors"
-    assert main(["compress", str(expert), f"--base={base}", "--bits=3", "--base_bits=8", f"--output={output}"]) == 0
+    assert (
+        main(
+            [
+                "compress",
+                str(expert),
+                f"--base={base}",
+                "--bits=3",
+                "--base_bits=8",
+                f"--output={output}",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip() == str(output)
     assert load_network(output).num_classes == 6
     (kept,) = tmp_path.glob("initial-10-*-int8.safetensors")
@@ -103,10 +127,23 @@ def test_the_command_compresses_experts_and_coded_models(
     assert main([*coded, f"--output={tmp_path}/average.safetensors"]) == 0
     # What is compressed is merged like what is not.
     files = f"--experts={{digits: {seed}/experts/digits/expert.safetensors, letters: {output}}}"
-    assert main(["merge", files, "--method=Average", "--method.batchnorm=average", f"--output={tmp_path}/m"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                files,
+                "--method=Average",
+                "--method.batchnorm=average",
+                f"--output={tmp_path}/m",
+            ]
+        )
+        == 0
+    )
     assert load_network(tmp_path / "m/average-average.safetensors").num_classes == 10
     capsys.readouterr()
-    assert main([*coded[:2], f"--base={base}", "--bits=8", f"--output={tmp_path}/x.safetensors"]) == 2
+    assert (
+        main([*coded[:2], f"--base={base}", "--bits=8", f"--output={tmp_path}/x.safetensors"]) == 2
+    )
     assert "a coded model, which has no base" in capsys.readouterr().err
     for wrong, told in (
         (["--bits=3"], "no base"),

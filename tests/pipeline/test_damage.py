@@ -30,7 +30,9 @@ def test_two_samples_a_task_serve_every_method_and_decoder(
     coded = sorted((seed / "coded").glob("*.safetensors"))
     assert len(coded) == 6
     for path in coded:
-        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_state(path)[0].values()), path.name
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_state(path)[0].values()), (
+            path.name
+        )
     frame = read_results(seed)
     assert frame.decoded_accuracy.notna().all()
     assert len(frame) == 6 * 3 * 2 + 2 * 2 + 2
@@ -53,25 +55,37 @@ FAILURES = {
         ["--methods=[{class_path: RegMean, init_args: {alpha: 1, damping: 0}}]"],
         "singular with a damping of 0; raise the method's damping",
     ),
-    "an expert that diverges": (["--expert.lr=1.0e+30", "--expert.checkpoints={}"], "training diverged"),
+    "an expert that diverges": (
+        ["--expert.lr=1.0e+30", "--expert.checkpoints={}"],
+        "training diverged",
+    ),
     "an expert with a NaN": (
         ["--expert.checkpoints.digits=nan.pt"],
         "nan.pt' is not finite: tensor 'fc.bias' holds a NaN",
     ),
-    "a base with a NaN": (["--base.checkpoint=nan.pt"], "nan.pt' is not finite: tensor 'fc.bias' holds a NaN"),
+    "a base with a NaN": (
+        ["--base.checkpoint=nan.pt"],
+        "nan.pt' is not finite: tensor 'fc.bias' holds a NaN",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_what_cannot_work_is_one_line_and_writes_no_network(
-    case: str, config: Path, trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    config: Path,
+    trained: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     state = load_network(Path(trained["expert"]["checkpoints"]["digits"])).network.state_dict()
     state["fc.bias"][0] = torch.nan
     torch.save(state, "nan.pt")
     options, message = FAILURES[case]
     methods = [{"class_path": "Average"}]
-    document = yaml.safe_load(config.read_text()) | trained | {"methods": methods, "name": "damaged"}
+    document = (
+        yaml.safe_load(config.read_text()) | trained | {"methods": methods, "name": "damaged"}
+    )
     Path("one.yaml").write_text(json.dumps(document | {"calibration": {"samples_per_task": 2}}))
     assert main(["run", "-c", "one.yaml", f"--output={tmp_path}", *options]) == 2
     error = capsys.readouterr().err

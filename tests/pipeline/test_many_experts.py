@@ -35,7 +35,9 @@ METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coi
 
 
 @pytest.fixture
-def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkConfig, tmp_path: Path) -> dict[str, Any]:
+def files(
+    write_experts: Callable[..., dict[str, str]], small_config: NetworkConfig, tmp_path: Path
+) -> dict[str, Any]:
     """Experts with statistics of their own, and a shared initialisation, as `coin merge` is given them."""
     experts = {task: Path(path) for task, path in write_experts(COUNTS).items()}
     fisher, gram = {}, {}
@@ -49,12 +51,16 @@ def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkCon
             "seconds": 0.0,
             "passes": 0.0,
         }
-        fisher[task], gram[task] = (tmp_path / f"{task}.{name}.safetensors" for name in ("fisher", "gram"))
+        fisher[task], gram[task] = (
+            tmp_path / f"{task}.{name}.safetensors" for name in ("fisher", "gram")
+        )
         values = fisher_diagonal(network, [inputs], kind="categorical")
         save_state(fisher[task], values, {"statistic": "fisher", "kind": "categorical", **made})
         save_state(gram[task], gram_sums(network, [inputs]).mean(), {"statistic": "gram", **made})
     initial = tmp_path / "initial.safetensors"
-    save_network(initial, build_network(small_config, 3, seed=9), small_config, 3, {"made_by": "a test"})
+    save_network(
+        initial, build_network(small_config, 3, seed=9), small_config, 3, {"made_by": "a test"}
+    )
     return {"experts": experts, "fisher": fisher, "gram": gram, "initial": initial}
 
 

@@ -23,8 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 
 Run = Callable[..., Path]
 METHODS: list[Any] = [{"class_path": name} for name in ("Average", "Coin", "Refit")]
-LETTERS = {"class_path": "Glyphs", "init_args": {"classes": "A-D", "train_per_class": 20, "test_per_class": 9}}
-TASKS = {"digits": {"class_path": "Digits", "init_args": {"max_train": 80, "max_test": 40}}, "letters": LETTERS}
+LETTERS = {
+    "class_path": "Glyphs",
+    "init_args": {"classes": "A-D", "train_per_class": 20, "test_per_class": 9},
+}
+TASKS = {
+    "digits": {"class_path": "Digits", "init_args": {"max_train": 80, "max_test": 40}},
+    "letters": LETTERS,
+}
 DISTILLATION = {"steps": 3, "batch_size": 16, "lr": 1e-3, "augmentation": "none"}
 
 
@@ -66,10 +72,14 @@ HEAD_ALONE = {"overrides": {"letters": {"trainable": ["head"], "freeze_batchnorm
     ids=["timm's ResNet50", "timm's ViT", "Hugging Face's ResNet"],
 )
 def test_image_classifiers_of_other_libraries(network: Any, options: Any, run_small: Run) -> None:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
     config.save_pretrained("model")
     expert = {"epochs": 1, "lr": 0.01, "batch_size": 32, **options}
-    checked(run_small(network=network, tasks=TASKS, base=None, expert=expert, methods=METHODS), 3, 3)
+    checked(
+        run_small(network=network, tasks=TASKS, base=None, expert=expert, methods=METHODS), 3, 3
+    )
 
 
 OWN_CLASS = """
@@ -96,44 +106,73 @@ def test_a_class_of_the_users_own_on_folders_of_images(run_small: Run, tmp_path:
             pixels = draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)
             pixels[:, :, label] //= 4
             Image.fromarray(pixels).save(folder / f"{index}.png")
-    tasks = {task: {"class_path": "ImageFolder", "init_args": {"root": task}} for task in ("one", "two")}
+    tasks = {
+        task: {"class_path": "ImageFolder", "init_args": {"root": task}} for task in ("one", "two")
+    }
     network = {"name": "ownclass.Small", "image_size": 20, "options": {"width": 6}}
     expert = {"epochs": 2, "lr": 0.01, "batch_size": 16}
-    checked(run_small(network=network, tasks=tasks, base=None, expert=expert, methods=METHODS), 3, 3)
+    checked(
+        run_small(network=network, tasks=tasks, base=None, expert=expert, methods=METHODS), 3, 3
+    )
 
 
 def test_vision_transformers_with_every_method_and_decoder(run_small: Run) -> None:
     options = {"patch_size": 8, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
     adam = {"epochs": 1, "lr": 0.001, "optimizer": "AdamW"}
-    base = {"task": {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}}, **adam}
+    base = {
+        "task": {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}},
+        **adam,
+    }
     names = ("RegMean", "HeadFit", "Base", "Refit")
     methods = [{"class_path": name} for name in names]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "small_vit", "image_size": 16, "options": options}
     decoders = ["linear", "ridge", "feature_ridge"]
-    run = run_small(network=network, base=base, tasks=TASKS, expert=adam, methods=methods, decoders=decoders)
+    run = run_small(
+        network=network, base=base, tasks=TASKS, expert=adam, methods=methods, decoders=decoders
+    )
     assert set(checked(run, 5, 3).batchnorm) == {""}  # no BatchNorm, so no policy for it
 
 
-WORDS = ["[PAD]", "[UNK]", *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"]]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"],
+]
 
 
 @pytest.fixture
 def texts() -> dict[str, Any]:
     """Sections of an experiment on two tables of sentences, in the working folder."""
-    model = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    model = Tokenizer(
+        WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     model.pre_tokenizer = Whitespace()
     model.save("words.json")
     tasks = {}
     for name, subjects in {"films": ("film", "actor"), "meals": ("meal", "soup")}.items():
         judged = (("good", "yes"), ("great", "yes"), ("bad", "no"), ("poor", "no"))
         every = product(("the", "a", ""), subjects, judged)
-        rows = [f"{article} {subject} was {word},{label}" for article, subject, (word, label) in every]
+        rows = [
+            f"{article} {subject} was {word},{label}" for article, subject, (word, label) in every
+        ]
         Path(f"{name}.csv").write_text("text,label\n" + "\n".join(rows * 2) + "\n")
-        table = {"train": f"{name}.csv", "test": f"{name}.csv", "max_tokens": 6, "tokenizer": "words.json"}
+        table = {
+            "train": f"{name}.csv",
+            "test": f"{name}.csv",
+            "max_tokens": 6,
+            "tokenizer": "words.json",
+        }
         tasks[name] = {"class_path": "TextFile", "init_args": table}
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    transformers.BertConfig(**sizes, vocab_size=13, max_position_embeddings=6).save_pretrained("bert")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    transformers.BertConfig(**sizes, vocab_size=13, max_position_embeddings=6).save_pretrained(
+        "bert"
+    )
     methods = [{"class_path": name} for name in ("Average", "RegMean", "HeadFit")]
     methods.append({"class_path": "Distillation", "init_args": DISTILLATION})
     network = {"name": "hf/bert"}
@@ -144,15 +183,23 @@ def texts() -> dict[str, Any]:
 def test_texts_end_to_end(texts: dict[str, Any], run_small: Run) -> None:
     measured = checked(run_small(**texts), 4, 3)
     residuals = measured.groupby("method").residual.mean()
-    assert residuals.head_fit < residuals.average  # in sample: the test texts are the training texts
+    assert (
+        residuals.head_fit < residuals.average
+    )  # in sample: the test texts are the training texts
     assert (measured.expert_accuracy > 0.9).all()  # one word decides
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("--network={name: small_resnet}", "found a task of texts for the network 'small_resnet', expected images"),
-        ("--tasks.meals={class_path: Digits}", "found a task of images for the network 'hf/bert', expected texts"),
+        (
+            "--network={name: small_resnet}",
+            "found a task of texts for the network 'small_resnet', expected images",
+        ),
+        (
+            "--tasks.meals={class_path: Digits}",
+            "found a task of images for the network 'hf/bert', expected texts",
+        ),
         (
             "--methods=[{class_path: Distillation}]",
             "found augmentation 'shift' for TextFile, whose samples are texts",
@@ -199,13 +246,24 @@ def test_a_method_of_the_users_own_is_a_line_and_is_made_anew_when_its_source_ch
     Path("mine.py").write_text(MINE)  # in the working folder
     seed = run_small(**trained, methods=OWN_METHODS, code=[[0.5, 0.5]])
     frame = read_results(seed)
-    assert set(frame.method) == {"none", "oracle", "average", "merge", "tilted", "dare", "distil", "tsv_m"}
+    assert set(frame.method) == {
+        "none",
+        "oracle",
+        "average",
+        "merge",
+        "tilted",
+        "dare",
+        "distil",
+        "tsv_m",
+    }
     rows = frame[frame.decoder == "linear"].set_index(["method", "task"])
     assert (rows.loc["merge"].nda == rows.loc["average"].nda).all()
     assert (rows.loc["tilted"].residual != rows.loc["merge"].residual).all()
     assert (rows.loc["dare"].merge_seconds > 0).all()
     assert (rows.loc["merge"].batchnorm == "").all()
-    assert load_provenance(seed / "coded/tilted.safetensors")["method"]["options"]["options"] == {"share": 0.9}
+    assert load_provenance(seed / "coded/tilted.safetensors")["method"]["options"]["options"] == {
+        "share": 0.9
+    }
     Path("mine.py").write_text(MINE + "CHANGED = True\n")
     sys.modules.pop("mine", None)
     capsys.readouterr()
@@ -222,6 +280,8 @@ def test_what_it_raises_keeps_its_traceback_and_one_that_is_not_there_is_one_lin
     with pytest.raises(AssertionError):
         run_small(**trained, methods=[user("mine.merged")])
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("coin: error: found function 'mine.merged', expected the import path of a Python function")
+    assert line.startswith(
+        "coin: error: found function 'mine.merged', expected the import path of a Python function"
+    )
     with pytest.raises(ZeroDivisionError):
         run_small(**trained, methods=[user("mine.merge")])

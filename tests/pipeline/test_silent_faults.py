@@ -52,7 +52,9 @@ def test_no_threshold_is_set_on_the_batches_that_are_scored(
     (seed,) = finished.glob("seed-*")
     pooled, read = study.pooled, []
 
-    def noisy_tests(tasks: Any, split: str, samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def noisy_tests(
+        tasks: Any, split: str, samples: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         read.append(split)
         inputs, labels, which = pooled(tasks, split, samples)
         return (inputs + 2 * torch.randn_like(inputs) if split == "test" else inputs), labels, which
@@ -61,5 +63,7 @@ def test_no_threshold_is_set_on_the_batches_that_are_scored(
     rows = pd.DataFrame(study.measure(seed, "average", [4], 40))
     assert read == ["test", "validation"]
     working = rows[rows.fault != "turned"]
-    assert (working.false_alarm > 0.5).all()  # test inputs unlike the others raise alarms, and the column says so
+    assert (
+        working.false_alarm > 0.5
+    ).all()  # test inputs unlike the others raise alarms, and the column says so
     assert (working.alarm == working.false_alarm).all()

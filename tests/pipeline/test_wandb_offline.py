@@ -19,7 +19,10 @@ Records = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def runs(finished: Path, read_wandb: Callable[[Path], Records]) -> list[tuple[Path, Records]]:
     """The offline runs of the seed."""
-    return [(folder, read_wandb(folder)) for folder in sorted((finished / "seed-0/wandb").glob("offline-run-*"))]
+    return [
+        (folder, read_wandb(folder))
+        for folder in sorted((finished / "seed-0/wandb").glob("offline-run-*"))
+    ]
 
 
 def run_of(records: Records) -> dict[str, Any]:
@@ -39,18 +42,31 @@ def config_of(records: Records) -> dict[str, Any]:
 
 def history_of(records: Records) -> dict[str, Any]:
     """Return the last value of everything that was logged."""
-    return {name: value for row in of_type(records, "history") for name, value in row["item"].items()}
+    return {
+        name: value for row in of_type(records, "history") for name, value in row["item"].items()
+    }
 
 
 def summary_of(records: Records) -> dict[str, Any]:
-    return {name: value for record in of_type(records, "summary") for name, value in record.get("update", {}).items()}
+    return {
+        name: value
+        for record in of_type(records, "summary")
+        for name, value in record.get("update", {}).items()
+    }
 
 
 def named(runs: list[tuple[Path, Records]], name: str) -> Records:
-    return next(records for _, records in runs if run_of(records)["display_name"] == f"tiny-seed-0-{name}")
+    return next(
+        records for _, records in runs if run_of(records)["display_name"] == f"tiny-seed-0-{name}"
+    )
 
 
-JOBS = {"expert-digits": "expert", "expert-letters": "expert", "distillation": "method", "evaluate": "evaluate"}
+JOBS = {
+    "expert-digits": "expert",
+    "expert-letters": "expert",
+    "distillation": "method",
+    "evaluate": "evaluate",
+}
 """One run a training, and one for the evaluation."""
 
 
@@ -80,16 +96,23 @@ def test_runs_are_tagged_and_configured_to_group_by(runs: list[tuple[Path, Recor
 
 
 def test_curves_are_plotted_against_epochs(runs: list[tuple[Path, Records]]) -> None:
-    for name, metrics in {"expert-letters": ("train/loss", "val/accuracy"), "distillation": ("train/loss",)}.items():
+    for name, metrics in {
+        "expert-letters": ("train/loss", "val/accuracy"),
+        "distillation": ("train/loss",),
+    }.items():
         records = named(runs, name)
         # By full names: of several patterns that fit, Lightning's * among them, W&B takes any.
-        found = {metric.get("name"): metric.get("step_metric") for metric in of_type(records, "metric")}
+        found = {
+            metric.get("name"): metric.get("step_metric") for metric in of_type(records, "metric")
+        }
         for metric in metrics:
             assert found[metric] == "epoch", (name, metric)
             assert {metric, "epoch"} <= history_of(records).keys()
 
 
-def test_the_summary_has_the_numbers_of_the_file(runs: list[tuple[Path, Records]], finished: Path) -> None:
+def test_the_summary_has_the_numbers_of_the_file(
+    runs: list[tuple[Path, Records]], finished: Path
+) -> None:
     overview = summary_of(named(runs, "evaluate"))
     frame = read_results(finished / "seed-0")
     names = {"average", "coin", "coin-recalibrate", "coin-keep", "distillation", "none", "oracle"}
@@ -98,11 +121,17 @@ def test_the_summary_has_the_numbers_of_the_file(runs: list[tuple[Path, Records]
         assert overview[f"nda/{name}/{decoder}"] == pytest.approx(rows.nda.mean(), rel=1e-12)
 
 
-def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]], finished: Path) -> None:
-    folder, records = next(pair for pair in runs if run_of(pair[1])["display_name"] == "tiny-seed-0-evaluate")
+def test_tables_and_charts_lie_in_the_run_folder(
+    runs: list[tuple[Path, Records]], finished: Path
+) -> None:
+    folder, records = next(
+        pair for pair in runs if run_of(pair[1])["display_name"] == "tiny-seed-0-evaluate"
+    )
     (table,) = (folder / "files/media/table").glob("results_*.table.json")
     document = json.loads(table.read_text(encoding="utf-8"))
-    assert {"method", "decoder", "nda", "merge_seconds", "decoder_seconds"} <= set(document["columns"])
+    assert {"method", "decoder", "nda", "merge_seconds", "decoder_seconds"} <= set(
+        document["columns"]
+    )
     assert len(document["data"]) == len(read_results(finished / "seed-0"))
     staged = []
     for artifact in of_type(records, "artifact"):
@@ -114,7 +143,10 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
 
 
 def test_a_training_that_fails_is_told_to_have_failed_and_its_run_goes_on(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read_wandb: Callable[[Path], Records],
 ) -> None:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise NumericalError("it diverged; give a smaller learning rate")
@@ -137,4 +169,7 @@ def test_a_run_that_w_and_b_does_not_take_is_a_warning(
 
     monkeypatch.setattr("coin.tracking.runs.RunLog._logger", fail)
     with pytest.warns(UserWarning, match="did not take the start of the run"):
-        assert main(["run", "-c", str(config), f"--output={copied.parent}", "--decoders=[linear]"]) == 0
+        assert (
+            main(["run", "-c", str(config), f"--output={copied.parent}", "--decoders=[linear]"])
+            == 0
+        )
