@@ -66,12 +66,3 @@ def test_refit_and_a_body_are_nearer_to_the_experts_than_their_average(algorithm
         assert type(body[name]) is type(refit) is type(average)
         assert error(name, body[name]) < 0.2 * error(name, average)
     assert sum(error(name, refit) for name in towers) < sum(error(name, average) for name in towers)
-
-
-def test_options_are_those_of_the_files(algorithms):
-    yaml = pytest.importorskip("omegaconf").OmegaConf
-    for file, kind in (("refit.yaml", algorithms.Refit), ("body.yaml", algorithms.Body)):
-        options = dict(yaml.load(FOLDER / file))
-        assert options.pop("_target_") == f"coin_algorithms.{kind.__name__}"
-        made = kind(**options)
-        assert {name: getattr(made, name) for name in options} == options
