@@ -20,7 +20,11 @@ COMMANDS = {
     "cluster": ["run"],
     "expert": ["fit"],
     "merge": ["merge", EXPERTS],
-    "evaluate": ["evaluate", "--model.experts={a: a.safetensors, b: b.safetensors}", f"--data.tasks={TASKS}"],
+    "evaluate": [
+        "evaluate",
+        "--model.experts={a: a.safetensors, b: b.safetensors}",
+        f"--data.tasks={TASKS}",
+    ],
     "logger": ["fit", "--data=MNIST5k"],
     "serve": ["serve", "runs/quickstart-3"],
 }
@@ -41,7 +45,9 @@ def test_configuration_is_parsed(path: Path, capsys: Any) -> None:
         under = ["-c", str(path.parent / "base.yaml")]
         rest = ["--name=mine", f"--tasks={TASKS}"] if path.stem == "base" else []
     commands = [[command, *under, "-c", str(path), *rest]]
-    if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
+    if (
+        path.read_text().splitlines()[-1].startswith("  strategy")
+    ):  # a trainer section, for trainings as well
         commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])
     for arguments in commands:
         with pytest.raises(SystemExit) as stop:
@@ -55,8 +61,9 @@ def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:
     experts = [path for path in (ROOT / "expert").glob("*.yaml") if path.stem != "mnist5k"]
     assert len(experts) >= 6
     for path in experts:
-        assert "network: resnet50" in path.read_text()
-        assert "weights: IMAGENET1K_V2" in path.read_text()
+        text = path.read_text()
+        assert "network: resnet50" in text
+        assert "weights: IMAGENET1K_V2" in text
 
 
 def test_every_file_says_how_to_run_it() -> None:

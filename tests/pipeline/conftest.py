@@ -35,8 +35,14 @@ def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def trained(finished: Path) -> dict[str, Any]:
     """The sections that bring the finished experiment's experts along."""
-    paths = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
-    return {"expert": {"checkpoints": paths}, "base": {"checkpoint": f"{finished}/base/base.safetensors"}}
+    paths = {
+        task: f"{finished}/seed-0/experts/{task}/expert.safetensors"
+        for task in ("digits", "letters")
+    }
+    return {
+        "expert": {"checkpoints": paths},
+        "base": {"checkpoint": f"{finished}/base/base.safetensors"},
+    }
 
 
 @pytest.fixture

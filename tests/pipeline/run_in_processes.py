@@ -22,19 +22,27 @@ def _refused(path: Path, target: Any) -> Path:
 def run(folder: Path, arguments: list[str]) -> None:
     """Run the command, note when every file was written, and run it again."""
     torch.set_num_threads(1)
-    coin.pipeline.steps.report.write_report = lambda *_: None  # its plots would take most of the time
+    coin.pipeline.steps.report.write_report = lambda *_: (
+        None
+    )  # its plots would take most of the time
     if os.environ["RANK"] != "0":
         Path.replace = _refused  # type: ignore[method-assign]
     assert main(arguments) == 0
     if is_rank_zero():
         times = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-        (folder / "first.json").write_text(json.dumps({"processes": process_count(), "times": times}))
+        (folder / "first.json").write_text(
+            json.dumps({"processes": process_count(), "times": times})
+        )
     assert main(arguments) == 0
 
 
 def say_what_is_left() -> None:
     """Tell at the very end: gloo may abort where a process group is left to the interpreter."""
-    print("left in its process group" if torch.distributed.is_initialized() else "left its process group")
+    print(
+        "left in its process group"
+        if torch.distributed.is_initialized()
+        else "left its process group"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ def pool():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     base = CLIPVisionModel(CLIPVisionConfig(image_size=16, patch_size=8, **options)).eval()
     towers, images = {}, {}
     for name in ("a", "b", "c"):
@@ -47,7 +52,9 @@ def test_refit_and_a_body_are_nearer_to_the_experts_than_their_average(algorithm
     refit = algorithms.Refit(samples_per_task=60).run(models)
     average = deepcopy(towers["a"])
     for name, parameter in average.named_parameters():
-        parameter.data = torch.stack([each.get_parameter(name).data for each in towers.values()]).mean(0)
+        parameter.data = torch.stack(
+            [each.get_parameter(name).data for each in towers.values()]
+        ).mean(0)
 
     def error(name, network):
         with torch.no_grad():
@@ -59,12 +66,3 @@ def test_refit_and_a_body_are_nearer_to_the_experts_than_their_average(algorithm
         assert type(body[name]) is type(refit) is type(average)
         assert error(name, body[name]) < 0.2 * error(name, average)
     assert sum(error(name, refit) for name in towers) < sum(error(name, average) for name in towers)
-
-
-def test_options_are_those_of_the_files(algorithms):
-    yaml = pytest.importorskip("omegaconf").OmegaConf
-    for file, kind in (("refit.yaml", algorithms.Refit), ("body.yaml", algorithms.Body)):
-        options = dict(yaml.load(FOLDER / file))
-        assert options.pop("_target_") == f"coin_algorithms.{kind.__name__}"
-        made = kind(**options)
-        assert {name: getattr(made, name) for name in options} == options

@@ -16,9 +16,13 @@ STORED = ("03_results",)
 
 def said(notebook: nbformat.NotebookNode) -> list[str]:
     """Return what the cells print and show, without warnings, pictures and the ids that pandas draws by chance."""
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     outputs = [output for output in outputs if output.get("name") != "stderr"]
-    shown = [output.get("text") or output.get("data", {}).get("text/html", "") for output in outputs]
+    shown = [
+        output.get("text") or output.get("data", {}).get("text/html", "") for output in outputs
+    ]
     return [re.sub(r"T_[0-9a-f]+", "T", text) for text in shown]
 
 
@@ -27,12 +31,19 @@ def test_notebook_runs(path: Path, finished: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COIN_RUN", str(finished))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
     ).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     if path.stem in STORED:
-        assert said(notebook) == said(nbformat.read(path, as_version=4)), "run it again and commit what it shows"
+        assert said(notebook) == said(nbformat.read(path, as_version=4)), (
+            "run it again and commit what it shows"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -38,12 +38,23 @@ methods:
 CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm: recalibrate}}, {class_path: RegMean}]"
 
 
-def test_two_processes_run_an_experiment_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coin.pipeline.steps.report, "write_report", lambda *_: None)  # as in the script
+def test_two_processes_run_an_experiment_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        coin.pipeline.steps.report, "write_report", lambda *_: None
+    )  # as in the script
     (tmp_path / "shared.yaml").write_text(CONFIG)
     command = ["run", "-c", str(tmp_path / "shared.yaml"), f"--output={tmp_path / 'two'}"]
     trainer = "--trainer={accelerator: cpu, devices: 2, strategy: ddp}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*launch, str(SCRIPT), str(tmp_path / "two"), *command, trainer],
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
@@ -60,11 +71,19 @@ def test_two_processes_run_an_experiment_together(tmp_path: Path, monkeypatch: p
     assert set(read_results(folder / "seed-0").method) >= {"distillation"}
 
     # From the same experts, one process comes to the same statistics, coded models and results.
-    experts = {task: str(folder / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}
+    experts = {
+        task: str(folder / f"seed-0/experts/{task}/expert.safetensors")
+        for task in ("digits", "letters")
+    }
     given = [f"--expert.checkpoints={json.dumps(experts)}", f"--output={tmp_path / 'one'}"]
     base = f"--base={{task: null, checkpoint: {folder}/base/base.safetensors}}"
-    assert main([*command, *given, base, f"--methods={CLOSED_FORMS}", "--trainer.accelerator=cpu"]) == 0
-    wanted = read_results(tmp_path / "one/shared/seed-0").drop(columns=["merge_seconds", "decoder_seconds"])
+    assert (
+        main([*command, *given, base, f"--methods={CLOSED_FORMS}", "--trainer.accelerator=cpu"])
+        == 0
+    )
+    wanted = read_results(tmp_path / "one/shared/seed-0").drop(
+        columns=["merge_seconds", "decoder_seconds"]
+    )
     found = read_results(folder / "seed-0").drop(columns=["merge_seconds", "decoder_seconds"])
     found = found[~found.method.str.contains("distillation")].reset_index(drop=True)
     exact = ["expert_accuracy", "decoded_accuracy", "nda", "agreement"]

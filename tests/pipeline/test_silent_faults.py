@@ -3,12 +3,10 @@
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -44,22 +42,3 @@ def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows: pd.DataFra
     assert (turned.oddness > 1.2 * turned.usual).all()
     assert (turned.alarm > 0.5).all()
     assert (turned.named > 0.5).all()
-
-
-def test_no_threshold_is_set_on_the_batches_that_are_scored(
-    finished: Path, study: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (seed,) = finished.glob("seed-*")
-    pooled, read = study.pooled, []
-
-    def noisy_tests(tasks: Any, split: str, samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        read.append(split)
-        inputs, labels, which = pooled(tasks, split, samples)
-        return (inputs + 2 * torch.randn_like(inputs) if split == "test" else inputs), labels, which
-
-    monkeypatch.setattr(study, "pooled", noisy_tests)
-    rows = pd.DataFrame(study.measure(seed, "average", [4], 40))
-    assert read == ["test", "validation"]
-    working = rows[rows.fault != "turned"]
-    assert (working.false_alarm > 0.5).all()  # test inputs unlike the others raise alarms, and the column says so
-    assert (working.alarm == working.false_alarm).all()

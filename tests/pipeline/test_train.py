@@ -22,7 +22,11 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("weights", Weights)
 def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undisturbed_one_ends(
-    weights: Weights, tmp_path: Path, synthetic: Any, small_config: NetworkConfig, monkeypatch: pytest.MonkeyPatch
+    weights: Weights,
+    tmp_path: Path,
+    synthetic: Any,
+    small_config: NetworkConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four steps an epoch; killed in the middle of the third epoch."""
     taken: list[int] = []
