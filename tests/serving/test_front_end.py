@@ -204,26 +204,6 @@ async def test_a_server_that_hangs_is_tried_with_one_request_at_a_time(policy):
     assert not answer.decoded
 
 
-@virtually
-async def test_each_expert_and_size_of_a_query_has_a_lateness_of_its_own():
-    """One estimate for a fast and a slow expert, or for 1 and 8 images, has the slower one's answers always late."""
-
-    async def by_the_image(reply):
-        await asyncio.sleep(0.01 * len(reply.logits))
-        return reply
-
-    it = World([by_the_image, 0.4, 0.25, 0.01], quantile=0.9)
-    decoded = Counter()
-    for number in range(300):
-        for _ in range(5):
-            await ask_one(it.front, X, 2)
-        slow = await ask_one(it.front, X, 1)
-        eight = await ask_one(it.front, X.repeat(8, 1), 0)
-        if number >= 200:
-            decoded.update(slow=slow.decoded, eight=eight.decoded)
-    assert max(decoded.values()) < 40  # about a tenth of a hundred is late by definition
-
-
 async def seconds_beside_others(it, experts, count):
     """The seconds to answers for some experts; the two quick ones are asked for before each."""
     times = []
@@ -307,17 +287,6 @@ async def test_requests_that_nobody_waits_for_are_withdrawn_but_for_a_servers_on
     assert len(it.front.servers["e0"].pending) == 1
     await asyncio.sleep(1.0)
     assert not it.front.servers["e0"].pending
-
-
-@virtually
-async def test_more_queries_than_may_run_are_refused():
-    it = World([1.0] * 4, queries=2)
-    running = [asyncio.create_task(ask_one(it.front, X, 0)) for _ in range(2)]
-    await asyncio.sleep(0.1)
-    with pytest.raises(OverloadedError, match="2 queries are running"):
-        await ask_one(it.front, X, 0)
-    await asyncio.gather(*running)
-    await ask_one(it.front, X, 0)
 
 
 @pytest.mark.parametrize("name", ["deadline", "pixels", "batch"])

@@ -60,10 +60,9 @@ def test_a_bias_of_another_layer_does_not_count():
     network = Net(lambda net, x: net.head(net.embed(x).mean(1)), embed=nn.Embedding(CLASSES, 4))
     network.head = nn.Linear(4, CLASSES)
     network.head.weight = network.embed.weight
-    found = gram_sums(network, [torch.tensor([[0, 1], [2, 2]])])
-    assert {name: [*value.shape] for name, value in found.values.items()} == {
-        "embed.weight": [1, 4, 4]
-    }
+    found = gram_sums(network, [torch.tensor([[0, 1], [2, 2]])]).values
+    assert found.keys() == {"embed.weight"}
+    assert found["embed.weight"].shape == (1, 4, 4)
 
 
 def test_what_has_no_matrix():
@@ -107,28 +106,28 @@ def test_an_expert_that_no_token_of_a_batch_goes_to_keeps_what_other_batches_bri
 def test_every_linear_map_of_a_vision_transformer():
     network = SmallViT(CLASSES, 8, 4, depth=1, heads=2, width=8, mlp_width=12).double().eval()
     block = network.encoder.layers[0]
+    prefix = "encoder.layers.encoder_layer_0"
     seen = {}
 
-    def keep(name):
+    def keep(module, name):
         def hook(module, arguments, output):
-            seen[f"encoder.layers.encoder_layer_0.{name}"] = output.flatten(0, -2).detach()
+            made = output[0] if isinstance(output, tuple) else output
+            seen[f"{prefix}.{name}"] = made.detach().flatten(0, -2)
 
-        return hook
+        module.register_forward_hook(hook)
 
-    block.ln_1.register_forward_hook(keep("self_attention.in_proj_weight"))
-    block.ln_2.register_forward_hook(keep("mlp.0.weight"))
-    block.mlp[1].register_forward_hook(keep("mlp.3.weight"))
-    block.self_attention.register_forward_hook(
-        lambda *given: keep("self_attention.out_proj.weight")(*given[:2], given[2][0])
-    )
+    keep(block.ln_1, "self_attention.in_proj_weight")
+    keep(block.self_attention, "self_attention.out_proj.weight")
+    keep(block.ln_2, "mlp.0.weight")
+    keep(block.mlp[1], "mlp.3.weight")
     images = torch.randn(3, 3, 8, 8).double()
     found = dict(gram_sums(network, [images]).values)
     # The projection is square: its input follows from the attention's output.
-    name = "encoder.layers.encoder_layer_0.self_attention.out_proj"
-    weight, bias = network.get_parameter(f"{name}.weight"), network.get_parameter(f"{name}.bias")
-    seen[f"{name}.weight"] = torch.linalg.solve(weight, seen[f"{name}.weight"].sub(bias).T).T
-    seen["conv_proj.weight"] = F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48)
+    projection = block.self_attention.out_proj
+    name = f"{prefix}.self_attention.out_proj.weight"
+    projected = (seen[name] - projection.bias).detach()
+    seen[name] = torch.linalg.solve(projection.weight.detach(), projected.T).T
+    patches = F.unfold(F.instance_norm(images), 4, stride=4)
+    seen["conv_proj.weight"] = patches.mT.reshape(-1, 48)
     del found["heads.head.weight"]
-    assert_close(
-        found, {name: product(rows).detach() for name, rows in seen.items()}, relative=1e-8
-    )
+    assert_close(found, {name: product(rows) for name, rows in seen.items()}, relative=1e-8)
