@@ -87,13 +87,13 @@ faults: $(VENV)/.dev  ## make the faults of tests/faults.yaml one at a time, and
 	PYTEST_ADDOPTS="$(PARALLEL)" $(ONE_THREAD) $(BIN)/python tests/faults.py $(ROOMS)
 
 bench: $(VENV)/.demo  ## time the exact Fisher against its limit and the simple ways
-	$(BIN)/python -W ignore tests/benchmarks/fisher.py
+	$(BIN)/python -W ignore notebooks/benchmarks/fisher.py
 
 bench-check: $(VENV)/.demo  ## fail if the exact Fisher has become slow, as a ratio to its limit
-	$(BIN)/python -W ignore tests/benchmarks/fisher.py --check --repeats 3 --networks resnet18 mobilenet_v2
+	$(BIN)/python -W ignore notebooks/benchmarks/fisher.py --check --repeats 3 --networks resnet18 mobilenet_v2
 
 bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on the GPU, or in small without one
-	$(BIN)/python -W ignore tests/benchmarks/gpu.py
+	$(BIN)/python -W ignore notebooks/benchmarks/gpu.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py

@@ -244,7 +244,7 @@ def test_on_ray_clients_get_answers_while_experts_are_killed_and_a_4xx_for_what_
 ) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     root = Path(__file__).parents[2]
-    benchmark = [str(root / "tests/benchmarks/failover.py"), str(alone), f"--output={tmp_path}", "--repeats=1"]
+    benchmark = [str(root / "notebooks/benchmarks/failover.py"), str(alone), f"--output={tmp_path}", "--repeats=1"]
     phases = ["--setups", "standin-packed", "--events", "1", "--loads", "--warmup=2", "--before=3", "--after=4"]
     command = [sys.executable, *benchmark, *phases, "--images=24", "--clients=20"]
     environment = {**os.environ, "PYTHONPATH": str(root)}

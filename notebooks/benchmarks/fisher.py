@@ -5,7 +5,7 @@ run in turn in one process, on one thread, and are compared by the medians of th
 peak memory is taken in a fresh process per candidate. With ``--check`` only coin and the limit run, and the exit status
 says whether a ratio is above what the network is held to.
 
-    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N]
+    python notebooks/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N]
 """
 
 import argparse
@@ -34,7 +34,9 @@ Candidate = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 def vit() -> nn.Module:
     """ViT-B/16 with 4 of its 12 layers, on 32×32: 4 patches and the class token."""
     network = VisionTransformer(32, 16, 4, 12, 768, 3072, num_classes=CLASSES)
-    nn.init.normal_(network.heads.head.weight, std=0.02)  # torchvision's is zero, and so would be every gradient
+    nn.init.normal_(
+        network.heads.head.weight, std=0.02
+    )  # torchvision's is zero, and so would be every gradient
     return network
 
 
@@ -54,6 +56,7 @@ what the slower of two processors took, more than a busy machine adds."""
 
 
 def limit(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Take the gradients of one backward pass a class: no exact Fisher is quicker."""
     network.zero_grad()
     outputs = network(inputs)
     for c in range(CLASSES):
@@ -62,16 +65,20 @@ def limit(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def coin(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Return the exact Fisher diagonal as `coin` computes it."""
     return fisher_diagonal(network, [inputs])
 
 
 def naive(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Return it by a backward pass for every sample and class."""
     parameters = dict(network.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x in inputs:
         outputs = network(x[None])[0]
         for c in range(CLASSES):
-            gradients = torch.autograd.grad(outputs[c], list(parameters.values()), retain_graph=c < CLASSES - 1)
+            gradients = torch.autograd.grad(
+                outputs[c], list(parameters.values()), retain_graph=c < CLASSES - 1
+            )
             for name, gradient in zip(parameters, gradients, strict=True):
                 total[name].addcmul_(gradient, gradient)
     return {name: value / len(inputs) for name, value in total.items()}
@@ -83,7 +90,9 @@ def vmap_of_vjp(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     buffers = dict(network.named_buffers())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x in inputs:
-        _, pull_back = vjp(lambda p, x=x: functional_call(network, {**p, **buffers}, x[None])[0], parameters)
+        _, pull_back = vjp(
+            lambda p, x=x: functional_call(network, {**p, **buffers}, x[None])[0], parameters
+        )
         (jacobian,) = torch.vmap(pull_back)(torch.eye(CLASSES, dtype=x.dtype))
         for name, rows in jacobian.items():
             total[name] += rows.square_().sum(0)
@@ -91,8 +100,13 @@ def vmap_of_vjp(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def build(name: str) -> nn.Module:
+    """Return a network of random weights, the same at each call."""
     torch.manual_seed(0)
-    make = vit if name == "vit_b_16" else lambda: torchvision.models.get_model(name, num_classes=CLASSES)
+    make = (
+        vit
+        if name == "vit_b_16"
+        else lambda: torchvision.models.get_model(name, num_classes=CLASSES)
+    )
     return make().eval()
 
 
@@ -112,6 +126,7 @@ def peak_mib(name: str, samples: int, candidate: str) -> float:
 
 
 def measure_peak(name: str, samples: int, candidate: str) -> None:
+    """Print by how many MiB a candidate raises this process's high-water mark, beyond one sample's pass."""
     function, network = candidates(name, check=candidate in ("limit", "coin"))[candidate]
     function(network, images(name, 1))  # libraries allocate on their first call
     network.zero_grad()
@@ -130,7 +145,9 @@ def tensor_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float
     )
 
 
-def seconds_of(chosen: dict[str, tuple[Candidate, nn.Module]], inputs: Tensor, repeats: int) -> dict[str, float]:
+def seconds_of(
+    chosen: dict[str, tuple[Candidate, nn.Module]], inputs: Tensor, repeats: int
+) -> dict[str, float]:
     """Return the medians of each candidate's CPU seconds; the slow ones need fewer turns for the same certainty."""
     seconds: dict[str, list[float]] = {key: [] for key in chosen}
     for turn in range(repeats + 1):
@@ -146,6 +163,7 @@ def seconds_of(chosen: dict[str, tuple[Candidate, nn.Module]], inputs: Tensor, r
 
 
 def images(name: str, samples: int) -> Tensor:
+    """Return random images, P×3×H×W, the same at each call."""
     side = NETWORKS[name][0]
     return torch.randn(samples, 3, side, side, generator=torch.Generator().manual_seed(1))
 
@@ -159,7 +177,10 @@ def run(name: str, samples: int, repeats: int) -> list[dict[str, object]]:
     rows = []
     for key, (function, network) in chosen.items():
         row: dict[str, object] = {"network": name, "P": samples, "candidate": key}
-        row |= {"ratio to limit": seconds[key] / seconds["limit"], "peak MiB": peak_mib(name, samples, key)}
+        row |= {
+            "ratio to limit": seconds[key] / seconds["limit"],
+            "peak MiB": peak_mib(name, samples, key),
+        }
         if key != "limit":
             row["max tensor error"] = tensor_error(function(network, checked), expected)
         rows.append(row)
@@ -175,18 +196,29 @@ def check(names: list[str], repeats: int) -> int:
             seconds = seconds_of(chosen, inputs, repeats)
             if (ratio := seconds["coin"] / seconds["limit"]) <= bound:
                 break
-        print(f"{name}: {ratio:.2f} of the limit, held to {bound:.2f}{'' if ratio <= bound else ': TOO SLOW'}")
+        print(
+            f"{name}: {ratio:.2f} of the limit, held to {bound:.2f}{'' if ratio <= bound else ': TOO SLOW'}"
+        )
         failed += ratio > bound
     return failed
 
 
 def main() -> int:
+    """Print the table, or with ``--check`` return how many networks are too slow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="coin's ratio to the limit alone, against its bound")
+    parser.add_argument(
+        "--check", action="store_true", help="coin's ratio to the limit alone, against its bound"
+    )
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--samples", nargs="+", type=int, default=[8], help="P, the samples in a batch")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved turns after the first one")
-    parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--samples", nargs="+", type=int, default=[8], help="P, the samples in a batch"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="interleaved turns after the first one"
+    )
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
@@ -195,7 +227,10 @@ def main() -> int:
     if options.check:
         return check(options.networks, options.repeats)
     rows = [
-        row for name in options.networks for samples in options.samples for row in run(name, samples, options.repeats)
+        row
+        for name in options.networks
+        for samples in options.samples
+        for row in run(name, samples, options.repeats)
     ]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format, na_rep="–"))
     return 0

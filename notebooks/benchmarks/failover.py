@@ -1,7 +1,7 @@
 """Kill and stop real servers under a steady load, and measure what each kind of one server more is worth.
 
-    python tests/benchmarks/failover.py runs/quickstart-3 --output failover --repeats 3
-    python tests/benchmarks/failover.py --fleet 27 --setups standin-packed --events 1 3 all --loads --slow 0 --images 0
+    python notebooks/benchmarks/failover.py runs/quickstart-3 --output failover --repeats 3
+    python notebooks/benchmarks/failover.py --fleet 27 --setups standin-packed --events 1 3 all --loads --slow 0
 
 For every set-up `coin serve` is started, and a client asks for single test images by a Poisson process, at a share of
 the capacity without a server more:
@@ -67,7 +67,8 @@ from coin.serving.system import System
 
 SETUPS = ("uncoded", "replica", "copies", "standin-packed", "coded_hedged")
 EVENTS = ("1", "2", "all", "machine", "stopped")
-IN_TIME = 10  # queries in a row for lost experts' tasks that are answered in time: service has recovered
+# So many queries in a row for lost experts' tasks that are answered in time: service has recovered.
+IN_TIME = 10
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
@@ -126,7 +127,9 @@ def empty_server_mib(system: System) -> float:
 class Benchmark:
     """The measurements of one set-up, as rows; `problems` says what was not as it should be."""
 
-    def __init__(self, setup: Setup, served: Served, known: Known, options: argparse.Namespace) -> None:
+    def __init__(
+        self, setup: Setup, served: Served, known: Known, options: argparse.Namespace
+    ) -> None:
         self.setup, self.served, self.known, self.options = setup, served, known, options
         self.processes = list(known.system.stand_ins.servers)
         self.experts = list(known.system.stand_ins.experts)
@@ -178,10 +181,17 @@ class Benchmark:
             own = [private_mib(process) for process in self.served.named(self.experts)]
         self.check(answers, outage.began, f"event {event}")
         for answer in answers:
-            about = {"setup": self.setup.name, "event": event, "repeat": repeat, "task": answer.place}
+            about = {
+                "setup": self.setup.name,
+                "event": event,
+                "repeat": repeat,
+                "task": answer.place,
+            }
             by = answer.parameters.get("answered_by", "")
             when = {"sent_s": answer.sent - outage.began, "ms": 1e3 * answer.seconds}
-            self.queries.append(about | when | {"status": answer.status, "answered_by": by, "right": answer.right})
+            self.queries.append(
+                about | when | {"status": answer.status, "answered_by": by, "right": answer.right}
+            )
         row = {"setup": self.setup.name, "event": event, "lost": len(places)}
         row |= event_row(answers, outage.began, places, self.options.after)
         row["stand_in_mib"] = sum(held) - self.options.empty_mib * len(held) if held else math.nan
@@ -191,18 +201,27 @@ class Benchmark:
         print(f"{self.setup.name}, repeat {repeat}, event {event}: {told}", flush=True)
         self.served.recover(self.processes, self.known)
 
-    async def measure_loads(self, client: Client, capacity: float, number_lost: int, repeat: int) -> None:
+    async def measure_loads(
+        self, client: Client, capacity: float, number_lost: int, repeat: int
+    ) -> None:
         """Add a row for each load, with the first experts down."""
         down = self.servers_of(str(number_lost), repeat)
         objective = math.nan
         with Outage(self.served, down) as outage:
-            await client.load(min(self.options.loads) * capacity, 2.0, seed=repeat)  # it is known who is lost
+            await client.load(
+                min(self.options.loads) * capacity, 2.0, seed=repeat
+            )  # it is known who is lost
             for load in self.options.loads:
                 answers = await client.load(load * capacity, self.options.after, seed=repeat)
                 self.check(answers, outage.began, f"load {load}, {number_lost} lost")
                 if math.isnan(objective):
                     objective = 2 * float(np.median([answer.seconds for answer in answers]))
-                row = {"setup": self.setup.name, "load": load, "lost": number_lost, "rate": load * capacity}
+                row = {
+                    "setup": self.setup.name,
+                    "load": load,
+                    "lost": number_lost,
+                    "rate": load * capacity,
+                }
                 self.loads.append(row | load_row(answers, objective, self.options.after))
         if down:
             self.served.recover(self.processes, self.known)
@@ -214,7 +233,11 @@ class Benchmark:
             await client.load(rate, 2.0, seed=repeat)  # the front end learns what is late now
             answers = await client.load(rate, self.options.slow, seed=repeat)
         self.check(answers, slowdown.began, "one slow expert")
-        row = {"setup": self.setup.name, "rate": rate, "failed": sum(answer.status != 200 for answer in answers)}
+        row = {
+            "setup": self.setup.name,
+            "rate": rate,
+            "failed": sum(answer.status != 200 for answer in answers),
+        }
         seconds = [answer.seconds for answer in answers if answer.status == 200]
         for name, quantile in (("p50_ms", 0.5), ("p99_ms", 0.99)):
             row[name] = 1e3 * float(np.quantile(seconds, quantile, method="higher"))
@@ -236,7 +259,11 @@ class Benchmark:
                 asked = sum(len(answer.rows) for answer in answers)
                 failed = sum(len(answer.rows) for answer in answers if answer.status != 200)
                 right = sum(answer.right for answer in answers)
-                row = {"setup": self.setup.name, "lost": number_lost, "share": number_lost / len(order)}
+                row = {
+                    "setup": self.setup.name,
+                    "lost": number_lost,
+                    "share": number_lost / len(order),
+                }
                 self.accuracy.append(row | {"accuracy": right / asked, "failed": failed / asked})
         self.served.recover(self.processes, self.known)
 
@@ -247,20 +274,28 @@ class Benchmark:
             if answer.status == 200 and not answer.is_exact:
                 by = answer.parameters["answered_by"]
                 when = f"{self.setup.name}, {where}, after {answer.ended - since:.2f} s"
-                self.problems.append(f"{when}: task {answer.place}: an answer that is not that of {by}")
+                self.problems.append(
+                    f"{when}: task {answer.place}: an answer that is not that of {by}"
+                )
 
     def check_completeness(self, answers: Sequence[Answered], down: Sequence[str]) -> None:
         """Note answers that are missing though the servers left make up for those that are down."""
         stand_ins = self.known.system.stand_ins
         left = [name for name in self.processes if name not in down]
         for answer in answers:
-            is_answerable = self.experts[answer.place] in left or stand_ins.suffice(answer.place, left)
+            is_answerable = self.experts[answer.place] in left or stand_ins.suffice(
+                answer.place, left
+            )
             if answer.status != 200 and is_answerable:
-                where = f"{self.setup.name}, without {', '.join(down) or 'losses'}, task {answer.place}"
+                where = (
+                    f"{self.setup.name}, without {', '.join(down) or 'losses'}, task {answer.place}"
+                )
                 self.problems.append(f"{where}: status {answer.status}, expected an answer")
 
 
-def event_row(answers: Sequence[Answered], began: float, places: Sequence[int], after: float) -> dict[str, float]:
+def event_row(
+    answers: Sequence[Answered], began: float, places: Sequence[int], after: float
+) -> dict[str, float]:
     """Return what an event did; the objective is twice the median time of what was answered before it.
 
     ``last_late_ms`` is the time to the end of the last query of any task that failed or was beyond the objective,
@@ -271,7 +306,9 @@ def event_row(answers: Sequence[Answered], began: float, places: Sequence[int], 
     objective = 2 * median
     before = [answer for answer in answers if answer.ended < began]
     since = [answer for answer in answers if answer.ended >= began]
-    of_lost = sorted((answer for answer in since if answer.place in places), key=lambda answer: answer.sent)
+    of_lost = sorted(
+        (answer for answer in since if answer.place in places), key=lambda answer: answer.sent
+    )
     right = [answer.ended for answer in of_lost if answer.sent >= began and answer.is_exact]
     late = [answer.ended for answer in since if answer.seconds > objective]
     recovered, in_time = began, 0
@@ -318,7 +355,11 @@ def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame
 
 def write_tables(tables: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """Write and print the tables of what has been measured so far."""
-    keys = {"events": ["setup", "event"], "loads": ["setup", "lost", "load"], "accuracy": ["setup", "lost"]}
+    keys = {
+        "events": ["setup", "event"],
+        "loads": ["setup", "lost", "load"],
+        "accuracy": ["setup", "lost"],
+    }
     keys["slow"] = ["setup"]
     for name, rows in tables.items():
         if rows:
@@ -341,7 +382,11 @@ def fleet(count: int, output: Path) -> Path:
     adapters = {"adapters": {"rank": 16}, "compress": {"bits": 4}}
     experiment = {
         "name": f"fleet-{count}",
-        "network": {"name": "timm/tf_efficientnet_lite0", "image_size": 64, "weights": "IMAGENET1K_LITE0"},
+        "network": {
+            "name": "timm/tf_efficientnet_lite0",
+            "image_size": 64,
+            "weights": "IMAGENET1K_LITE0",
+        },
         "tasks": tasks,
         "expert": {"epochs": 2, "lr": 0.002, "batch_size": 64, "freeze_batchnorm": True},
         "calibration": {"samples_per_task": 100, "fisher_data": "own"},
@@ -352,7 +397,10 @@ def fleet(count: int, output: Path) -> Path:
     }
     file = output / "fleet.yaml"
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
-    subprocess.run([sys.executable, "-m", "coin", "run", "-c", str(file), f"--output={output / 'runs'}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "coin", "run", "-c", str(file), f"--output={output / 'runs'}"],
+        check=True,
+    )
     return output / "runs" / f"fleet-{count}"
 
 
@@ -365,22 +413,48 @@ async def measured_capacity(served: Served, known: Known, seconds: float) -> flo
 
 def parsed() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", help="a run's folder")
-    parser.add_argument("--output", type=Path, default=Path("failover"), help="the folder of the CSV files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("failover"), help="the folder of the CSV files"
+    )
     parser.add_argument("--setups", nargs="+", default=SETUPS, choices=SETUPS)
-    parser.add_argument("--events", nargs="*", default=EVENTS, help="numbers of experts, all, machine, stopped")
-    parser.add_argument("--loads", type=float, nargs="*", default=(0.2, 0.4, 0.6, 0.8), help="shares of the capacity")
+    parser.add_argument(
+        "--events", nargs="*", default=EVENTS, help="numbers of experts, all, machine, stopped"
+    )
+    parser.add_argument(
+        "--loads",
+        type=float,
+        nargs="*",
+        default=(0.2, 0.4, 0.6, 0.8),
+        help="shares of the capacity",
+    )
     parser.add_argument("--load", type=float, default=0.3, help="that of the events")
     parser.add_argument("--capacity", type=float, help="answers a second; by default measured")
-    parser.add_argument("--warmup", type=float, default=20.0, help="seconds of queries after the start of a set-up")
-    parser.add_argument("--before", type=float, default=6.0, help="seconds of an event's phase before it")
-    parser.add_argument("--after", type=float, default=8.0, help="seconds after it, and of each load")
-    parser.add_argument("--slow", type=float, default=20.0, help="seconds with a slow expert; 0 leaves that out")
-    parser.add_argument("--images", type=int, default=96, help="test images of each task; 0 leaves accuracy out")
-    parser.add_argument("--clients", type=int, default=400, help="the crowd; 0 leaves it and wrong queries out")
+    parser.add_argument(
+        "--warmup", type=float, default=20.0, help="seconds of queries after the start of a set-up"
+    )
+    parser.add_argument(
+        "--before", type=float, default=6.0, help="seconds of an event's phase before it"
+    )
+    parser.add_argument(
+        "--after", type=float, default=8.0, help="seconds after it, and of each load"
+    )
+    parser.add_argument(
+        "--slow", type=float, default=20.0, help="seconds with a slow expert; 0 leaves that out"
+    )
+    parser.add_argument(
+        "--images", type=int, default=96, help="test images of each task; 0 leaves accuracy out"
+    )
+    parser.add_argument(
+        "--clients", type=int, default=400, help="the crowd; 0 leaves it and wrong queries out"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--serve", nargs="*", default=(), help="further options of coin serve, ray.limits.timeout=1")
+    parser.add_argument(
+        "--serve", nargs="*", default=(), help="further options of coin serve, ray.limits.timeout=1"
+    )
     parser.add_argument("--fleet", type=int, help="make and take a run of so many small tasks")
     return parser.parse_args()
 
@@ -395,7 +469,12 @@ def main() -> int:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         options.empty_mib = pool.submit(empty_server_mib, setups[0].system()).result()
     print(f"a server without a network: {options.empty_mib:.0f} MiB", flush=True)
-    tables: dict[str, list[dict[str, Any]]] = {"events": [], "loads": [], "accuracy": [], "slow": []}
+    tables: dict[str, list[dict[str, Any]]] = {
+        "events": [],
+        "loads": [],
+        "accuracy": [],
+        "slow": [],
+    }
     queries: list[dict[str, Any]] = []
     problems: list[str] = []
     for setup in setups:
@@ -403,7 +482,10 @@ def main() -> int:
         with Served([*setup.options, *(f"--{option}" for option in options.serve)]) as served:
             if options.capacity is None:
                 options.capacity = asyncio.run(measured_capacity(served, known, options.before))
-                print(f"capacity with {setup.name}: {options.capacity:.1f} answers a second", flush=True)
+                print(
+                    f"capacity with {setup.name}: {options.capacity:.1f} answers a second",
+                    flush=True,
+                )
             benchmark = Benchmark(setup, served, known, options)
             try:
                 asyncio.run(benchmark.run(options.capacity))

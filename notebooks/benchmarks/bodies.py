@@ -1,6 +1,6 @@
 """Time a body with adapters beside the plain expert, interleaved in one process, and check the memory that it takes.
 
-    python tests/benchmarks/bodies.py [--networks NAME …] [--seconds 3]
+    python notebooks/benchmarks/bodies.py [--networks NAME …] [--seconds 3]
 
 The body is in 4 bits with eight adapters of rank 16 for every layer, of random values: times do not depend on them.
 First come the plain expert's processor milliseconds on one thread, the least of interleaved calls, by network, image
@@ -41,7 +41,12 @@ SIZES = {MINILM: (32,)}  # tokens; of the others pixels
 EXPERTS, RANK, MIXED = 8, 16, 32
 BATCHES = (1, 8, MIXED)
 # By what is measured, small inputs or not, and the batch size: multiples of the plain expert's time.
-LIMITS = {("packed", True, 1): 1.45, ("packed", True, 8): 1.2, ("packed", False, 1): 1.2, ("packed", False, 8): 1.2}
+LIMITS = {
+    ("packed", True, 1): 1.45,
+    ("packed", True, 8): 1.2,
+    ("packed", False, 1): 1.2,
+    ("packed", False, 8): 1.2,
+}
 LIMITS |= {("mixed", True, MIXED): 1.4}
 
 
@@ -53,7 +58,11 @@ def network_of(name: str, size: int) -> nn.Module:
 
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=10
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_labels=10,
     )
     return BertForSequenceClassification(config).eval()
 
@@ -74,7 +83,9 @@ def body_of(network: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Conv2d):
             before = f"{name}.weight"
         elif isinstance(layer, nn.BatchNorm2d):
-            body.load_state_dict(body.state_dict() | folded(body.state_dict(), before, None, name, layer.eps))
+            body.load_state_dict(
+                body.state_dict() | folded(body.state_dict(), before, None, name, layer.eps)
+            )
             mark_folded(body, {name: before})
     return body
 
@@ -97,7 +108,10 @@ def adapters_of(network: nn.Module) -> list[coin.Adapter]:
                 parts = {"scale": 1 + 0.01 * torch.randn(outputs, *[1] * (parameter.ndim - 1))}
                 if getattr(layer, "groups", 1) == 1:
                     rank = min(RANK, outputs, columns)
-                    parts |= {"left": 0.01 * torch.randn(outputs, rank), "right": 0.1 * torch.randn(rank, columns)}
+                    parts |= {
+                        "left": 0.01 * torch.randn(outputs, rank),
+                        "right": 0.1 * torch.randn(rank, columns),
+                    }
                 changes[f"{place}.{name}"] = parts
     return [coin.Adapter(changes) for _ in range(EXPERTS)]
 
@@ -132,9 +146,17 @@ def timed(name: str, size: int, seconds: float) -> list[dict[str, object]]:
             found = milliseconds({"mixed": mixed, "plain": partial(call, network, few)}, seconds)
             rows[-1]["mixed"] = found["mixed"] / (EXPERTS * found["plain"])
             continue
-        calls = {"plain": partial(call, network, inputs), "packed": partial(call, packed, inputs, experts=0)}
+        calls = {
+            "plain": partial(call, network, inputs),
+            "packed": partial(call, packed, inputs, experts=0),
+        }
         found = milliseconds(calls, seconds)
-        row: dict[str, object] = {"network": name, "size": size, "batch": batch, "plain ms": found["plain"]}
+        row: dict[str, object] = {
+            "network": name,
+            "size": size,
+            "batch": batch,
+            "plain ms": found["plain"],
+        }
         row["packed"] = found["packed"] / found["plain"]
         rows.append(row)
     return rows
@@ -218,7 +240,9 @@ def resident(name: str, size: int, folder: Path) -> list[dict[str, object]]:
     for kind in ("plain", "packed"):
         path = folder / f"{kind}.safetensors"
         command = [sys.executable, "-W", "ignore", __file__, "--grown", str(path)]
-        found, expected = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found, expected = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
         rows.append({"network": name, "kind": kind, "grown MiB": found, "resident MiB": expected})
     return rows
 
@@ -232,7 +256,9 @@ def show(rows: list[dict[str, object]]) -> pd.DataFrame:
 
 def main() -> int:
     """Print the tables, and return whether anything is beyond what is promised."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--grown", type=Path, help=argparse.SUPPRESS)
@@ -242,7 +268,12 @@ def main() -> int:
         print(json.dumps(grown(options.grown)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [row for name in options.networks if name != MINILM for row in resident(name, 64, Path(folder))]
+        sizes = [
+            row
+            for name in options.networks
+            if name != MINILM
+            for row in resident(name, 64, Path(folder))
+        ]
     keep_freed_memory()
     times = []
     for name in options.networks:

@@ -49,17 +49,24 @@ class Step(NamedTuple):
 
 def build(name: str, side: int, device: torch.device) -> list[nn.Module]:
     """Return two experts, whose weights differ a little."""
-    config = NetworkConfig(name, side, options={"image_size": side} if name.startswith("vit") else {})
+    config = NetworkConfig(
+        name, side, options={"image_size": side} if name.startswith("vit") else {}
+    )
     torch.manual_seed(0)
     experts = [build_network(config, CLASSES).eval().to(device) for _ in range(2)]
     with torch.no_grad():
         for expert in experts:
-            for parameter in expert.parameters():  # no head of zeros either, such as that of torchvision's ViT
-                parameter += 0.01 * (parameter.std(correction=0) + 0.1) * torch.randn_like(parameter)
+            for (
+                parameter
+            ) in expert.parameters():  # no head of zeros either, such as that of torchvision's ViT
+                parameter += (
+                    0.01 * (parameter.std(correction=0) + 0.1) * torch.randn_like(parameter)
+                )
     return experts
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a step of this precision runs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -77,8 +84,12 @@ def network_steps(expert: nn.Module, batches: list[Tensor], memory_mib: int) -> 
         coin.fisher_diagonal(network, batches, memory_mib=memory_mib)
 
     samples = sum(map(len, batches))
-    yield from (Step("forward", precision, samples, partial(forward, precision)) for precision in PRECISIONS)
-    yield from (Step("fisher", precision, samples, partial(fisher, precision)) for precision in PRECISIONS)
+    yield from (
+        Step("forward", precision, samples, partial(forward, precision)) for precision in PRECISIONS
+    )
+    yield from (
+        Step("fisher", precision, samples, partial(fisher, precision)) for precision in PRECISIONS
+    )
 
 
 def training_steps(expert: nn.Module, inputs: Tensor) -> Iterator[Step]:
@@ -94,15 +105,22 @@ def training_steps(expert: nn.Module, inputs: Tensor) -> Iterator[Step]:
         optimizer.step()
         optimizer.zero_grad()
 
-    yield from (Step("training step", precision, len(inputs), partial(train, precision)) for precision in PRECISIONS)
+    yield from (
+        Step("training step", precision, len(inputs), partial(train, precision))
+        for precision in PRECISIONS
+    )
 
 
-def refit_steps(experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib: int) -> Iterator[Step]:
+def refit_steps(
+    experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib: int
+) -> Iterator[Step]:
     """Yield `Refit` of the experts, compared to its own passes: an expert on its task, the coded model on all."""
     forwards = 2 * sum(len(batch) for task in tasks for batch in task)
 
     def refit() -> None:
-        coin.merge_networks(coin.Refit(memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks)
+        coin.merge_networks(
+            coin.Refit(memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks
+        )
 
     yield Step("refit", "float32", forwards, refit)
 
@@ -111,13 +129,20 @@ def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterat
     """Yield the answers of all three servers, and the fit and use of the decoders for the loss of the first expert."""
     pooled, code = [batch for task in tasks for batch in task], coin.uniform(2)
     samples = sum(map(len, pooled))
-    system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code, calibration=tasks))
+    system = coin.Coded(
+        code, experts, coin.merge_networks(coin.Average(), experts, code, calibration=tasks)
+    )
 
     def answers(precision: str) -> coin.Answers:
         with autocast(pooled[0].device, precision):
-            return coin.Answers.concatenate([system.answers(batch, features=True) for batch in pooled])
+            return coin.Answers.concatenate(
+                [system.answers(batch, features=True) for batch in pooled]
+            )
 
-    yield from (Step("answers", precision, 3 * samples, partial(answers, precision)) for precision in PRECISIONS)
+    yield from (
+        Step("answers", precision, 3 * samples, partial(answers, precision))
+        for precision in PRECISIONS
+    )
     task_of = [index for index, task in enumerate(tasks) for batch in task for _ in batch]
     known = replace(answers("float32"), tasks=torch.tensor(task_of, device=pooled[0].device))
     for kind in coin.DecoderKind:
@@ -138,9 +163,16 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) ->
     return statistics.median(found[1:])
 
 
-def measure(step: Step, device: torch.device, repeats: int, forward: dict[str, float]) -> dict[str, Any]:
+def measure(
+    step: Step, device: torch.device, repeats: int, forward: dict[str, float]
+) -> dict[str, Any]:
     """Return a step's row; `forward` is filled with the time of one sample's forward pass, by precision."""
-    row: dict[str, Any] = {"step": step.step, "precision": step.precision, "forwards": step.forwards, "failed": ""}
+    row: dict[str, Any] = {
+        "step": step.step,
+        "precision": step.precision,
+        "forwards": step.forwards,
+        "failed": "",
+    }
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -154,13 +186,20 @@ def measure(step: Step, device: torch.device, repeats: int, forward: dict[str, f
     if step.precision in forward:
         row["ratio_to_forward"] = row["seconds"] / (step.forwards * forward[step.precision])
     on_gpu = device.type == "cuda"  # else the process's peak so far
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return row | {"peak_mib": peak / 2**20}
 
 
 def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator[Step]:
     """Yield all steps of a network."""
-    experts, shape = build(name, sizes["side"], device), (sizes["samples"], 3, sizes["side"], sizes["side"])
+    experts, shape = (
+        build(name, sizes["side"], device),
+        (sizes["samples"], 3, sizes["side"], sizes["side"]),
+    )
     tasks = [list(torch.randn(shape, device=device).split(sizes["batch"])) for _ in experts]
     yield from network_steps(experts[0], tasks[0], sizes["memory_mib"])
     yield from training_steps(experts[0], tasks[0][0])
@@ -169,11 +208,16 @@ def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator
 
 
 def main() -> int:
+    """Print a line of JSON for each step, and return whether one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_b_16"], help="torchvision's names")
+    parser.add_argument(
+        "--networks", nargs="+", default=["resnet50", "vit_b_16"], help="torchvision's names"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for size in SIZES["cpu"]:
-        parser.add_argument(f"--{size.replace('_', '-')}", type=int, help="in place of that in SIZES")
+        parser.add_argument(
+            f"--{size.replace('_', '-')}", type=int, help="in place of that in SIZES"
+        )
     options = parser.parse_args()
     device = torch.device(options.device)
     if on_gpu := device.type == "cuda":

@@ -78,7 +78,9 @@ class Served:
         for process in self._descendants():
             with suppress(psutil.Error):  # it has ended
                 title = " ".join(process.cmdline()).strip()
-                if match := re.fullmatch(r"ray::.*ServeReplica:coin:(.+?)(\.__init__|\.\w+)?", title):
+                if match := re.fullmatch(
+                    r"ray::.*ServeReplica:coin:(.+?)(\.__init__|\.\w+)?", title
+                ):
                     is_starting = match[2] == ".__init__"
                     found.append((process, match[1] + (".__init__" if is_starting else "")))
         return found
@@ -107,7 +109,11 @@ class Served:
         end = time.monotonic() + 180
         with httpx.Client(base_url=self.base, timeout=30) as client:
             while time.monotonic() < end:
-                if len(self.named(servers)) == len(servers) and self.is_quiet() and self._is_well(client, known):
+                if (
+                    len(self.named(servers)) == len(servers)
+                    and self.is_quiet()
+                    and self._is_well(client, known)
+                ):
                     return
                 time.sleep(0.5)
         raise RuntimeError(f"not all of {', '.join(servers)} run again after three minutes")
@@ -142,7 +148,9 @@ class Outage:
     def __enter__(self) -> "Outage":
         down = self._served.named(self._servers)
         if len(down) != len(self._servers):
-            raise RuntimeError(f"found {len(down)} processes of {', '.join(self._servers)}, expected one each")
+            raise RuntimeError(
+                f"found {len(down)} processes of {', '.join(self._servers)}, expected one each"
+            )
         self.began = time.monotonic()
         for process in down:
             process.send_signal(signal.SIGSTOP if self._is_stop else signal.SIGKILL)
@@ -170,7 +178,9 @@ class Outage:
 class Slowdown:
     """Lets a server's process run for a share of the time alone, by SIGSTOP and SIGCONT: a context."""
 
-    def __init__(self, served: Served, server: str, share: float = 0.2, period: float = 0.01) -> None:
+    def __init__(
+        self, served: Served, server: str, share: float = 0.2, period: float = 0.01
+    ) -> None:
         (self._process,) = served.named([server])
         self._share, self._period = share, period  # in seconds
         self._ended = threading.Event()
@@ -201,7 +211,10 @@ class Known:
         tasks = read_yaml(seed_folders(folder)[0] / "config.yaml")["tasks"]
         network_of = system.reader()
         stand_ins = system.stand_ins
-        self.places = {name.removeprefix("expert-"): place for place, name in enumerate(system.stand_ins.experts)}
+        self.places = {
+            name.removeprefix("expert-"): place
+            for place, name in enumerate(system.stand_ins.experts)
+        }
         self.labels: list[Tensor] = []
         self._files: list[list[str]] = []
         self._replies: list[dict[str, Reply]] = []
@@ -231,7 +244,10 @@ class Known:
         names = str(answer.parameters["answered_by"]).split(",")
         if not {*names} <= own.keys():
             return
-        replies = {name: Reply(own[name].logits[answer.rows], own[name].features[answer.rows]) for name in names}
+        replies = {
+            name: Reply(own[name].logits[answer.rows], own[name].features[answer.rows])
+            for name in names
+        }
         if answer.parameters["decoded"]:
             logits = self.system.decode(answer.place, replies).logits
         else:
@@ -357,7 +373,9 @@ class Client:
         running = []
         for place, labels in enumerate(self.known.labels):
             starts = range(0, len(labels), size)
-            running += [in_turn(place, range(start, min(start + size, len(labels)))) for start in starts]
+            running += [
+                in_turn(place, range(start, min(start + size, len(labels)))) for start in starts
+            ]
         return list(await asyncio.gather(*running))
 
 
@@ -383,7 +401,9 @@ async def crowd(served: Served, known: Known, clients: int, seconds: float = 10.
 
         await asyncio.gather(*map(ask_on, range(clients)))
     p50, p99 = np.percentile(times or [np.nan], [50, 99])
-    print(f"{clients} clients for {seconds:.0f} s: {dict(counts)}, answers after {p50:.0f} (p50), {p99:.0f} ms (p99)")
+    print(
+        f"{clients} clients for {seconds:.0f} s: {dict(counts)}, answers after {p50:.0f} (p50), {p99:.0f} ms (p99)"
+    )
     return bool(times) and set(counts) <= {200, 429, 503, 504}
 
 
@@ -400,7 +420,9 @@ def wrong_queries(served: Served, known: Known) -> bool:
         "large": {"content": bytes(9 * 2**20)},
     }
     with httpx.Client(base_url=served.base, timeout=30) as client:
-        found = {name: client.post(f"/v2/models/{task}/infer", **case) for name, case in cases.items()}
+        found = {
+            name: client.post(f"/v2/models/{task}/infer", **case) for name, case in cases.items()
+        }
         found["model"] = client.post("/v2/models/magic/infer", json=good)
     for name, each in found.items():
         print(f"{name:10s} {each.status_code} {each.text[:110]}")
