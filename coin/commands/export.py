@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.merging.peft import SEQUENCE_HEADS, save_peft
 from coin.networks import head_name, load_network, save_network
 from coin.networks.files import NetworkFile
@@ -45,8 +45,7 @@ def export(
             f"found a {file.config.name} in '{network}' with experts {tasks}, expected one of these, or without "
             "--expert and --peft a network of Hugging Face's (hf/…)"
         )
-    file.config.source.save(file.network, path, _classes(file))
-    return path
+    return _write(file.network, file, file.num_classes, path, None, _classes(file))
 
 
 def _export_expert(file: NetworkFile, place: int, task: str, path: Path) -> Path:
@@ -78,12 +77,7 @@ def _export_peft(file: NetworkFile, tasks: Sequence[str], folder: Path) -> Path:
 def _expert(body: NetworkFile, task: str) -> NetworkFile:
     """Return the file of an expert of the run that a body is of."""
     run = body.path.absolute().parent.parent
-    path = run / "experts" / task / "expert.safetensors"
-    if not path.is_file():
-        raise FileError(
-            f"found no expert '{path}' beside the body '{body.path}', expected a run's; put its expert there"
-        )
-    return load_network(path)
+    return load_network(run / "experts" / task / "expert.safetensors")
 
 
 def _classes(file: NetworkFile) -> Sequence[str]:

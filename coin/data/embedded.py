@@ -4,7 +4,6 @@ import math
 import re
 import string
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from coin.core.choices import check_integer
 from coin.data.samples import Samples, Source
 from coin.data.sampling import Stream, make_generator
 from coin.data.task import TaskData
@@ -101,10 +99,6 @@ class Glyphs(TaskData):
     ) -> None:
         super().__init__(**kwargs)
         self.names = parse_characters(classes)
-        check_integer("train_per_class", train_per_class, 2)
-        check_integer("test_per_class", test_per_class, 1)
-        if train_samples is not None:
-            check_integer("train_samples", train_samples, len(self.names))
         self.train_per_class = train_per_class
         self.test_per_class = test_per_class
         self.train_samples = train_samples
@@ -123,35 +117,29 @@ class Glyphs(TaskData):
 def parse_characters(classes: str) -> tuple[str, ...]:
     """Read ranges and single characters, such as "K-Za-z0"."""
     found = re.sub(r"(\w)-(\w)", _characters_between, classes)
-    for each in found:
-        if each not in _CHARACTERS or found.count(each) > 1:
-            raise ConfigurationError(
-                f"the classes {classes!r} hold {each!r}; expected A-Z, a-z and 0-9, each once"
-            )
+    distinct = set(found)
+    if len(distinct) < len(found) or not distinct <= set(_CHARACTERS):
+        raise ConfigurationError(
+            f"found classes={classes!r}, expected characters and rising ranges of A-Z, a-z and 0-9, each once"
+        )
     return tuple(found)
 
 
 def _characters_between(ends: re.Match[str]) -> str:
     """Return all characters of a range; the range itself, which is refused, if it goes backwards."""
-    first = ord(ends[1])
-    last = ord(ends[2])
-    characters = [chr(code) for code in range(first, last + 1)]
-    return "".join(characters) or ends[0]
-
-
-def usable_fonts() -> tuple[Path, ...]:
-    """The files of `_FONTS`."""
-    from matplotlib import get_data_path  # for its fonts alone
-
-    folder = Path(get_data_path(), "fonts", "ttf")
-    return tuple(folder / f"{name}.ttf" for name in _FONTS.split())
+    first = _CHARACTERS.find(ends[1])
+    last = _CHARACTERS.find(ends[2])
+    return _CHARACTERS[first : last + 1] or ends[0]
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
-    """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
+    """Every character in each of `_FONTS`, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
+    from matplotlib import get_data_path  # for its fonts alone
+
     masks = []
-    for path in usable_fonts():
-        font = ImageFont.truetype(str(path), FONT_SIZE)
+    for name in _FONTS.split():
+        path = f"{get_data_path()}/fonts/ttf/{name}.ttf"
+        font = ImageFont.truetype(path, FONT_SIZE)
         drawn = [_mask(font, character) for character in characters]
         masks.append(torch.cat(drawn))
     return torch.stack(masks).float() / 255

@@ -12,19 +12,13 @@ from coin.data.samples import Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
-EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 KEYED_BYTES = 256 * 2**20  # of a split's files together that are read for an experiment's keys
-
-
-def _is_image(path: str) -> bool:
-    name = Path(path).name.lower()
-    return name.endswith(EXTENSIONS) and not name.startswith(".")
 
 
 class ImageFolder(TaskData):
     """Images in ``ROOT/train/CLASS/*`` and ``ROOT/test/CLASS/*``; optionally ``ROOT/val/CLASS/*`` for validation.
 
-    The classes are the folders' names, sorted. Hidden files, and files without an image's extension, are ignored.
+    The classes are the folders' names, sorted. Files without an image's extension (torchvision's) are ignored.
     Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images are
     squares of one size up to ``image_size``, they are stored as they are. All are held in memory, 3·S² bytes each.
 
@@ -58,7 +52,7 @@ class ImageFolder(TaskData):
         for split in splits:
             folder = self.root.absolute() / split
             try:
-                found[split] = datasets.ImageFolder(folder, is_valid_file=_is_image)
+                found[split] = datasets.ImageFolder(folder)
             except OSError as error:
                 raise DataError(
                     f"{error}; expected images as {folder}/CLASS/image.png; set root"

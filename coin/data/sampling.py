@@ -3,6 +3,7 @@
 from enum import IntEnum
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,11 +30,9 @@ def make_generator(seed: int, *keys: int) -> torch.Generator:
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion, or nearly."""
     shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = torch.argsort(labels[shuffled], stable=True)
-    sorted_labels = labels[shuffled][by_class]
-    counts = torch.bincount(labels)
-    first = torch.cumsum(counts, 0) - counts  # where each class begins in `sorted_labels`
-    rank = torch.arange(len(labels)) - first[sorted_labels]  # within the class
-    progress = torch.empty(len(labels), dtype=torch.float64)  # through the class, in (0, 1)
-    progress[by_class] = (rank.double() + 0.5) / counts[sorted_labels]
-    return shuffled[torch.argsort(progress, stable=True)]
+    classes = pd.Series(labels[shuffled].numpy())
+    by_class = classes.groupby(classes)
+    progress = (by_class.cumcount() + 0.5) / by_class.transform(
+        "size"
+    )  # through the class, in (0, 1)
+    return shuffled[progress.to_numpy().argsort(kind="stable")]

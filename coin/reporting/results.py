@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from coin.core.versions import machine, versions
-from coin.errors import ConfigurationError, FileError, first_line
+from coin.errors import FileError, first_line
 from coin.files.atomic import atomic_path, how_to_redo, write_text
 
 RESULTS_CSV = "results.csv"
@@ -127,17 +127,8 @@ def write_results(
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
         methods: The metadata of every coded model: its label, its BatchNorm policy, and the choices made.
-
-    Raises ConfigurationError where two rows measure the same thing.
     """
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    twice = frame[frame.duplicated(["seed", "method", "decoder", "erased", "task"])]
-    if len(twice):
-        first = twice.iloc[0]
-        raise ConfigurationError(
-            f"found two results of method '{first['method']}' with decoder '{first['decoder']}', expected one; tell "
-            "the two apart with 'label'"
-        )
     document = {
         "rows": frame,
         "methods": list(methods),

@@ -42,7 +42,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     ``erased = "r of N"``; they are taken within each seed first. The spread is the sample standard deviation over
     seeds, NaN with one seed. A number that is NaN in any seed or task is NaN in the mean.
 
-    The columns are `GROUP`, ``seeds`` (how many), and ``<number>_mean`` and ``<number>_std`` of each number.
+    The columns are `GROUP`, ``seeds`` (how many), ``<number>_mean`` of each number, and then ``<number>_std``.
     """
     frame = frame.assign(batchnorm=frame.batchnorm.map(requested_policy))
     num_lost = frame.erased.str.count(r"\+") + 1
@@ -51,11 +51,11 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     by_seed = as_means.groupby(list(KEYS), sort=False)[list(NUMBERS)]
     over_tasks = by_seed.mean(skipna=False).reset_index()
     groups = pd.concat([frame, over_tasks]).groupby(GROUP, sort=False)
-    columns: dict[str, pd.Series[Any]] = {"seeds": groups["seed"].nunique()}
-    for name in NUMBERS:
-        columns[f"{name}_mean"] = groups[name].mean(skipna=False)
-        columns[f"{name}_std"] = groups[name].std(skipna=False)
-    return pd.DataFrame(columns).reset_index()
+    numbers = groups[list(NUMBERS)]
+    seeds = groups["seed"].nunique().rename("seeds")
+    means = numbers.mean(skipna=False).add_suffix("_mean")
+    spreads = numbers.std(skipna=False).add_suffix("_std")
+    return pd.concat([seeds, means, spreads], axis=1).reset_index()
 
 
 def write_summary(folder: Path) -> pd.DataFrame:

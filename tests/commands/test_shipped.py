@@ -8,49 +8,34 @@ from pathlib import Path
 
 import pytest
 
-from coin.cli import main
 from coin.commands.arguments import CONFIGS, apply_common_options, shipped
+from coin.errors import ConfigurationError, FileError
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("quickstart", "experiment/quickstart.yaml"),
-        ("mnist-svhn", "experiment/paper/mnist-svhn.yaml"),
-        ("mnist", "expert/mnist.yaml"),
-        ("configs/experiment/study/fleet-8.yaml", "experiment/study/fleet-8.yaml"),
-    ],
-)
-def test_a_name_is_a_shipped_file(name, file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = apply_common_options(["x", "-c", name, "--name=y", f"--config={name}"])
-    assert [each for each in given if "s=" not in each] == [f"--config={CONFIGS / file}"] * 2 + ["x", "--name=y"]
+NAMES = {
+    "quickstart": "experiment/quickstart.yaml",
+    "mnist-svhn": "experiment/paper/mnist-svhn.yaml",
+    "mnist": "expert/mnist.yaml",
+    "configs/experiment/study/fleet-8.yaml": "experiment/study/fleet-8.yaml",
+}
 
 
-def test_options_that_replace_all_entries_follow_an_empty_value_and_a_folder_of_their_name_does_not():
-    assert apply_common_options(["tasks", "--tasks={}"]) == ["tasks", "--tasks={}", "--tasks={}"]
-    assert apply_common_options(["--methods", "[]", "--tasks.a=b"]) == [
-        "--methods=[]",
-        "--methods",
-        "[]",
-        "--tasks.a=b",
-    ]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_shipped_file(name):
+    assert shipped(name) == str(CONFIGS / NAMES[name])
 
 
-def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_of_that_name_comes_first():
     Path("quickstart").touch()
     assert shipped("quickstart") == "quickstart"
 
 
-def test_an_unknown_name_ends_in_a_line_with_what_was_meant_and_the_folder(capsys):
-    for name, message in (("quikstart", " (did you mean quickstart?)"), ("zzz", "")):
-        assert main(["run", "-c", name]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        expected = f"expected a file, or the name of one in {CONFIGS};"
-        assert f"found no configuration '{name}'{message}, {expected}" in line
+@pytest.mark.parametrize(("name", "hint"), [("quikstart", r" \(did you mean quickstart\?\)"), ("zzz", "")])
+def test_an_unknown_name_is_told_with_what_was_meant_and_the_folder(name, hint):
+    with pytest.raises(FileError, match=f"found no configuration '{name}'{hint}, expected a file, .* in {CONFIGS}"):
+        shipped(name)
 
 
 def test_no_two_files_have_one_name():
@@ -58,6 +43,20 @@ def test_no_two_files_have_one_name():
     assert len(names) == len(set(names))
 
 
+def test_files_come_before_other_options_and_what_replaces_all_entries_after_an_empty_value():
+    file = f"--config={CONFIGS / NAMES['mnist']}"
+    assert apply_common_options(["x", "-c", "mnist", "--name=y", "--config=mnist"]) == [file, file, "x", "--name=y"]
+    assert apply_common_options(["tasks", "--tasks={}"]) == ["tasks", "--tasks={}", "--tasks={}"]
+    assert apply_common_options(["--methods", "[]"]) == ["--methods=[]", "--methods", "[]"]
+    assert apply_common_options(["--tasks.a=b"]) == ["--tasks.a=b"]
+
+
+def test_a_module_that_is_not_there_is_refused():
+    with pytest.raises(ConfigurationError, match="found --import=nowhere, expected a module"):
+        apply_common_options(["--import=nowhere"])
+
+
+@pytest.mark.slow
 def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_path):
     pytest.importorskip("hatchling")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path]
@@ -66,14 +65,13 @@ def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_p
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
-    assert {f"coin/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*") if path.is_file()} <= names
+    configs = {f"coin/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert configs <= names
     assert {"coin/py.typed", "coin/reporting/report.html.jinja"} <= names
-    assert {name.split("/")[0] for name in names} == {"coin", f"{wheel.stem.removesuffix('-py3-none-any')}.dist-info"}
-    (tmp_path / "empty").mkdir()
-    command, environment = (
-        ["coin", "run", "-c", "fleet-2", "--dry-run"],
-        os.environ | {"PYTHONPATH": f"{tmp_path}/installed"},
-    )
-    where = {"cwd": tmp_path / "empty", "env": environment}
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True, **where)
+    assert len({name.split("/")[0] for name in names}) == 2  # coin and its metadata
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = [sys.executable, "-m", "coin", "run", "-c", "fleet-2", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=True)
     assert "seed 401: evaluation" in done.stdout

@@ -2,20 +2,20 @@ import pytest
 import torch
 
 from coin.data import Augmentation, Calibration, Digits, pooled, to_input
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 pytest.importorskip("sklearn")
 
+DRAWS = {"train": TaskData.calibration, "validation": TaskData.promise_samples}
+"""What is drawn of which split."""
 
-def numbered(count, side=8, channels=1, first=0, image_size=8, batch_size=4):
+
+def numbered(count, side=8, channels=1, first=0, image_size=8):
+    """Return calibration images of which one pixel is the sample's number."""
     images = torch.zeros(count, channels, side, side, dtype=torch.uint8)
-    images[:, :, 0, 0] = torch.arange(first, first + count)[:, None]
-    return Calibration.of([images], image_size, batch_size=batch_size)
-
-
-def rows(images):
-    """Return images as values that can be compared and found."""
-    return [tuple(image.flatten().tolist()) for image in images]
+    images[:, :, 0, 0] = torch.arange(first, first + count).view(-1, 1)
+    return Calibration.of([images], image_size, batch_size=4)
 
 
 def stored(calibration):
@@ -28,84 +28,101 @@ def numbers(calibration):
     return stored(calibration)[:, 0, 0, 0].tolist()
 
 
-def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
-    task = Digits(seed=1, augmentation=Augmentation.crop, image_size=16)
-    calibration, train = task.calibration(200, batch_size=64), task.splits.train
-    images, _ = train[:]
-    assert set(rows(stored(calibration))) <= set(rows(images))
-    assert len(set(rows(stored(calibration)))) == calibration.num_samples == 200
-    batches = list(calibration)
-    assert [len(batch) for batch in batches] == [64, 64, 64, 8]
-    assert torch.equal(torch.cat(batches), to_input(stored(calibration), 16))
-    assert all(torch.equal(a, b) for a, b in zip(batches, calibration, strict=True))
+def rows(images):
+    """Return images as values that can be compared and found."""
+    return [tuple(image.flatten().tolist()) for image in images]
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_the_seed_alone_chooses_samples_of_their_split(split):
-    def draw(samples, **options):
-        task = Digits(**options)
-        return rows(stored(task.calibration(samples) if split == "train" else task.promise_samples(samples)))
+@pytest.mark.parametrize("split", DRAWS)
+def test_the_seed_alone_draws_different_samples_of_the_split(split):
+    def drawn(count, seed=0, **options):
+        return rows(stored(DRAWS[split](Digits(seed=seed, **options), count)))
 
-    state = torch.manual_seed(7).get_state()
-    first = draw(50)
-    images, _ = getattr(Digits().splits, split)[:]
-    assert set(first) <= set(rows(images))
+    of_split, _ = getattr(Digits().splits, split)[:]
+    global_state = torch.manual_seed(7).get_state()
+    first = drawn(50)
+    assert set(first) <= set(rows(of_split))
     assert len(set(first)) == 50
-    assert draw(50) == first
-    assert torch.equal(torch.get_rng_state(), state)
-    assert draw(50, seed=1) != first
-    assert draw(20) == first[:20]
+    assert drawn(50, augmentation=Augmentation.crop, batch_size=8) == first
+    assert drawn(20) == first[:20]
+    assert drawn(50, seed=1) != first
+    assert torch.equal(torch.get_rng_state(), global_state)
 
 
-def test_more_samples_than_there_are_is_an_error_with_both_numbers():
+def test_iterating_gives_the_unaugmented_inputs_in_batches_every_time():
+    task = Digits(augmentation=Augmentation.crop, image_size=16)
+    calibration = task.calibration(70, batch_size=32)
+    batches = list(calibration)
+    assert [len(batch) for batch in batches] == [32, 32, 6]
+    expected = to_input(stored(calibration), 16)
+    torch.testing.assert_close(torch.cat(batches), expected)
+    torch.testing.assert_close(torch.cat(list(calibration)), expected)
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "message"),
+    [
+        ("train", 101, "found 101 calibration samples of x, expected at most 100, .* lower samples_per_task"),
+        ("validation", 1, "found 1 promise samples of x, expected at most 0, .*validation_share"),
+    ],
+)
+def test_more_samples_than_there_are_is_an_error_with_both_numbers(split, count, message):
     task = Digits(max_train=100, validation_share=0.0)
     assert task.calibration(100).num_samples == 100
-    for draw, message in (
-        (
-            lambda: task.calibration(101),
-            "101 calibration samples of Digits, expected at most 100, .* lower samples_per",
-        ),
-        (lambda: Digits().promise_samples(999, name="x"), "999 promise samples of x, expected at most 144, .*_share"),
-        (lambda: task.promise_samples(1), "expected at most 0"),
-    ):
-        with pytest.raises(DataError, match=message):
-            draw()
+    with pytest.raises(DataError, match=message):
+        DRAWS[split](task, count, name="x")
 
 
-def test_a_split_holds_out_the_last_samples_and_processes_take_every_sample_once():
-    calibration = numbered(10)
-    fit, held_out = calibration.split(0.2)
-    assert (numbers(fit), numbers(held_out)) == (list(range(8)), [8, 9])
-    assert [part.num_samples for part in calibration.split(0.001)] == [9, 1]
-    shards = [calibration.subset(range(rank, 10, 3)) for rank in range(3)]
-    assert sorted(number for shard in shards for number in numbers(shard)) == list(range(10))
+@pytest.mark.parametrize(("share", "held_out"), [(0.2, 2), (0.001, 1), (0.5, 5)])
+def test_a_split_holds_out_the_last_samples(share, held_out):
+    fitted, tuned = numbered(10).split(share)
+    assert numbers(fitted) + numbers(tuned) == list(range(10))
+    assert tuned.num_samples == held_out
+
+
+def test_one_sample_cannot_be_split():
     with pytest.raises(DataError, match="1 calibration sample"):
         numbered(1).split(0.5)
 
 
-def test_pooled_data_mix_tasks_of_different_image_shapes():
-    a, b = numbered(8, image_size=12), numbered(4, side=6, channels=3, first=100, image_size=12)
-    both = pooled([a, b])
+def test_a_subset_has_its_samples_in_the_given_order():
+    assert numbers(numbered(10).subset([7, 2, 2])) == [7, 2, 2]
+    assert numbers(numbered(10).subset(range(1, 10, 3))) == [1, 4, 7]
+
+
+def test_pooled_tasks_are_interleaved_whatever_their_images():
+    few = numbered(4, side=6, channels=3, first=100, image_size=12)
+    many = numbered(8, image_size=12)
+    both = pooled([many, few])
     assert both.part.tolist() == [0, 1, 0] * 4
-    assert torch.equal(both.inputs()[both.part == 0], a.inputs())
-    assert torch.equal(both.inputs()[both.part == 1], b.inputs())
-    assert both.split(0.25)[1].part.bincount().tolist() == [2, 1]
-    more = pooled([both, numbered(3, first=200, image_size=12)])
-    assert len(more.inputs().flatten(1).unique(dim=0)) == 15
-    assert torch.equal(pooled([a]).inputs(), a.inputs())
+    inputs = both.inputs()
+    torch.testing.assert_close(inputs[both.part == 0], many.inputs())
+    torch.testing.assert_close(inputs[both.part == 1], few.inputs())
+    torch.testing.assert_close(both.inputs(torch.tensor([4, 0])), inputs[[4, 0]])
+    _, held_out = both.split(0.25)
+    assert held_out.part.bincount().tolist() == [2, 1]
+    again = pooled([both, numbered(3, first=200, image_size=12)])
+    assert again.part.bincount().tolist() == [8, 4, 3]
+
+
+def test_pooled_tasks_have_one_image_size():
     with pytest.raises(DataError, match=r"image sizes \[8, 16\]; expected one common size"):
         pooled([numbered(4), numbered(4, image_size=16)])
 
 
-def test_samples_in_memory_are_calibration_data_too():
-    """Batches of two shapes; pooled with another task's they keep their order, and a new shape begins a new batch."""
-    short, long = torch.arange(6.0).reshape(3, 2), torch.arange(12.0).reshape(4, 3)
-    one, other = Calibration.of([short, long]), Calibration.of([{"x": short}])
-    assert one.num_samples == 7
-    assert all(torch.equal(*pair) for pair in zip(one, (short, long), strict=True))
-    assert [len(batch) for batch in one.subset([0, 3, 1, 4, 5])] == [1, 1, 1, 2]
-    assert torch.equal(other.inputs(torch.tensor([2, 0]))["x"], short[[2, 0]])
-    both = pooled([one, Calibration.of([10 + long])])
-    assert both.part.tolist() == [0, 2, 0, 0, 2, 1, 2, 1, 1, 2, 1]
+def test_inputs_in_memory_are_batches_of_one_shape_in_their_order():
+    short = torch.arange(6.0).view(3, 2)
+    long = torch.arange(12.0).view(4, 3)
+    given = Calibration.of([short, long])
+    first, second = given
+    assert torch.equal(first, short)
+    assert torch.equal(second, long)
+    assert [len(batch) for batch in given.subset([0, 3, 1, 4, 5])] == [1, 1, 1, 2]
     with pytest.raises(DataError, match="to run together, expected one shape"):
-        both.inputs()
+        given.inputs()
+
+
+def test_inputs_in_memory_may_have_names():
+    short = torch.arange(6.0).view(3, 2)
+    named = Calibration.of([{"x": short}])
+    assert torch.equal(named.inputs(torch.tensor([2, 0]))["x"], short[[2, 0]])

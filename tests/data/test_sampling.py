@@ -1,22 +1,33 @@
+import pytest
 import torch
 
 from coin.data.sampling import Stream, make_generator, stratified_order
 
+COUNTS = [40, 20, 0, 10]
+LABELS = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))
+
+
+def drawn(*keys):
+    return torch.rand(3, generator=make_generator(*keys)).tolist()
+
 
 def test_streams_differ_and_repeat():
-    draws = {
-        keys: torch.rand(3, generator=make_generator(*keys)).tolist() for keys in [(0, 1), (1, 0), (0, 1, 0), (0, 2)]
-    }
-    assert len({tuple(draw) for draw in draws.values()}) == 4
-    assert torch.rand(3, generator=make_generator(0, 1)).tolist() == draws[0, 1]
+    draws = [drawn(0, 1), drawn(1, 0), drawn(0, 1, 0), drawn(0, 2)]
+    assert len(set(map(tuple, draws))) == 4
+    assert drawn(0, 1) == draws[0]
     assert len(set(Stream)) == len(Stream.__members__)
 
 
-def test_every_prefix_of_a_stratified_order_is_in_proportion():
-    labels = torch.tensor([0] * 40 + [1] * 20 + [3] * 10)
-    order = stratified_order(labels, make_generator(0))
+@pytest.mark.parametrize("stop", range(1, 71))
+def test_every_prefix_of_a_stratified_order_is_in_proportion(stop):
+    order = stratified_order(LABELS, make_generator(0))
+    counts = LABELS[order[:stop]].bincount(minlength=4)
+    proportion = torch.tensor(COUNTS) * stop / 70
+    assert (counts - proportion).abs().max() <= 1
+
+
+def test_a_stratified_order_is_a_shuffle_by_the_generator():
+    order = stratified_order(LABELS, make_generator(0))
     assert sorted(order.tolist()) == list(range(70))
-    for stop in range(1, 71):
-        counts = torch.bincount(labels[order[:stop]], minlength=4)
-        assert (counts - torch.tensor([40, 20, 0, 10]) * stop / 70).abs().max() <= 1
-    assert not torch.equal(order, stratified_order(labels, make_generator(1)))
+    assert torch.equal(order, stratified_order(LABELS, make_generator(0)))
+    assert not torch.equal(order, stratified_order(LABELS, make_generator(1)))

@@ -14,58 +14,88 @@ def test_calibration_pools_each_tasks_own_samples_in_equal_shares(members):
     tasks = Tasks(members, samples_per_task=10, batch_size=6)
     pooled = tasks.calibration()
     assert [len(batch) for batch in pooled] == [6, 6, 6, 2]
-    for number, (name, task) in enumerate(members.items()):
-        own = task.calibration(10)
-        assert torch.equal(tasks.calibrations()[name].inputs(), own.inputs())
-        assert torch.equal(pooled.inputs((pooled.part == number).nonzero().flatten()), own.inputs())
-    assert torch.bincount(pooled.part[:6]).tolist() == [3, 3]
+    assert pooled.part[:6].bincount().tolist() == [3, 3]
+    for part, (name, task) in enumerate(members.items()):
+        own = task.calibration(10).inputs()
+        torch.testing.assert_close(tasks.calibrations()[name].inputs(), own)
+        torch.testing.assert_close(pooled.inputs()[pooled.part == part], own)
+
+
+def test_without_a_seed_each_task_has_its_own(members):
+    tasks = Tasks(members)
+    assert [task.seed for task in tasks.tasks.values()] == [4, 5]
+    assert tasks.seed == 4
 
 
 def test_a_seed_draws_every_tasks_samples_anew_and_leaves_the_given_tasks_alone(members):
-    assert (list(Tasks(members).tasks), Tasks(members).seed) == (["b", "a"], 4)
     tasks = Tasks(members, samples_per_task=10, seed=9)
-    assert [tasks.seed, *(task.seed for task in tasks.tasks.values())] == [9, 9, 9]
+    assert tasks.seed == 9
     assert [task.seed for task in members.values()] == [4, 5]
     found = tasks.calibrations()["a"].inputs()
-    assert torch.equal(found, task_with(members["a"], seed=9).calibration(10).inputs())
+    expected = task_with(members["a"], seed=9).calibration(10).inputs()
+    torch.testing.assert_close(found, expected)
     assert not torch.equal(found, members["a"].calibration(10).inputs())
 
 
-def test_two_processes_share_samples_without_repeats_in_the_order_of_the_data(members, on_process):
-    def pair(**options):
-        own = [{name: task_with(task) for name, task in members.items()} for _ in range(2)]
-        return [on_process(Tasks(own[rank], 11, 4, **options), rank, 2) for rank in range(2)]
-
-    ranks = pair()
-    for place, task in enumerate(members.values()):
-        images, labels = task.splits.test[:]
-        for rank, tasks in enumerate(ranks):
-            own_images, own_labels = (torch.cat(parts) for parts in zip(*tasks.test_dataloader()[place], strict=True))
-            assert torch.equal(own_images, images[rank::2])
-            assert torch.equal(own_labels, labels[rank::2])
+def test_tasks_take_the_networks_image_size_and_make_inputs_of_it(members):
+    tasks = Tasks(members, samples_per_task=5)
+    tasks.resize(24)
+    assert tasks.calibration().inputs().shape == (10, 3, 24, 24)
+    for place, loader in enumerate(tasks.test_dataloader()):
+        images, labels = next(iter(loader))
+        inputs, same = tasks.on_after_batch_transfer((images, labels), place)
+        assert inputs.shape[1:] == (3, 24, 24)
+        assert torch.equal(same, labels)
 
 
-def test_calibration_and_promise_samples_are_equal_on_any_number_of_processes(members, on_process):
-    expected = Tasks(members, samples_per_task=11, promise_samples=5)
-    for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
+def on_each_process(members, on_process, world, **options):
+    """Return the tasks as the processes of a Trainer see them."""
+    found = []
+    for rank in range(world):
         own = {name: task_with(task) for name, task in members.items()}
-        tasks = on_process(Tasks(own, samples_per_task=11, promise_samples=5), rank, world)
-        assert torch.equal(tasks.calibration().inputs(), expected.calibration().inputs())
-        assert torch.equal(tasks.promise_samples().inputs(), expected.promise_samples().inputs())
+        found.append(on_process(Tasks(own, **options), rank, world))
+    return found
 
 
-def test_options_are_checked_at_construction(members):
-    wrong = {"samples_per_task": 0, "batch_size": 0, "seed": -1, "promise_samples": -1}
-    for name, value in wrong.items():
-        with pytest.raises(ConfigurationError, match=f"found {name}={value}, expected"):
-            Tasks(members, **{name: value})
+def test_processes_share_the_test_samples_without_repeats_in_the_order_of_the_data(members, on_process):
+    for rank, tasks in enumerate(on_each_process(members, on_process, 2)):
+        for task, loader in zip(members.values(), tasks.test_dataloader(), strict=True):
+            images, labels = task.splits.test[:]
+            found = list(loader)
+            assert torch.equal(torch.cat([batch for batch, _ in found]), images[rank::2])
+            assert torch.equal(torch.cat([of_batch for _, of_batch in found]), labels[rank::2])
 
 
-def test_tasks_that_do_not_fit_are_refused(members, synthetic):
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_calibration_and_promise_samples_are_equal_on_every_process(world, members, on_process):
+    options = {"samples_per_task": 11, "promise_samples": 5}
+    expected = Tasks(members, **options)
+    for tasks in on_each_process(members, on_process, world, **options):
+        torch.testing.assert_close(tasks.calibration().inputs(), expected.calibration().inputs())
+        torch.testing.assert_close(tasks.promise_samples().inputs(), expected.promise_samples().inputs())
+
+
+def test_nothing_is_promised_without_samples_for_it(members):
+    assert Tasks(members).promise_samples() is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("samples_per_task", 0), ("batch_size", 0), ("seed", -1), ("promise_samples", -1)],
+)
+def test_options_are_checked_at_construction(option, value, members):
+    with pytest.raises(ConfigurationError, match=f"found {option}={value}, expected"):
+        Tasks(members, **{option: value})
+
+
+def test_no_tasks_are_refused():
     with pytest.raises(DataError, match="found no tasks"):
         Tasks({})
+
+
+def test_tasks_of_different_image_sizes_or_with_too_few_samples_are_refused(members, synthetic):
+    larger = {**members, "c": synthetic(image_size=32)}
     with pytest.raises(DataError, match=r"have the image sizes \[16, 32\]; expected one common size"):
-        Tasks({"b": members["b"], "c": synthetic(image_size=32)}, samples_per_task=5).calibration()
-    told = "found 33 calibration samples of b, expected at most 32, its split's size; lower samples_per_task"
-    with pytest.raises(DataError, match=told):
+        Tasks(larger, samples_per_task=5).calibration()
+    with pytest.raises(DataError, match="found 33 calibration samples of b, expected at most 32"):
         Tasks(members, samples_per_task=33).calibration()

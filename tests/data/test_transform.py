@@ -6,23 +6,27 @@ from coin.data import Augmentation, to_input
 from coin.data.transform import View, augmented, draw_augmentation
 from coin.errors import DataError
 
-MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-IMAGES = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(3, 1, 1)
 
 
-def test_values_are_scaled_and_normalised():
-    expected = (IMAGES.double() / 255 - MEAN.double()) / STD.double()
-    x = to_input(IMAGES, 16)
-    assert x.dtype == torch.float32
-    torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(to_input(IMAGES[:, :1], 16), to_input(IMAGES[:, :1].expand(5, 3, 16, 16), 16))
+def random_images(count, *shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_are_scaled_and_normalised(channels):
+    images = random_images(5, channels, 16, 16)
+    expected = (images.double() / 255 - MEAN) / STD
+    torch.testing.assert_close(to_input(images, 16), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_halving_is_antialiased():
     stripes = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    grey = (to_input(stripes, 8) * STD + MEAN)[..., 2:-2]
-    assert (grey - 0.5).abs().max() < 0.05
+    grey = to_input(stripes, 8) * STD + MEAN
+    assert (grey[..., 2:-2] - 0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -39,14 +43,28 @@ def test_tokens_are_inputs_already():
     assert to_input(tokens, 32) is tokens
 
 
+def expected_view(kind, image, top, left, flip):
+    """Return one image, uint8 [C, 16, 24], as it is augmented."""
+    if kind is Augmentation.none:
+        return image
+    mode = "replicate" if kind is Augmentation.shift else "constant"
+    padded = F.pad(image.float(), (3, 3, 2, 2), mode=mode).byte()
+    crop = padded[:, top : top + 16, left : left + 24]
+    is_flipped = flip and kind is Augmentation.crop_flip
+    return crop.flip(2) if is_flipped else crop
+
+
 @pytest.mark.parametrize("kind", list(Augmentation))
-def test_augmentation_equals_cropping_one_by_one(kind):
-    given = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
-    assert set(draws[:, 0].tolist()) <= set(range(5))
-    assert set(draws[:, 2].tolist()) == {0, 1}
-    padded = F.pad(given.float(), (3, 3, 2, 2), mode="replicate" if kind is Augmentation.shift else "constant").byte()
-    result = augmented(given, View(kind, 0, 0), torch.arange(40), 40)
-    for image, own, (top, left, flip), got in zip(padded, given, draws.tolist(), result, strict=True):
-        expected = own if kind is Augmentation.none else image[:, top : top + 16, left : left + 24]
-        assert torch.equal(got, expected.flip(2) if flip and kind is Augmentation.crop_flip else expected)
+def test_augmentation_is_a_crop_of_each_sample_by_its_own_draw(kind):
+    images = random_images(40, 3, 16, 24)
+    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0).tolist()
+    places = torch.arange(40).flip(0)
+    found = augmented(images[places], View(kind, seed=0, epoch=0), places, samples=40)
+    for place, image in zip(places.tolist(), found, strict=True):
+        assert torch.equal(image, expected_view(kind, images[place], *draws[place]))
+
+
+@pytest.mark.parametrize(("column", "choices"), [(0, 5), (1, 7), (2, 2)])
+def test_draws_are_all_crops_and_flips(column, choices):
+    draws = draw_augmentation(400, 16, 24, seed=0, epoch=0)[:, column]
+    assert draws.unique().tolist() == list(range(choices))

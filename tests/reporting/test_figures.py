@@ -1,6 +1,5 @@
 """The figure stays legible: all text inside, both axes labelled, one colour a method; also with many of everything."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pandas as pd
@@ -10,57 +9,61 @@ from matplotlib.text import Text
 
 from coin.reporting import standins
 from coin.reporting.figures import as_png, method_colour, nda_against_memory
-from tests.reporting.conftest import frame
-
-Measure = Callable[..., tuple[list, dict]]
+from tests.reporting.conftest import frame, measured
 
 
-def kept_of(measure: Measure, methods: int = 0) -> pd.DataFrame:
-    rows = [row for seed in (0, 1) for row in measure(seed)[0]]
-    rows += [
-        replace(row, method=f"method_number_{i}", nda=row.nda - i / 1000, memory_mib=1.3**i)
-        for row in rows
-        if row.method == "average"
-        for i in range(methods)
-    ]
-    return standins(frame(*rows))
+def kept(methods: int) -> pd.DataFrame:
+    """Return stand-ins, with so many more methods."""
+    rows = [*measured(0), *measured(1)]
+    linear = [each for each in rows if (each.method, each.decoder) == ("average", "linear")]
+    for number in range(methods):
+        for each in linear:
+            nda = each.nda - number / 1000
+            rows.append(replace(each, method=f"method_number_{number}", nda=nda, memory_mib=1.3**number))
+    return standins(frame(rows))
 
 
-def check(figure: Figure) -> None:
-    """Everything that is written is inside the figure, and every axis says what it is."""
-    figure.draw_without_rendering()
+def texts(figure: Figure) -> list[Text]:
+    """Return what is written in a figure, but for ticks: beyond the limits there are labels too, unseen."""
     (axes,) = figure.axes
-    # Beyond the limits there are labels too, unseen.
-    ticks = {label for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()}
-    for text in figure.findobj(Text):
-        if text not in ticks and text.get_visible() and text.get_text().strip():
-            box = text.get_window_extent()
-            assert min(box.x0, box.y0) >= -1, text
-            assert box.x1 <= figure.bbox.x1 + 1, text
-            assert box.y1 <= figure.bbox.y1 + 1, text
-    assert axes.get_window_extent().height > 150
-    assert axes.get_xlabel()
-    assert axes.get_ylabel()
+    ticks = {*axes.xaxis.get_ticklabels(), *axes.yaxis.get_ticklabels()}
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [text for text in found if text not in ticks]
 
 
 @pytest.mark.parametrize("methods", [0, 21])
-def test_all_are_named_by_rank(measure: Measure, methods: int):
-    kept = kept_of(measure, methods)
-    kept.loc[kept["method"] == "none", "memory_mib"] = 0.1
-    figure = nda_against_memory(kept, 11.0)
-    check(figure)
-    assert "in networks" in figure.axes[0].get_xlabel()
-    (legend,) = figure.legends
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert len(texts) == len(kept)
-    best = kept.loc[kept["nda_mean"].idxmax()]
-    assert texts[0] == f"{100 * best['nda_mean']:.1f}  {best['method']}, {best['decoder']}"
-    numbers = [float(text.partition(" ")[0]) for text in texts]
-    assert numbers == sorted(numbers, reverse=True)
+def test_everything_is_inside_the_figure_and_every_axis_says_what_it_is(methods: int) -> None:
+    figure = nda_against_memory(kept(methods))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    for text in texts(figure):
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+        assert box.y1 <= figure.bbox.y1 + 1, text
+    assert axes.get_window_extent().height > 150
+    assert "in MiB" in axes.get_xlabel()
+    assert "NDA" in axes.get_ylabel()
 
 
-def test_a_method_has_one_colour(measure: Measure):
+def test_the_legend_names_all_the_best_first() -> None:
+    stand_ins = kept(3)
+    (legend,) = nda_against_memory(stand_ins).legends
+    best_first = stand_ins.sort_values("nda_mean", ascending=False, kind="stable")
+    expected = [f"{100 * each.nda_mean:.1f}  {each.method}, {each.decoder}" for each in best_first.itertuples()]
+    assert [text.get_text() for text in legend.get_texts()] == expected
+
+
+def test_memory_is_in_networks_where_their_size_is_given() -> None:
+    stand_ins = kept(0)
+    (axes,) = nda_against_memory(stand_ins, 11.0).axes
+    assert "in networks" in axes.get_xlabel()
+    drawn = sorted(container.lines[0].get_xdata()[0] for container in axes.containers)
+    assert drawn == pytest.approx(sorted(stand_ins.memory_mib / 11.0))
+
+
+def test_a_method_has_one_colour() -> None:
     names = ("average", "coin", "distillation", "none", "refit", "replica-3bit")
     assert len({method_colour(name) for name in names}) == len(names)
     assert method_colour("coin") == method_colour("coin-recalibrate")
-    assert as_png(nda_against_memory(kept_of(measure)), 50).startswith(b"\x89PNG")
+    assert as_png(nda_against_memory(kept(0)), 50).startswith(b"\x89PNG")

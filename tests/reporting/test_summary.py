@@ -3,8 +3,9 @@
 import json
 import math
 import statistics
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,103 +14,129 @@ from coin.errors import FileError
 from coin.reporting import experts, standins, summarise
 from coin.reporting.results import Row, write_results
 from coin.reporting.summary import seed_folders, write_summary
-from tests.reporting.conftest import BASE, frame
+from tests.reporting.conftest import frame, row
 
 
-def row(seed: int, task: str, nda: float, erased: str = "", **changes: object) -> Row:
-    own = {"decoded_accuracy": 0.9 * nda, "agreement": nda / 2, "residual": 1 - nda, "memory_mib": 2.0}
-    return replace(BASE, seed=seed, task=task, nda=nda, erased=erased or task, **{**own, **changes})  # type: ignore
+def rows_of(ndas: dict[str, Sequence[float]], **changes: Any) -> list[Row]:
+    """Return a row for every task's NDA in each seed."""
+    found = []
+    for task, values in ndas.items():
+        for seed, nda in enumerate(values):
+            found.append(row(nda, task, seed=seed, residual=1 - nda, **changes))
+    return found
 
 
 def pick(summary: pd.DataFrame, **where: object) -> pd.Series:
+    """Return the one row of a summary that has these values."""
     for name, value in where.items():
         summary = summary[summary[name] == value]
     assert len(summary) == 1
     return summary.iloc[0]
 
 
-def test_mean_and_spread_over_seeds_and_tasks():
-    ndas = {"a": [0.8, 0.9, 0.97], "b": [0.7, 0.95, 0.6]}
-    rows = frame(*(row(seed, task, ndas[task][seed]) for seed in range(3) for task in "ab"))
-    summary = summarise(rows)
-    assert len(summary) == 3
-    for task, values in ndas.items():
-        found = pick(summary, task=task, erased=task)
-        assert found["seeds"] == 3
-        assert found["nda_mean"] == pytest.approx(statistics.fmean(values), rel=1e-14)
-        assert found["nda_std"] == pytest.approx(statistics.stdev(values), rel=1e-14)
-        assert found["residual_mean"] == pytest.approx(1 - statistics.fmean(values), rel=1e-14)
-    per_seed = [statistics.fmean(pair) for pair in zip(*ndas.values(), strict=True)]
-    mean = pick(summary, task="mean", erased="1 of 2")
-    for found in (mean, standins(rows).iloc[0]):
-        assert found["nda_mean"] == pytest.approx(statistics.fmean(per_seed), rel=1e-14)
-        assert found["nda_std"] == pytest.approx(statistics.stdev(per_seed), rel=1e-14)  # no mean of the tasks' spreads
-    assert experts(rows).loc["a", ["seeds", "mean", "spread"]].tolist() == [3, pytest.approx(0.9), pytest.approx(0)]
+UNEVEN = {"a": [0.8, 0.9, 0.97], "b": [0.7, 0.95, 0.6]}
+MEANS = [0.75, 0.925, 0.785]  # of the tasks, by seed
 
 
-def test_one_seed_has_no_spread_and_an_empty_field(tmp_path: Path):
-    write_results(tmp_path / "seed-0", [row(0, "a", 0.9), row(0, "b", 0.8)], {})
-    summary = write_summary(tmp_path)
-    assert summary["nda_std"].isna().all()
-    assert "nan" not in (tmp_path / "summary.csv").read_text(encoding="utf-8").lower()
+@pytest.mark.parametrize(("task", "ndas"), [*UNEVEN.items(), ("mean", MEANS)])
+def test_mean_and_spread_are_over_seeds_after_the_tasks(task: str, ndas: list[float]) -> None:
+    found = pick(summarise(frame(rows_of(UNEVEN))), task=task, erased="1 of 2" if task == "mean" else task)
+    assert found.seeds == 3
+    assert found.nda_mean == pytest.approx(statistics.fmean(ndas), rel=1e-14)
+    assert found.nda_std == pytest.approx(statistics.stdev(ndas), rel=1e-14)
+    assert found.residual_mean == pytest.approx(1 - statistics.fmean(ndas), rel=1e-14)
 
 
-def test_nan_is_never_left_out_of_a_mean():
-    ndas = {("a", 0): math.nan, ("a", 1): 0.9, ("b", 0): 0.8, ("b", 1): 0.7}
-    rows = frame(*(row(seed, task, nda) for (task, seed), nda in ndas.items()))
-    summary = summarise(rows)
+def test_a_stand_ins_mean_and_spread_are_the_summarys_and_its_worst_task_is_over_seeds_too() -> None:
+    (kept,) = standins(frame(rows_of(UNEVEN, resident_mib=5.0))).itertuples()
+    assert kept.nda_mean == pytest.approx(statistics.fmean(MEANS), rel=1e-14)
+    assert kept.nda_std == pytest.approx(statistics.stdev(MEANS), rel=1e-14)
+    assert kept.worst_task == "b"
+    assert kept.nda_worst == pytest.approx(statistics.fmean(UNEVEN["b"]), rel=1e-14)
+    assert (kept.memory_mib, kept.resident_mib) == (1.0, 5.0)
+
+
+def test_a_stand_in_counts_as_no_more_accurate_than_the_expert() -> None:
+    (kept,) = standins(frame(rows_of({"a": [1.2], "b": [1.1]}))).itertuples()
+    assert kept.nda_worst == 1.0
+    assert kept.nda_mean == pytest.approx(1.15)
+
+
+def test_the_oracle_has_no_memory_and_is_there_where_it_is_asked_for() -> None:
+    rows = [*rows_of(UNEVEN), *rows_of(UNEVEN, method="oracle", memory_mib=math.nan)]
+    assert standins(frame(rows)).method.tolist() == ["coin"]
+    assert standins(frame(rows), oracle=True).method.tolist() == ["coin", "oracle"]
+
+
+def test_the_experts_own_accuracies_are_over_seeds() -> None:
+    own = experts(frame(rows_of(UNEVEN)))
+    assert own.loc["a"].tolist() == [3, pytest.approx(0.9), pytest.approx(0)]
+
+
+def test_one_seed_has_no_spread_and_an_empty_field(written: Any) -> None:
+    folder = written(rows_of({"a": [0.9], "b": [0.8]}))
+    assert write_summary(folder).nda_std.isna().all()
+    text = (folder / "summary.csv").read_text(encoding="utf-8")
+    assert "nan" not in text.lower()
+    header = text.partition("\n")[0].split(",")
+    assert {"seeds", "nda_mean", "nda_std", "memory_mib_mean"} < set(header)
+
+
+def test_nan_is_never_left_out_of_a_mean() -> None:
+    rows = rows_of({"a": [math.nan, 0.9], "b": [0.8, 0.7]})
+    summary = summarise(frame(rows))
     for task in ("a", "mean"):
-        assert math.isnan(pick(summary, task=task)["nda_mean"])
-        assert math.isnan(pick(summary, task=task)["nda_std"])
-    assert pick(summary, task="b")["nda_mean"] == pytest.approx(0.75)
-    assert standins(rows).empty
+        found = pick(summary, task=task)
+        assert math.isnan(found.nda_mean)
+        assert math.isnan(found.nda_std)
+    assert pick(summary, task="b").nda_mean == pytest.approx(0.75)
+    assert standins(frame(rows)).empty
 
 
-def test_larger_erasures_are_grouped_by_their_size():
-    single = [row(0, task, 0.9) for task in "abc"]
+def test_larger_erasures_are_grouped_by_their_size() -> None:
+    rows = rows_of({"a": [0.9], "b": [0.9], "c": [0.9]})
     lost = {"a+b": (0.8, 0.6), "a+c": (0.5, 0.7), "b+c": (0.2, 0.3)}
-    pairs = [row(0, e[2 * i], ndas[i], erased=e, code_row="0+1") for e, ndas in lost.items() for i in (0, 1)]
-    summary = summarise(frame(*single, *pairs))
+    for erased, ndas in lost.items():
+        for task, nda in zip(erased.split("+"), ndas, strict=True):
+            rows.append(row(nda, task, erased=erased, code_row="0+1"))
     mean = statistics.fmean([0.8, 0.6, 0.5, 0.7, 0.2, 0.3])
-    for erased, nda in (("1 of 3", 0.9), ("2 of 3", mean)):
-        assert pick(summary, task="mean", erased=erased)["nda_mean"] == pytest.approx(nda)
-    assert pick(summary, task="a", erased="a+c")["nda_mean"] == 0.5
-    (kept,) = standins(frame(*single, *pairs)).to_dict("records")
-    assert (kept["nda_mean"], kept["nda_2_lost"]) == (pytest.approx(0.9), pytest.approx(mean))
+    summary = summarise(frame(rows))
+    assert pick(summary, task="mean", erased="1 of 3").nda_mean == pytest.approx(0.9)
+    assert pick(summary, task="mean", erased="2 of 3").nda_mean == pytest.approx(mean)
+    assert pick(summary, task="a", erased="a+c").nda_mean == 0.5
+    (kept,) = standins(frame(rows)).to_dict("records")
+    assert kept["nda_mean"] == pytest.approx(0.9)
+    assert kept["nda_2_lost"] == pytest.approx(mean)
 
 
-def test_seeds_that_chose_differently_are_one_variant():
-    rows = [row(seed, "a", 0.8 + seed / 10, batchnorm=f"auto:{took}") for seed, took in enumerate(("average", "same"))]
-    found = pick(summarise(frame(*rows)), task="mean", batchnorm="auto")
-    assert (found["seeds"], found["nda_mean"]) == (2, pytest.approx(0.85))
-    assert standins(frame(*rows))["nda_mean"].tolist() == [pytest.approx(0.85)]
+def test_seeds_that_chose_differently_are_one_variant() -> None:
+    rows = [row(0.8, seed=0, batchnorm="auto:average"), row(0.9, seed=1, batchnorm="auto:same")]
+    found = pick(summarise(frame(rows)), task="mean", batchnorm="auto")
+    assert found.seeds == 2
+    assert found.nda_mean == pytest.approx(0.85)
+    assert standins(frame(rows)).nda_mean.tolist() == [pytest.approx(0.85)]
 
 
-def test_the_seeds_of_the_last_run_are_read_or_all_where_none_has_ended(tmp_path: Path):
-    for seed in (10, 2, 0):
-        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], {})
-    assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-0", "seed-2", "seed-10"]
-    (tmp_path / "seeds.json").write_text(json.dumps({"seeds": [10, 2]}))
-    assert [folder.name for folder in seed_folders(tmp_path)] == ["seed-2", "seed-10"]
-    assert seed_folders(tmp_path / "seed-0") == [tmp_path / "seed-0"]
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """An experiment's folder with three seeds, of which the last one has other options."""
+    for seed, rate in ((10, 0.1), (2, 0.1), (0, 0.3)):
+        write_results(tmp_path / f"seed-{seed}", [row(0.9, seed=seed)], {"expert": {"lr": rate}, "seeds": [seed]})
+    return tmp_path
 
 
-def test_seeds_of_different_options_are_not_averaged(tmp_path: Path):
-    for seed, rate in ((0, 0.1), (1, 0.1), (2, 0.3)):
-        options = {"expert": {"lr": rate}, "seeds": [seed]}
-        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.9)], options)
+def test_seeds_of_different_options_are_not_averaged(seeds: Path) -> None:
     with pytest.raises(FileError, match="measured with different options"):
-        seed_folders(tmp_path)
-    (tmp_path / "seeds.json").write_text(json.dumps({"seeds": [0, 1]}))
-    assert len(seed_folders(tmp_path)) == 2
+        seed_folders(seeds)
+    assert seed_folders(seeds / "seed-0") == [seeds / "seed-0"]
 
 
-def test_what_may_be_kept_has_the_worst_task_over_seeds_too():
-    ndas = {("a", 0): 0.9, ("a", 1): 0.7, ("b", 0): 0.85, ("b", 1): 0.95}
-    rows = [row(seed, task, nda, resident_mib=5.0) for (task, seed), nda in ndas.items()]
-    oracle = [replace(each, method="oracle", memory_mib=math.nan) for each in rows]
-    (kept,) = standins(frame(*rows, *oracle)).to_dict("records")
-    assert (kept["worst_task"], kept["memory_mib"], kept["resident_mib"]) == ("a", 2.0, 5.0)
-    assert (kept["nda_worst"], kept["nda_mean"]) == (pytest.approx(0.8), pytest.approx(0.85))
-    every = standins(frame(*rows, *oracle), oracle=True)
-    assert every["method"].tolist() == ["coin", "oracle"]
+def test_the_seeds_of_the_last_run_are_read_in_their_order(seeds: Path) -> None:
+    (seeds / "seeds.json").write_text(json.dumps({"seeds": [10, 2]}))
+    assert [folder.name for folder in seed_folders(seeds)] == ["seed-2", "seed-10"]
+
+
+def test_all_rows_that_somebody_has_kept_are_read(seeds: Path) -> None:
+    for file in seeds.glob("*/results.json"):
+        file.unlink()
+    assert [folder.name for folder in seed_folders(seeds)] == ["seed-0", "seed-2", "seed-10"]

@@ -72,6 +72,7 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
     assert not squeue(login)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--signal=KILL", "--full"]], ids=["cancelled", "killed"])
 def test_a_job_that_has_ended_early_is_told_of(
     how: list[str], config: Path, login: dict[str, str], tmp_path: Path
