@@ -1,7 +1,6 @@
 """Adapters against regressions written out, and bodies with adapters from the fit to a file and a coded system."""
 
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,28 +267,6 @@ def test_networks_that_are_nothing_but_a_head_have_empty_adapters():
     heads = [nn.Linear(4, 3) for _ in range(2)]
     adapted = fit_adapters(heads[0], heads, [[torch.randn(5, 4)]] * 2)
     assert [each.nbytes for each in adapted.adapters] == [0, 0]
-
-
-class Raw(nn.Module):
-    """A network that is called otherwise, wrapped: of a tensor by name it makes the inputs that it wants."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, raw):
-        return SimpleNamespace(logits=self.network((raw - 30) / 20))
-
-
-def test_a_wrapped_network_is_fitted_as_its_own_is():
-    experts, inputs = make_experts(maps)
-    named = [[{"raw": 30 + 20 * batch}] for (batch,) in inputs]
-    direct = [[(batch[0]["raw"] - 30) / 20] for batch in named]
-    own = fit_adapters(experts[0], experts, direct, rank=2)
-    wrapped = [Raw(expert) for expert in experts]
-    found = fit_adapters(wrapped[0], wrapped, named, rank=2)
-    expected = own(direct[1][0], experts=1)
-    assert torch.equal(found(**named[1][0], experts=1).logits, expected)
 
 
 # A coded system whose coded model is a body

@@ -341,13 +341,6 @@ def test_options_are_checked_at_construction(make, message):
         make()
 
 
-@pytest.mark.parametrize("start", ["refined", "ties", "distillation", "user_method", 3])
-def test_a_start_of_distillation_is_a_closed_form_by_its_name(start):
-    message = r"^found start=.*, expected one of auto, average, head_fit, coin, re"
-    with pytest.raises(ConfigurationError, match=message):
-        coin.Distillation(start=start)
-
-
 @pytest.mark.parametrize("label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"])
 def test_a_label_that_cannot_name_results_and_files_is_refused(label):
     with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
