@@ -57,6 +57,16 @@ def measure(make_trainer: Callable[..., Trainer], tasks: Tasks) -> Callable[...,
     return run
 
 
+@pytest.fixture
+def measure_rows(measure: Callable[..., list[Measurement]]) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that runs an evaluator and returns the columns of what it has measured."""
+
+    def run(*arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        return [each.columns for each in measure(*arguments, **options)]
+
+    return run
+
+
 def networks_of(paths: Any) -> list[nn.Module]:
     """Return the networks of files."""
     return [load_network(Path(path)).network for path in paths]

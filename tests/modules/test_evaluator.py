@@ -34,6 +34,10 @@ EVERY = ["linear", "ridge", "feature_ridge", "expert_head"]
 WITH_SURVIVORS = EVERY[:3]
 
 
+def networks_of(paths):
+    return [load_network(Path(path)).network for path in paths]
+
+
 class ByHand:
     """What all networks answer to the calibration samples and to the whole test sets, and numbers of these."""
 
@@ -47,7 +51,7 @@ class ByHand:
             images, labels = task.splits.test[:]
             self.tests.append(answers_to(to_input(images, 16)))
             self.labels.append(labels)
-        self.heads = linear_heads([load_network(Path(path)).network for path in experts.values()])
+        self.heads = linear_heads(networks_of(experts.values()))
 
     def seen(self, method, answers):
         """Return the answers in a method's system."""
@@ -131,15 +135,13 @@ def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, coded,
     assert kinds == dict.fromkeys(every, 3 + 3 * 2)
 
 
-def test_what_a_method_keeps(experts, coded, measure):
-    measured = measure(DecodingEvaluator(experts, coded, EVERY))
+def test_what_a_method_keeps(experts, coded, measure_rows):
     kept = {}
-    for each in measured:
-        row = each.columns
+    for row in measure_rows(DecodingEvaluator(experts, coded, EVERY)):
         kept[row["method"], row["decoder"]] = row["memory_mib"] * 2**20
-    networks = [load_network(Path(path)).network for path in coded]
+    networks = networks_of(coded)
     whole = sum(tensor.nbytes for each in networks for tensor in each.state_dict().values())
-    heads = [load_network(Path(path)).network.fc for path in experts.values()]
+    heads = [network.fc for network in networks_of(experts.values())]
     of_heads = sum(tensor.nbytes for each in heads for tensor in each.state_dict().values())
     assert kept["average", "linear"] == whole
     assert kept["average", "expert_head"] == whole + of_heads + 3 * 8  # and their class counts
@@ -152,7 +154,7 @@ def test_what_a_method_keeps(experts, coded, measure):
 @pytest.fixture
 def body(experts, write_coded, tasks, small_config):
     """The file of a body with adapters."""
-    networks = [load_network(Path(path)).network for path in experts.values()]
+    networks = networks_of(experts.values())
     inputs = [[task.inputs()] for task in tasks.calibrations().values()]
     method = Average(adapters={"rank": 1})
     made = method.coded_model(Experts(networks, calibration=inputs), [1 / 3] * 3)
@@ -204,16 +206,18 @@ def spoil(network, arguments):
 
 
 @pytest.mark.parametrize("change", ["little memory", "inputs changed in place"])
-def test_numbers_are_the_same_whatever_is_held_and_whatever_networks_do(change, experts, coded, body, copies, measure):
+def test_numbers_are_the_same_whatever_is_held_and_whatever_networks_do(
+    change, experts, coded, body, copies, measure_rows
+):
     files = [*coded, body]
     numbers = []
     for is_changed in (False, True):
         memory_mib = 0 if is_changed and change == "little memory" else None
-        evaluator = DecodingEvaluator(experts, files, EVERY, PAIR, copies, memory_mib=memory_mib)
+        evaluator = DecodingEvaluator(experts, files, WITH_SURVIVORS, PAIR, copies, memory_mib=memory_mib)
         if is_changed and memory_mib is None:
             for network in evaluator.networks.networks(range(9)).values():
                 network.register_forward_pre_hook(spoil, prepend=True)
-        rows = [dict(each.columns) for each in measure(evaluator)]
+        rows = measure_rows(evaluator)
         for row in rows:
             row.pop("decoder_seconds")
         numbers.append(rows)
@@ -222,52 +226,51 @@ def test_numbers_are_the_same_whatever_is_held_and_whatever_networks_do(change, 
     assert labels == {"average", "average+rank1", "none", "oracle", "replica-4bit"}
 
 
-def test_copies_are_held_as_stored_and_the_largest_whole(experts, copies, measure):
-    measured = measure(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies))
-    networks = [load_network(Path(copy)).network for copy in copies]
-    whole = max(map(resident_nbytes, networks))
-    assert [each.columns["task"] for each in measured] == list(experts)
-    for each in measured:
-        row = each.columns
+def test_copies_are_held_as_stored_and_the_largest_whole(experts, copies, measure_rows):
+    rows = measure_rows(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies))
+    whole = max(map(resident_nbytes, networks_of(copies)))
+    assert [row["task"] for row in rows] == list(experts)
+    for row in rows:
         assert (row["decoder"], row["forwards"], row["losses"], row["code_row"]) == ("replica", 1, 3, "")
         assert (row["resident_mib"] - row["memory_mib"]) * 2**20 == pytest.approx(whole)
 
 
-def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, measure, tmp_path):
+def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, measure_rows, tmp_path):
     experts["task2"] = shutil.copy(experts["task0"], tmp_path / "equal")
     copies = []
     for task, path in experts.items():
         copies.append(str(tmp_path / task))
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=8, base_bits=0))
-    measured = measure(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies))
-    assert [each.columns["task"] for each in measured] == list(experts)
+    rows = measure_rows(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies))
+    assert [row["task"] for row in rows] == list(experts)
     with pytest.raises(FileError, match="task1' is not a compressed copy of these experts, or a second one"):
         DecodingEvaluator(experts, replicas=[copies[1], copies[1]])
 
 
 @pytest.mark.parametrize("decoders", [["linear", "ridge"], ["linear", "expert_head"]])
-def test_the_survivors_alone_are_measured_asked_for_or_not(decoders, experts, measure):
+def test_the_survivors_alone_are_measured_asked_for_or_not(decoders, experts, measure_rows):
     evaluator = DecodingEvaluator(experts, decoders=decoders)
     torch.testing.assert_close(evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64))
-    measured = [each.columns for each in measure(evaluator)]
-    found = Counter((row["method"], row["decoder"]) for row in measured)
+    found = Counter((row["method"], row["decoder"]) for row in measure_rows(evaluator))
     assert found == {("none", "ridge"): 3, ("oracle", "linear"): 3}
 
 
-def test_the_loss_of_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, measure):
+def test_the_loss_of_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, measure_rows):
     pair = write_experts([3, 3])
     data = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, samples_per_task=20)
     evaluator = DecodingEvaluator(pair, write_coded([[0.7, 0.3], [0.3, 0.7]], pair), ["ridge"])
-    measured = [each.columns for each in measure(evaluator, data)]
-    erased = {(row["method"], row["erased"]) for row in measured}
+    rows = measure_rows(evaluator, data)
+    erased = {(row["method"], row["erased"]) for row in rows}
     assert erased == {
         ("average", "task0"), ("average", "task1"), ("average", "task0+task1"), ("none", "task0"), ("none", "task1"),
     }  # fmt: skip
-    losses = {row["method"]: row["losses"] for row in measured}
+    losses = {row["method"]: row["losses"] for row in rows}
     assert losses == {"average": 2, "none": 1}
 
 
-def test_heads_that_do_not_give_the_logits_are_left_out_unless_they_are_asked_for(experts, coded, measure):
+def test_heads_that_do_not_give_the_logits_are_left_out_unless_they_are_asked_for(
+    experts, coded, measure, measure_rows
+):
     every = DecodingEvaluator(experts, coded)
     named = DecodingEvaluator(experts, coded, ["expert_head", "linear"])
     for evaluator in (every, named):
@@ -276,8 +279,8 @@ def test_heads_that_do_not_give_the_logits_are_left_out_unless_they_are_asked_fo
     with pytest.raises(HeadError, match="are not its head 'fc'"):
         measure(named)
     with pytest.warns(CoinWarning, match=r"^expert_head is left out: the logits of [^\n]*$"):
-        measured = measure(every)
-    assert {each.columns["decoder"] for each in measured} == set(WITH_SURVIVORS)
+        rows = measure_rows(every)
+    assert {row["decoder"] for row in rows} == set(WITH_SURVIVORS)
 
 
 TAKEN = {"batchnorm": "recalibrate", "fisher_data": "pooled"}
@@ -473,21 +476,21 @@ class HeadType:
             self.found.append(output.dtype)
 
 
-def test_networks_are_evaluated_in_bf16_and_decoded_in_full(experts, coded, measure):
+def test_networks_are_evaluated_in_bf16_and_decoded_in_full(experts, coded, measure_rows):
     types = HeadType()
     hook = nn.modules.module.register_module_forward_hook(types)
     try:
-        mixed = measure(DecodingEvaluator(experts, coded, EVERY), precision="bf16-mixed")
+        mixed = measure_rows(DecodingEvaluator(experts, coded, EVERY), precision="bf16-mixed")
     finally:
         hook.remove()
     assert types.found[:3] == [torch.float32] * 3, "heads are checked in full"
     assert set(types.found[3:]) == {torch.bfloat16}, "the calibration samples' answers too"
-    full = measure(DecodingEvaluator(experts, coded, EVERY))
-    found = [each.columns["residual"] for each in mixed]
-    expected = [each.columns["residual"] for each in full]
+    full = measure_rows(DecodingEvaluator(experts, coded, EVERY))
+    found = [row["residual"] for row in mixed]
+    expected = [row["residual"] for row in full]
     assert found != expected
     assert found == pytest.approx(expected, rel=0.05, nan_ok=True)  # bfloat16 has 8 bits
-    oracle = [each.columns["agreement"] for each in mixed if each.columns["method"] == "oracle"]
+    oracle = [row["agreement"] for row in mixed if row["method"] == "oracle"]
     assert set(oracle) == {1}
 
 
