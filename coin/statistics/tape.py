@@ -71,7 +71,8 @@ class Tape:
         self._rows = rows
         self._samples = 0  # B, set by `run`
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
-        self._anchor = torch.zeros((), requires_grad=True)
+        like = next(iter(parameters.values()), torch.zeros(()))
+        self._anchor = like.new_zeros(()).requires_grad_()
         self._flow: Flow | None = None  # while the network runs
         self.calls: list[Call] = []
         self.weights: list[str] = []

@@ -54,7 +54,7 @@ class Machine:
 
 
 async def overload(policy, load, marginal, tail):
-    """How the queries of 120 passes end at a load, and the median seconds to a refusal.
+    """How the queries of 200 passes end at a load, and the median seconds to a refusal.
 
     The load is a multiple of what the three experts can answer one at a time.
     """
@@ -81,7 +81,7 @@ async def overload(policy, load, marginal, tail):
 
     rate = load * 3 / (PASS * (1 + tail))
     async with asyncio.TaskGroup() as group:
-        while now() < 120 * PASS:
+        while now() < 200 * PASS:
             await asyncio.sleep(draw.expovariate(rate))
             group.create_task(ask(draw.randrange(3)))
     return ends, np.median(refused)
