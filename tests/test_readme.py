@@ -5,6 +5,10 @@ import pydoc
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import nbformat
@@ -64,14 +68,14 @@ def test_the_python_of_a_page_runs(page, run_page) -> None:
     run_page(page)
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_is_there_and_shown_by_help() -> None:
     assert dir(coin) == sorted([*coin.__all__, "data", "errors"])
-    for name in dir(coin):
-        assert getattr(coin, name) is not None
-    printed = pydoc.plain(pydoc.render_doc(coin))  # what `help` shows
+    assert all(getattr(coin, name) is not None for name in dir(coin))
+    printed = pydoc.plain(pydoc.render_doc(coin))
     assert sorted(re.findall(r"(?m)^    (?:class )?(\w+)\(", printed)) == coin.__all__
-    assert len(begun := re.findall(r"(?m)^    (\w+)(?=[ ,])", coin.__doc__ or "")) == 6
-    assert {*begun} < {*coin.__all__}
+    first_named = re.findall(r"(?m)^    (\w+)(?=[ ,])", coin.__doc__ or "")
+    assert len(first_named) == 6
+    assert set(first_named) < set(coin.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         coin.nothing  # noqa: B018
 
@@ -104,21 +108,40 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
         assert target in TARGETS, target
 
 
-def test_commands_of_the_pages_have_their_options_and_files(capsys) -> None:
-    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    commands = [found[1] for line in lines if (found := re.search(r"\bcoin ([a-z]+ .*)", line))]
-    assert len(commands) >= 19
-    known: dict[str, set[str]] = {}
-    for command, *arguments in (shlex.split(each, comments=True) for each in commands):
+def commands_of(page: Path) -> list[list[str]]:
+    """Return the words behind ``coin`` in each line of a page's shell blocks."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        commands = re.findall(r"\bcoin ([a-z]+ .*)", block.replace("\\\n", " "))
+        found += [shlex.split(command, comments=True) for command in commands]
+    return found
+
+
+@pytest.fixture(scope="module")
+def options_of() -> Callable[[str], set[str]]:
+    """Return a function that returns the options that a command's help lists."""
+
+    @cache
+    def read(command: str) -> set[str]:
+        with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+            main([command, "--help"])
+        return set(re.findall(r"--([\w-]+)", printed.getvalue()))
+
+    return read
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_a_page_have_their_options_and_files(page: Path, options_of: Callable[[str], set[str]]) -> None:
+    for command, *arguments in commands_of(page):
         assert command in COMMANDS
         apply_common_options(arguments)
-        if command not in known:
-            with pytest.raises(SystemExit):
-                main([command, "--help"])
-            known[command] = set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
-        given = {re.split(r"[.=+]", each[2:])[0] for each in arguments if each.startswith("--")}
-        assert given <= known[command] | {"print_config"}
+        for argument in arguments:
+            option = re.match(r"--([\w-]+)", argument)
+            assert option is None or option[1] in options_of(command) | {"print_config"}, argument
+
+
+def test_pages_show_commands() -> None:
+    assert sum(len(commands_of(page)) for page in PAGES) >= 19
 
 
 def test_every_column_is_described() -> None:
