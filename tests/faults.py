@@ -25,9 +25,13 @@ def caught(copy: Path, room: str) -> bool:
     """Return whether the room's quick tests fail on the copy; prints how they ended if that says neither."""
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     command = [*PYTEST, f"tests/{room}"]
-    ended = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
     if ended.returncode not in (0, *FAILED):
-        sys.exit(f"pytest ended with status {ended.returncode} on tests/{room}:\n{ended.stdout}{ended.stderr}")
+        sys.exit(
+            f"pytest ended with status {ended.returncode} on tests/{room}:\n{ended.stdout}{ended.stderr}"
+        )
     return ended.returncode in FAILED
 
 

@@ -74,7 +74,9 @@ def test_an_event_is_measured_from_its_answers(benchmark) -> None:
     assert row == pytest.approx(expected)
 
 
-def test_the_gpus_steps_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpus_steps_run_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = ["--networks", "small_resnet", "--device", "cpu", "--side", "16", "--repeats", "1"]
     script = str(BENCHMARKS / "gpu.py")
     monkeypatch.setattr(sys, "argv", [script, *sizes])

@@ -22,7 +22,9 @@ def test_example_does_what_it_says(name, tmp_path, monkeypatch):
     start: dict[str, object] = {}
     for example in doctest.DocTestParser().get_examples(coin.__doc__ or ""):
         exec(example.source, start)
-    own, *of_methods = doctest.DocTestFinder().find(getattr(coin, name), name, module=False, globs=start)
+    own, *of_methods = doctest.DocTestFinder().find(
+        getattr(coin, name), name, module=False, globs=start
+    )
     assert own.examples
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     for each in (own, *of_methods):

@@ -6,7 +6,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORT = re.compile(r"^ *(?:from ([a-zA-Z_]\w*)[\w.]* import |import (\w+)[\w.]*(?: as \w+)?(?:  #|$))", re.MULTILINE)
+IMPORT = re.compile(
+    r"^ *(?:from ([a-zA-Z_]\w*)[\w.]* import |import (\w+)[\w.]*(?: as \w+)?(?:  #|$))",
+    re.MULTILINE,
+)
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 """Packages whose module has another name."""
 

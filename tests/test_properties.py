@@ -21,7 +21,9 @@ WEIGHTS = st.lists(st.floats(-1, 2), max_size=3)
 
 @FEW
 @given(st.lists(WEIGHTS, max_size=3))
-def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(rows: list[list[float]]) -> None:
+def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(
+    rows: list[list[float]],
+) -> None:
     try:
         code = Code(rows)
     except (ConfigurationError, DecodingError):
@@ -36,7 +38,10 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 KINDS = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool])
 LAYOUTS = st.dictionaries(NAMES, st.tuples(KINDS, SHAPES), max_size=3)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3),
+)
 
 
 @FEW

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("notebooks/docs/*.md"))
 PAGES = [README, *sorted(ROOT.glob("notebooks/*.md")), *DOCS, *sorted(ROOT.glob(".github/**/*.md"))]
-TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+TARGETS = re.findall(
+    r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+)
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def run_page(monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
-        for name, code in re.findall(r"```python\n# (\w+\.py),.*?\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for name, code in re.findall(
+            r"```python\n# (\w+\.py),.*?\n(.*?)```", page.read_text(), flags=re.DOTALL
+        ):
             Path(name).write_text(code)  # a file of the user's
         document = sybil.document.Document.parse(str(page), markdown.PythonCodeBlockParser())
         for example in document.examples():
@@ -62,7 +66,9 @@ def test_a_page_measures_a_system_and_keeps_it(run_page) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in DOCS if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.stem
+    "page",
+    [page for page in DOCS if "```python" in page.read_text(encoding="utf-8")],
+    ids=lambda page: page.stem,
 )
 def test_the_python_of_a_page_runs(page, run_page) -> None:
     run_page(page)
@@ -90,10 +96,14 @@ def text_of(page: Path) -> str:
     """The Markdown of a page or of a notebook."""
     if page.suffix == ".md":
         return page.read_text(encoding="utf-8")
-    return "\n\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
+    return "\n\n".join(
+        cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown"
+    )
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("notebooks/*.ipynb"))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("notebooks/*.ipynb"))], ids=lambda page: page.stem
+)
 def test_links_and_named_files_lead_somewhere(page: Path) -> None:
     text = text_of(page)
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
@@ -102,7 +112,9 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    for name in re.findall(r"(?:configs/[a-z\d_/.-]+|notebooks/[\w/.-]+)\.(?:yaml|ipynb|md|py|csv|svg|png)", text):
+    for name in re.findall(
+        r"(?:configs/[a-z\d_/.-]+|notebooks/[\w/.-]+)\.(?:yaml|ipynb|md|py|csv|svg|png)", text
+    ):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in TARGETS, target
@@ -111,7 +123,9 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
 def commands_of(page: Path) -> list[list[str]]:
     """Return the words behind ``coin`` in each line of a page's shell blocks."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for block in re.findall(
+        r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    ):
         commands = re.findall(r"\bcoin ([a-z]+ .*)", block.replace("\\\n", " "))
         found += [shlex.split(command, comments=True) for command in commands]
     return found
@@ -131,7 +145,9 @@ def options_of() -> Callable[[str], set[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_a_page_have_their_options_and_files(page: Path, options_of: Callable[[str], set[str]]) -> None:
+def test_commands_of_a_page_have_their_options_and_files(
+    page: Path, options_of: Callable[[str], set[str]]
+) -> None:
     for command, *arguments in commands_of(page):
         assert command in COMMANDS
         apply_common_options(arguments)
@@ -147,7 +163,10 @@ def test_pages_show_commands() -> None:
 def test_every_column_is_described() -> None:
     text = (ROOT / "notebooks/docs/files.md").read_text(encoding="utf-8")
     parts = {part.split("`")[1]: part for part in re.split(r"\n## (?=`\w+\.csv`)", text)[1:]}
-    told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
+    told = {
+        name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE)
+        for name, part in parts.items()
+    }
     assert told["results.csv"] == list(COLUMNS)
     assert told["promise.csv"] == list(PROMISE_COLUMNS[len(KEYS) :])
 
@@ -161,14 +180,31 @@ def test_the_sites_reference_has_every_command_and_every_name(monkeypatch) -> No
     page = reference.commands()
     sections = {part.partition("\n")[0]: part for part in page.split("\n## coin ")[1:]}
     assert list(sections) == list(COMMANDS)
-    assert f"[the options of Lightning's Trainer]({reference.TRAINER})" in page.partition("\n## ")[0]
+    assert (
+        f"[the options of Lightning's Trainer]({reference.TRAINER})" in page.partition("\n## ")[0]
+    )
     for command, part in sections.items():
-        options = {name.replace("-", "_") for name in re.findall(r"^- `-*(\w[\w-]*)", part, flags=re.MULTILINE)}
+        options = {
+            name.replace("-", "_")
+            for name in re.findall(r"^- `-*(\w[\w-]*)", part, flags=re.MULTILINE)
+        }
         assert options, command
-    assert sorted(re.findall(r"^::: coin\.(\w+)$", reference.api(), flags=re.MULTILINE)) == coin.__all__
+    assert (
+        sorted(re.findall(r"^::: coin\.(\w+)$", reference.api(), flags=re.MULTILINE))
+        == coin.__all__
+    )
 
 
 def test_top_level_is_what_the_owner_named() -> None:
-    allowed = {"pyproject.toml", "coin", "configs", "tests", "notebooks", "Makefile", "README.md", "LICENSE"}
+    allowed = {
+        "pyproject.toml",
+        "coin",
+        "configs",
+        "tests",
+        "notebooks",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+    }
     visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert visible - {"runs", "data", "dist", "wandb", "lightning_logs"} == allowed

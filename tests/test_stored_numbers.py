@@ -27,7 +27,9 @@ def tables() -> ModuleType:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_stored_results(path: Path, tables: ModuleType) -> None:
     text = path.read_text(encoding="utf-8")
-    assert tables.with_tables(text) == text, "run `python notebooks/tables.py` and commit what it writes"
+    assert tables.with_tables(text) == text, (
+        "run `python notebooks/tables.py` and commit what it writes"
+    )
 
 
 def test_every_table_stands_somewhere(tables: ModuleType) -> None:
@@ -39,7 +41,12 @@ def test_every_table_stands_somewhere(tables: ModuleType) -> None:
 
 def test_numbers_with_a_spread_stand_in_tables_alone(tables: ModuleType) -> None:
     for path in PAGES:
-        prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        prose = re.sub(
+            r"<!-- table: .*?<!-- end -->|```.*?```",
+            "",
+            path.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
         assert re.findall(r"\d ± \d", prose) == []
 
 

@@ -103,12 +103,12 @@ class Unit:
     def columns_of(self, weight: Tensor) -> Tensor:
         """Return the matrices [G, O, K'] of a weight, without the columns that multiply padding alone."""
         matrices = weight.reshape(self.groups, -1, self.unknowns)
-        return matrices if self.kernel == 1 else matrices[..., self.columns]
+        return matrices if self.kernel == 1 else matrices[..., self.columns.to(weight.device)]
 
     def from_columns(self, columns: Tensor) -> Tensor:
         """Return matrices of such columns […, K'] with all columns […, K] as in the weight, zero where left out."""
         whole = columns.new_zeros(*columns.shape[:-1], self.unknowns)
-        whole[..., self.columns] = columns
+        whole[..., self.columns.to(whole.device)] = columns
         return whole
 
 

@@ -30,7 +30,9 @@ def fit(tmp_path, task, make_trainer):
     def run(*callbacks, epochs=2, monitor="train/loss"):
         # The highest training loss is the first epoch's, so that the best weights are not the last ones.
         saver = ModelCheckpoint(tmp_path / "checkpoints", monitor=monitor, mode="max")
-        trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[saver, *callbacks])
+        trainer = make_trainer(
+            max_epochs=epochs, enable_checkpointing=True, callbacks=[saver, *callbacks]
+        )
         expert = Expert(**SMALL)
         trainer.fit(expert, datamodule=task)
         return expert, saver.best_model_path
@@ -77,7 +79,9 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
         open_statistic(path, statistic="fisher", weights="0" * 64)
 
 
-def test_best_takes_the_best_checkpoint_for_both_files_and_leaves_the_module_as_it_is(tmp_path, fit):
+def test_best_takes_the_best_checkpoint_for_both_files_and_leaves_the_module_as_it_is(
+    tmp_path, fit
+):
     plain, _ = fit()
     expert, best = fit(ExpertExport(weights="best"), FisherEstimator(8, weights="best"))
     assert mark_of(expert.network) == mark_of(plain.network)
@@ -96,8 +100,16 @@ class Started(Callback):
 
 
 UNWRITABLE = {
-    "no best weights": (ExpertExport(weights="best"), ConfigurationError, "found no best checkpoint; add a ModelCh"),
-    "no best to estimate": (FisherEstimator(8, weights="best"), ConfigurationError, "found no best checkpoint"),
+    "no best weights": (
+        ExpertExport(weights="best"),
+        ConfigurationError,
+        "found no best checkpoint; add a ModelCh",
+    ),
+    "no best to estimate": (
+        FisherEstimator(8, weights="best"),
+        ConfigurationError,
+        "found no best checkpoint",
+    ),
     "too many samples": (
         FisherEstimator(1000),
         DataError,
@@ -118,7 +130,9 @@ def test_what_could_not_be_written_is_refused_before_the_training(name, fit):
 def test_training_that_diverged_leaves_no_file(tmp_path, task, make_trainer):
     trainer = make_trainer(max_epochs=1, callbacks=[ExpertExport()])
     expert = Expert(**{**SMALL, "lr": 1e30})
-    with pytest.raises(ArithmeticError, match=r"training diverged: the weights for .* give a smaller rate"):
+    with pytest.raises(
+        ArithmeticError, match=r"training diverged: the weights for .* give a smaller rate"
+    ):
         trainer.fit(expert, datamodule=task)
     assert not (tmp_path / "run" / "expert.safetensors").exists()
 
@@ -130,7 +144,11 @@ class Foreign(LightningModule):
 WRONG_PARTS = {  # the callback, and the number of processes
     "another module": (ExpertExport(), 1, "found a Foreign, expected an Expert"),
     "another module to estimate": (FisherEstimator(4), 1, "found a Foreign, expected an Expert"),
-    "more processes than samples": (FisherEstimator(8), 9, "found 8 calibration samples for 9 processes.*"),
+    "more processes than samples": (
+        FisherEstimator(8),
+        9,
+        "found 8 calibration samples for 9 processes.*",
+    ),
 }
 
 
@@ -144,7 +162,9 @@ def test_other_modules_and_too_many_processes_are_refused(name, task):
 
 def test_data_without_calibration_samples_is_refused(task, make_trainer):
     trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(8)])
-    with pytest.raises(ConfigurationError, match=r"found data of NoneType .*, expected a task of coin.data"):
+    with pytest.raises(
+        ConfigurationError, match=r"found data of NoneType .*, expected a task of coin.data"
+    ):
         trainer.fit(Expert(**SMALL, num_classes=3), task.train_dataloader())
 
 

@@ -25,16 +25,36 @@ def near_copies(amplification):
 
 
 REFUSED = {
-    "a sum of 0.9": ([[0.5, 0.4]], ConfigurationError, r"row 0 of the code is .*, which sums to 0\.9"),
-    "a negative weight": ([[0.5, 0.5], [1.25, -0.25]], ConfigurationError, "row 1 .*, expected weights of at least 0"),
+    "a sum of 0.9": (
+        [[0.5, 0.4]],
+        ConfigurationError,
+        r"row 0 of the code is .*, which sums to 0\.9",
+    ),
+    "a negative weight": (
+        [[0.5, 0.5], [1.25, -0.25]],
+        ConfigurationError,
+        "row 1 .*, expected weights of at least 0",
+    ),
     "NaN": ([[0.5, math.nan]], ConfigurationError, "row 0 of the code .* sums to nan"),
     "ragged rows": ([[0.5, 0.5], [1.0]], ConfigurationError, "not a matrix of numbers"),
     "no rows": ([], ConfigurationError, "expected R rows"),
     "a row alone": ([0.5, 0.5], ConfigurationError, "expected R rows"),
-    "an expert without a trace": ([[0.5, 0.5, 0.0]], DecodingError, "loss of experts 2 with 1 coded models"),
+    "an expert without a trace": (
+        [[0.5, 0.5, 0.0]],
+        DecodingError,
+        "loss of experts 2 with 1 coded models",
+    ),
     "equal columns": ([[0.2, 0.4, 0.4], [0.4, 0.3, 0.3]], DecodingError, "loss of experts 1, 2"),
-    "noise": (near_copies(11_000), DecodingError, r"amplify noise 1\.1e\+04-fold, expected at most 1e\+04"),
-    "too many losses": (np.full((8, 30), 1 / 30), ConfigurationError, "found 5852925 erasures of 8 of 30 experts"),
+    "noise": (
+        near_copies(11_000),
+        DecodingError,
+        r"amplify noise 1\.1e\+04-fold, expected at most 1e\+04",
+    ),
+    "too many losses": (
+        np.full((8, 30), 1 / 30),
+        ConfigurationError,
+        "found 5852925 erasures of 8 of 30 experts",
+    ),
 }
 
 
@@ -54,7 +74,9 @@ def test_rows_are_divided_by_sums_that_are_the_same_on_every_processor():
     weights = random(7, 50)
     for row in weights / weights.sum(1, keepdim=True):
         rounded = [round(weight, 9) for weight in row.tolist()]
-        total = list(accumulate(rounded))[-1]  # one after the other: a vectorised sum has other last bits
+        total = list(accumulate(rounded))[
+            -1
+        ]  # one after the other: a vectorised sum has other last bits
         assert Code([rounded]).matrix.tolist() == [[weight / total for weight in rounded]]
 
 
@@ -77,7 +99,9 @@ def test_amplification_is_the_largest_gain_of_the_decoding_map(erased):
 
 @pytest.mark.parametrize("erased", [(), (1, 1), (3,), (-1,)])
 def test_a_loss_that_names_no_experts_is_refused(erased):
-    with pytest.raises(DecodingError, match=r"found the erasure \[.*expected different experts, at least one"):
+    with pytest.raises(
+        DecodingError, match=r"found the erasure \[.*expected different experts, at least one"
+    ):
         Code(THREE).amplification(erased)
 
 

@@ -51,7 +51,9 @@ def answers_of(heads):
         own = torch.zeros(code.num_experts, samples, CLASSES, dtype=torch.float64)
         for logits, (weight, bias) in zip(own, heads, strict=False):
             logits[:, : len(bias)] = features @ weight.T + bias
-        return Answers(own, code.encode(own), [features] * code.num_experts, [features] * code.num_coded)
+        return Answers(
+            own, code.encode(own), [features] * code.num_experts, [features] * code.num_coded
+        )
 
     return make
 
@@ -68,7 +70,9 @@ def lose(answers, erased):
 
 @pytest.mark.parametrize("matrix", CODES.values(), ids=CODES.keys())
 @pytest.mark.parametrize("kind", list(DecoderKind))
-def test_exact_answers_are_decoded_for_every_loss_in_the_order_of_its_names(matrix, kind, answers_of, heads):
+def test_exact_answers_are_decoded_for_every_loss_in_the_order_of_its_names(
+    matrix, kind, answers_of, heads
+):
     code = Code(matrix)
     # The least ridge of the grid is not zero.
     close = {"rtol": 1e-5, "atol": 1e-5} if kind in FITTED else {"rtol": 1e-10, "atol": 1e-10}
@@ -199,9 +203,21 @@ def test_a_decoder_with_the_tensors_of_another_answers_to_the_last_bit(kind, noi
 
 
 MISUSE = {
-    "past the code": (lambda a: make_decoder("linear", a.code, [0, 1]), DecodingError, "loss of experts 0, 1 with 1"),
-    "an unknown kind": (lambda a: make_decoder("cubic", a.code, [0]), ConfigurationError, "found decoder='cubic'"),
-    "not fitted": (lambda a: make_decoder("ridge", a.code, [0]).decode(a.whole), DecodingError, "yet; call fit"),
+    "past the code": (
+        lambda a: make_decoder("linear", a.code, [0, 1]),
+        DecodingError,
+        "loss of experts 0, 1 with 1",
+    ),
+    "an unknown kind": (
+        lambda a: make_decoder("cubic", a.code, [0]),
+        ConfigurationError,
+        "found decoder='cubic'",
+    ),
+    "not fitted": (
+        lambda a: make_decoder("ridge", a.code, [0]).decode(a.whole),
+        DecodingError,
+        "yet; call fit",
+    ),
     "no heads": (
         lambda a: make_decoder("expert_head", a.code, [0]).decode(a.whole),
         DecodingError,
@@ -227,8 +243,16 @@ MISUSE = {
         DecodingError,
         "found answers of 8 numbers, expected 12, as fitted; fit it on answers of the same servers",
     ),
-    "one sample": (lambda a: a.fitted.fit(a.whole.select(slice(0, 1))), NumericalError, "found 1 calibration samples"),
-    "NaN": (lambda a: a.fitted.fit(lose(a.whole, [1])), StateError, "calibration is not finite: tensor 'inputs'"),
+    "one sample": (
+        lambda a: a.fitted.fit(a.whole.select(slice(0, 1))),
+        NumericalError,
+        "found 1 calibration samples",
+    ),
+    "NaN": (
+        lambda a: a.fitted.fit(lose(a.whole, [1])),
+        StateError,
+        "calibration is not finite: tensor 'inputs'",
+    ),
 }
 
 
@@ -282,7 +306,10 @@ def test_answers_are_split_and_joined(answers_of):
 
 WRONG_PARTS = {
     "tasks": ({"tasks": torch.zeros(5)}, r"found tasks \[5\], expected \[60\]"),
-    "features": ({"coded_features": []}, r"features of \(3, 0\) .*expected those of all \(3, 1\), or none"),
+    "features": (
+        {"coded_features": []},
+        r"features of \(3, 0\) .*expected those of all \(3, 1\), or none",
+    ),
     "logits": ({"coded": torch.zeros(1, 4, CLASSES)}, r"expected \[N, B, C\], \[R, B, C\]"),
 }
 
@@ -297,7 +324,9 @@ def test_answers_whose_parts_do_not_fit_are_refused(name, answers_of):
 def test_a_list_of_decoders_has_each_once():
     kinds = distinct_decoders(["ridge", "linear"])
     assert kinds == [DecoderKind.ridge, DecoderKind.linear]
-    assert type(kinds[0].name) is str  # a column of names in W&B's tables takes no enum beside strings
+    assert (
+        type(kinds[0].name) is str
+    )  # a column of names in W&B's tables takes no enum beside strings
     for wrong in (["ridge", DecoderKind.ridge], []):
         with pytest.raises(ConfigurationError, match="expected at least one and each once"):
             distinct_decoders(wrong)

@@ -14,13 +14,18 @@ NAN = [math.nan] * 3
 
 def logits(*classes):
     """Return logits whose largest is that of these classes; of None all are NaN."""
-    rows = [NAN if each is None else [float(each == place) for place in range(3)] for each in classes]
+    rows = [
+        NAN if each is None else [float(each == place) for place in range(3)] for each in classes
+    ]
     return torch.tensor(rows)
 
 
 # By batches: the decoded classes, the expert's, the labels, whether the answer is accepted; then the six numbers.
 COUNTED = {
-    "some are right": ([([0, 2, 2, 1], [0, 1, 0, 1], [0, 1, 2, 0], None)], (0.5, 0.5, 1.0, 0.5, 0.0, math.nan)),
+    "some are right": (
+        [([0, 2, 2, 1], [0, 1, 0, 1], [0, 1, 2, 0], None)],
+        (0.5, 0.5, 1.0, 0.5, 0.0, math.nan),
+    ),
     "of accepted ones": (
         [([0, 2, 2, 1], [0, 1, 0, 1], [0, 1, 2, 0], [True, True, False, True])],
         (0.5, 0.5, 1.0, 0.5, 0.75, 1 / 3),

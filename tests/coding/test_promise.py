@@ -26,7 +26,10 @@ def test_so_many_samples_without_an_error_are_just_enough(alpha, needed):
     assert str(enough) == f"{what}: 100.0% are accepted, of a score up to 1"
     fewer = promised_threshold(scores[1:], right[1:], alpha)
     assert (fewer.threshold, fewer.coverage) == (None, 0.0)
-    assert str(fewer) == f"cannot promise that {what}: found {needed - 1} samples, expected at least {needed}"
+    assert (
+        str(fewer)
+        == f"cannot promise that {what}: found {needed - 1} samples, expected at least {needed}"
+    )
     wrong = scores == 0
     found = promised_threshold(scores, wrong, alpha)
     assert found.threshold is None
@@ -97,10 +100,26 @@ def test_a_score_that_is_nan_is_not_accepted():
 
 
 REFUSED = {
-    "no error at all": ({"alpha": 0.0}, ConfigurationError, "alpha=0.0, expected a number above 0 and below 1"),
-    "every error": ({"alpha": 1.0}, ConfigurationError, "alpha=1.0, expected a number above 0 and below 1"),
-    "certainty": ({"alpha": 0.1, "confidence": 1.0}, ConfigurationError, "confidence=1.0, expected a number"),
-    "lengths": ({"alpha": 0.1, "scores": torch.rand(3)}, DataError, r"found scores \[3\] and differences \[5\]"),
+    "no error at all": (
+        {"alpha": 0.0},
+        ConfigurationError,
+        "alpha=0.0, expected a number above 0 and below 1",
+    ),
+    "every error": (
+        {"alpha": 1.0},
+        ConfigurationError,
+        "alpha=1.0, expected a number above 0 and below 1",
+    ),
+    "certainty": (
+        {"alpha": 0.1, "confidence": 1.0},
+        ConfigurationError,
+        "confidence=1.0, expected a number",
+    ),
+    "lengths": (
+        {"alpha": 0.1, "scores": torch.rand(3)},
+        DataError,
+        r"found scores \[3\] and differences \[5\]",
+    ),
 }
 
 
@@ -119,7 +138,9 @@ def answers():
     own = 2 * torch.randn(3, 900, 4, generator=draw, dtype=torch.float64)
     tasks = torch.arange(900) % 3
     noise = torch.where(tasks == 0, 0.22, 0.02)[:, None]
-    coded = uniform(3).encode(own) + noise * torch.randn(1, 900, 4, generator=draw, dtype=torch.float64)
+    coded = uniform(3).encode(own) + noise * torch.randn(
+        1, 900, 4, generator=draw, dtype=torch.float64
+    )
     return Answers(own, coded, tasks=tasks)
 
 
@@ -152,5 +173,7 @@ def test_the_score_is_one_less_the_largest_probability():
     torch.testing.assert_close(answer_score(odds.log()), expected, rtol=1e-6, atol=0)
     not_finite = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
     assert answer_score(not_finite).tolist() == [1.0, 1.0, 1.0]
-    with pytest.raises(DataError, match=r"found logits \[2, 1\], expected at least two classes to score"):
+    with pytest.raises(
+        DataError, match=r"found logits \[2, 1\], expected at least two classes to score"
+    ):
         answer_score(torch.ones(2, 1))

@@ -14,11 +14,25 @@ from coin.errors import CoinWarning
 from coin.files.safetensors import load_provenance, load_state
 from coin.reporting import read_results
 
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
+QUIET = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.logger=false",
+    "--trainer.enable_model_summary=false",
+]
 ONCE = ["--trainer.max_epochs=1", *QUIET]
-NETWORK = ["--model=Expert", "--model.network=small_resnet", "--model.options={width: 4}", "--model.image_size=16"]
+NETWORK = [
+    "--model=Expert",
+    "--model.network=small_resnet",
+    "--model.options={width: 4}",
+    "--model.image_size=16",
+]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
-LETTERS = ["--data=Glyphs", "--data.classes=A-F", "--data.train_per_class=30", "--data.test_per_class=9"]
+LETTERS = [
+    "--data=Glyphs",
+    "--data.classes=A-F",
+    "--data.train_per_class=30",
+    "--data.test_per_class=9",
+]
 DATA = {"digits": DIGITS, "letters": [*LETTERS, "--data.image_size=16"]}
 CLASSES = {"digits": 10, "letters": 6}
 TASKS = """{
@@ -62,7 +76,9 @@ def route(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("task", DATA)
 def test_fit_gives_the_experts_of_the_run(task: str, route: Path, finished: Path) -> None:
-    check_close(route / task / "expert.safetensors", finished / f"seed-0/experts/{task}/expert.safetensors")
+    check_close(
+        route / task / "expert.safetensors", finished / f"seed-0/experts/{task}/expert.safetensors"
+    )
 
 
 def test_merge_and_evaluate_give_the_numbers_of_the_run(
@@ -71,13 +87,26 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     coded = route / "coded"
     results = route / "results"
     experts = files_of(route)
-    command = ["merge", f"--experts={experts}", "--code=[[0.4, 0.6]]", f"--output={coded}", *CALIBRATION]
+    command = [
+        "merge",
+        f"--experts={experts}",
+        "--code=[[0.4, 0.6]]",
+        f"--output={coded}",
+        *CALIBRATION,
+    ]
     coin = ["--method=Coin", f"--fisher={files_of(route, '.fisher')}"]
     for method in (["--method=Average"], coin, [*coin, "--method.batchnorm=recalibrate"]):
         assert main([*command, *method]) == 0
-    files = ", ".join(str(coded / f"{name}.safetensors") for name in ("average", "coin", "coin-recalibrate"))
+    files = ", ".join(
+        str(coded / f"{name}.safetensors") for name in ("average", "coin", "coin-recalibrate")
+    )
     model = ["--model=DecodingEvaluator", f"--model.experts={experts}", f"--model.coded=[{files}]"]
-    data = ["--data=Tasks", f"--data.tasks={TASKS}", "--data.samples_per_task=24", "--data.batch_size=16"]
+    data = [
+        "--data=Tasks",
+        f"--data.tasks={TASKS}",
+        "--data.samples_per_task=24",
+        "--data.batch_size=16",
+    ]
     assert main(["evaluate", *model, *data, f"--output={results}", *QUIET]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"measured; wrote {results}/results.csv"
     keys = ["method", "batchnorm", "decoder", "task"]
@@ -85,7 +114,14 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
     own = every.drop("expert_head", level="decoder")
     assert len(own) < len(every)  # of all decoders, the default
     wanted = read_results(finished / "seed-0").set_index(keys).loc[own.index]
-    columns = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "samples_per_task", "merge_passes"]
+    columns = [
+        "expert_accuracy",
+        "decoded_accuracy",
+        "nda",
+        "agreement",
+        "samples_per_task",
+        "merge_passes",
+    ]
     pd.testing.assert_frame_equal(own[columns], wanted[columns])
     # The Fisher of the callback and of the run differ by rounding: other batches.
     pd.testing.assert_series_equal(own.residual, wanted.residual, rtol=1e-5)
@@ -95,21 +131,35 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(
 def merge(finished: Path, tmp_path: Path) -> Callable[..., int]:
     """Return a function that merges the experts of the run into the test's folder."""
     experts = f"--experts={files_of(finished / 'seed-0/experts')}"
-    return lambda *options: main(["merge", experts, "--code=[[0.4, 0.6]]", f"--output={tmp_path}", *options])
+    return lambda *options: main(
+        ["merge", experts, "--code=[[0.4, 0.6]]", f"--output={tmp_path}", *options]
+    )
 
 
-def test_a_merge_without_tasks_warns_and_averages_the_statistics(merge: Callable[..., int], finished: Path) -> None:
-    with pytest.warns(CoinWarning, match="found no calibration inputs, needed by method 'average' to choose"):
+def test_a_merge_without_tasks_warns_and_averages_the_statistics(
+    merge: Callable[..., int], finished: Path
+) -> None:
+    with pytest.warns(
+        CoinWarning, match="found no calibration inputs, needed by method 'average' to choose"
+    ):
         assert merge("--method=Average") == 0
     made = load_provenance(Path("average.safetensors"))
-    assert (made["batchnorm"], made["chosen"], made["passes"]) == ("auto", {"batchnorm": "average"}, 0)
+    assert (made["batchnorm"], made["chosen"], made["passes"]) == (
+        "auto",
+        {"batchnorm": "average"},
+        0,
+    )
     found, _ = load_state(Path("average.safetensors"))
-    digits, letters = (load_state(finished / f"seed-0/experts/{task}/expert.safetensors")[0] for task in DATA)
+    digits, letters = (
+        load_state(finished / f"seed-0/experts/{task}/expert.safetensors")[0] for task in DATA
+    )
     name = "stem.1.running_var"
     torch.testing.assert_close(found[name], 0.4 * digits[name] + 0.6 * letters[name])
 
 
-def test_a_merge_with_tasks_records_what_it_chose(merge: Callable[..., int], finished: Path) -> None:
+def test_a_merge_with_tasks_records_what_it_chose(
+    merge: Callable[..., int], finished: Path
+) -> None:
     assert merge("--method=Average", *CALIBRATION) == 0
     chosen = load_provenance(Path("average.safetensors"))["chosen"]
     residuals = chosen["held_out_residual"]
@@ -124,14 +174,26 @@ DIGITS_FISHER, LETTERS_FISHER = (OF_RUN.format(task) for task in DATA)
 OWN = f"--fisher={{digits: {DIGITS_FISHER}, letters: {LETTERS_FISHER}}}"
 REFUSED = {
     "no Fisher": (COIN, "fisher"),
-    "of other data": ([*COIN, OWN, "--method.fisher_data=pooled"], "no Fisher (exact, pooled) of expert 'digits'"),
+    "of other data": (
+        [*COIN, OWN, "--method.fisher_data=pooled"],
+        "no Fisher (exact, pooled) of expert 'digits'",
+    ),
     "of other weights": (
         [*COIN, f"--fisher={{digits: {LETTERS_FISHER}, letters: {DIGITS_FISHER}}}"],
         "run coin fisher again",
     ),
-    "no statistic": ([*COIN, "--fisher={digits: RUN/coded/average.safetensors}"], "make it with coin fisher"),
-    "tasks in another order": (["--method=Average", f"--tasks={SWAPPED}"], "expected the same order"),
-    "no tasks to train on": (["--method=Distillation"], "distillation trains on their calibration samples"),
+    "no statistic": (
+        [*COIN, "--fisher={digits: RUN/coded/average.safetensors}"],
+        "make it with coin fisher",
+    ),
+    "tasks in another order": (
+        ["--method=Average", f"--tasks={SWAPPED}"],
+        "expected the same order",
+    ),
+    "no tasks to train on": (
+        ["--method=Distillation"],
+        "distillation trains on their calibration samples",
+    ),
 }
 
 
@@ -169,10 +231,26 @@ def test_the_fisher_command_gives_what_the_callback_gave(
 def test_gram_files_are_for_regmean(route: Path, tmp_path: Path) -> None:
     for name, data in DATA.items():
         expert = f"--ckpt_path={route / name}/expert.safetensors"
-        options = ["--statistic=gram", "--samples_per_task=24", f"--output={tmp_path / name}", *QUIET]
+        options = [
+            "--statistic=gram",
+            "--samples_per_task=24",
+            f"--output={tmp_path / name}",
+            *QUIET,
+        ]
         assert main(["fisher", expert, *data, *options]) == 0
     grams = f"--gram={files_of(tmp_path, '.gram')}"
-    assert main(["merge", f"--experts={files_of(route)}", "--method=RegMean", grams, f"--output={tmp_path}"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                f"--experts={files_of(route)}",
+                "--method=RegMean",
+                grams,
+                f"--output={tmp_path}",
+            ]
+        )
+        == 0
+    )
     assert load_provenance(tmp_path / "regmean.safetensors")["samples_per_task"] == 24
 
 

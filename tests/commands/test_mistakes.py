@@ -77,7 +77,9 @@ def wrong_files() -> None:
 @pytest.mark.usefixtures("wrong_files")
 @pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_before_anything_is_trained(name: str, refused: Callable[..., str]) -> None:
+def test_a_mistake_is_one_line_before_anything_is_trained(
+    name: str, refused: Callable[..., str]
+) -> None:
     case = MISTAKES[name]
     if "replaces" in case:
         old, new = case["replaces"]
@@ -88,14 +90,18 @@ def test_a_mistake_is_one_line_before_anything_is_trained(name: str, refused: Ca
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_a_package_that_is_missing_is_one_line(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_one_line(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     line = refused([*RUN, "--network={name: timm/resnet18, options: {}}"])
     assert "timm" in line
     assert "pip install" in line
 
 
-def test_a_full_disk_is_one_line(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -104,7 +110,9 @@ def test_a_full_disk_is_one_line(refused: Callable[..., str], monkeypatch: pytes
     assert not list(Path().rglob(".*.tmp"))
 
 
-def test_imported_experts_are_different_ones(refused: Callable[..., str], write_experts: Any) -> None:
+def test_imported_experts_are_different_ones(
+    refused: Callable[..., str], write_experts: Any
+) -> None:
     (expert,) = write_experts([10]).values()
     twice = json.dumps({"digits": expert, "letters": expert})
     line = refused([*RUN, f"--expert.checkpoints={twice}"])
@@ -112,7 +120,9 @@ def test_imported_experts_are_different_ones(refused: Callable[..., str], write_
 
 
 def test_an_imported_expert_is_compared_with_the_initialisation(
-    small_config: NetworkConfig, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    small_config: NetworkConfig,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     base = build_network(small_config, 10, seed=5)
     save_network(Path("base.safetensors"), base, small_config, 10, {})
@@ -122,10 +132,17 @@ def test_an_imported_expert_is_compared_with_the_initialisation(
                 parameter.mul_(1.01)
     save_network(Path("expert.safetensors"), base, small_config, 10, {})
     command = [*TRAIN, "--expert.checkpoints={digits: expert.safetensors}"]
-    for base_option, is_told in (([], True), (["--base.checkpoint=base.safetensors", "--name=based"], False)):
+    for base_option, is_told in (
+        ([], True),
+        (["--base.checkpoint=base.safetensors", "--name=based"], False),
+    ):
         recwarn.clear()
         assert main([*command, *base_option]) == 0  # without a base it would be random weights
-        told = [str(each.message) for each in recwarn if "of its weights from the initialisation" in str(each.message)]
+        told = [
+            str(each.message)
+            for each in recwarn
+            if "of its weights from the initialisation" in str(each.message)
+        ]
         assert len(told) == is_told
     assert "expert digits: its weights are" in capsys.readouterr().err
 
@@ -171,7 +188,9 @@ def test_what_is_no_mistake_keeps_its_traceback(name: str, ends_with: Any, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path("owntasks.py").write_text(
         "from coin.data import Digits\n\nclass Broken(Digits):\n    def __init__(self) -> None:\n        {}['x']\n"
     )
@@ -181,7 +200,9 @@ def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(monkeypatch:
 
 
 def test_messages_and_warnings_are_one_line_whatever_they_quote(ends_with: Any) -> None:
-    assert str(ConfigurationError("found key 'a\n\nb', expected c")) == "found key 'a b', expected c"
+    assert (
+        str(ConfigurationError("found key 'a\n\nb', expected c")) == "found key 'a b', expected c"
+    )
     assert str(FileError(2, "No such\nfile", "x")) == "[Errno 2] No such file: 'x'"
     shown = []
 
@@ -244,7 +265,11 @@ methods: [{class_path: RegMean}]
     ("options", "most", "damping"),
     [
         (["-c", "over.yaml"], None, None),
-        (["--methods", "[{class_path: RegMean}]", "--tasks={a: {class_path: MNIST5k}}"], None, None),
+        (
+            ["--methods", "[{class_path: RegMean}]", "--tasks={a: {class_path: MNIST5k}}"],
+            None,
+            None,
+        ),
         (["--tasks.a.init_args.max_train=9"], 9, 5),
     ],
     ids=["a file", "options", "one option"],
@@ -281,7 +306,9 @@ def kill_in_c_code() -> None:
     try:
         kill(signal.SIGTERM)
     except BaseException:
-        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+        raise ValueError(
+            "could not determine the shape of object type 'torch.storage.UntypedStorage'"
+        ) from None
 
 
 INTERRUPTIONS: dict[str, tuple[Callable[[], Any], int]] = {
@@ -300,7 +327,9 @@ def test_an_interruption_is_one_line_and_a_status(name: str, ends_with: Any, cap
     ends_with(does)
     assert main(RUN) == status
     by = " by SIGTERM" if status == 143 else ""
-    assert capsys.readouterr().err == f"coin: interrupted{by}; the same command goes on where it was\n"
+    assert (
+        capsys.readouterr().err == f"coin: interrupted{by}; the same command goes on where it was\n"
+    )
 
 
 @pytest.mark.usefixtures("signals")

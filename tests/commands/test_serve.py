@@ -41,10 +41,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
-def read(folder: Path, method: str | None = None, decoder: str | None = None, policy: str | None = None) -> System:
+def read(
+    folder: Path, method: str | None = None, decoder: str | None = None, policy: str | None = None
+) -> System:
     return read_system(str(folder), method, decoder, policy and PolicyKind(policy), 0.8)
 
 
@@ -100,7 +104,11 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
     system = read(folder, method, decoder)
     assert system.stand_ins.policy == policy  # the default for the decoder
     assert list(system.files) == [*EXPERTS, "coded-0"]
-    results = read_results(folder / "seed-0").query("method == @method and decoder == @decoder").sort_values("task")
+    results = (
+        read_results(folder / "seed-0")
+        .query("method == @method and decoder == @decoder")
+        .sort_values("task")
+    )
     best = results.groupby("batchnorm").decoded_accuracy.mean().idxmax()
     rows = results[results.batchnorm == best]
     own = rows.expert_accuracy.tolist()
@@ -111,7 +119,9 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
         assert accuracies(system, *EXPERTS) == pytest.approx(decoded)
 
 
-def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(alone: Path) -> None:
+def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(
+    alone: Path,
+) -> None:
     kept = standins(read_run(alone)[1])
     kept = kept[~kept.method.str.startswith(("none", "replica"))]
     row = recommended(kept)
@@ -126,8 +136,14 @@ def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can
 
 MISTAKES = {
     "a decoder": (["coin", "magic"], "with decoder 'magic'"),
-    "a decoder of survivors alone": (["coin", "linear", "standin"], "a decoder that reads none, such as expert_head"),
-    "a decoder of survivors": (["coin", "expert_head", "coded_hedged"], "a decoder that reads the survivors, such as"),
+    "a decoder of survivors alone": (
+        ["coin", "linear", "standin"],
+        "a decoder that reads none, such as expert_head",
+    ),
+    "a decoder of survivors": (
+        ["coin", "expert_head", "coded_hedged"],
+        "a decoder that reads the survivors, such as",
+    ),
     "no copies": (["replica-3bit"], "digits.3bit.safetensors"),
     "copies with a decoder": (["replica-3bit", "ridge"], "expected policy replica"),
     "copies with a policy": (["replica-3bit", None, "standin"], "expected policy replica"),
@@ -150,7 +166,9 @@ def test_without_ray_is_one_line(alone: Path, capsys: Any, monkeypatch: pytest.M
     assert "pip install '.[serve]'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
         taken.bind(("127.0.0.1", 0))
@@ -175,7 +193,9 @@ def test_where_experts_are_too_weak_to_recommend_anything_a_warning_says_what_is
     assert f"; serving {system.variant} all the same" in str(found[0].message)
 
 
-def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: Path, images: Tensor) -> None:
+def test_one_expert_of_a_body_with_adapters_is_exported(
+    alone: Path, tmp_path: Path, images: Tensor
+) -> None:
     body = alone / "seed-0/coded/refit+rank2.safetensors"
     made = load_network(export(body, tmp_path / "letters", expert="letters"))
     served = answer(read(alone, "refit+rank2", "expert_head"), images, 1, *EXPERTS)
@@ -187,9 +207,17 @@ def test_one_expert_of_a_body_with_adapters_is_exported(alone: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "options", "message"),
     [
-        ("refit+rank2", {"peft": True}, r"found a scale or bias of .*, expected plain LoRA for peft"),
+        (
+            "refit+rank2",
+            {"peft": True},
+            r"found a scale or bias of .*, expected plain LoRA for peft",
+        ),
         ("refit+rank2", {}, r"with experts \['digits', 'letters'\], expected one of these"),
-        ("refit+rank2", {"expert": "cats"}, r"with experts \['digits', 'letters'\], expected one of these"),
+        (
+            "refit+rank2",
+            {"expert": "cats"},
+            r"with experts \['digits', 'letters'\], expected one of these",
+        ),
         ("coin", {"expert": "letters"}, r"with experts \[\], expected"),
     ],
 )
@@ -234,7 +262,9 @@ def copied(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-def test_compressed_copies_answer_as_their_networks(copied: Any, tmp_path: Path, images: Tensor) -> None:
+def test_compressed_copies_answer_as_their_networks(
+    copied: Any, tmp_path: Path, images: Tensor
+) -> None:
     files = [load_network(copied(task)) for task in ("digits", "letters")]
     system = read(tmp_path / "tiny", "replica-4bit")
     assert (system.stand_ins.policy, system.variant) == ("replica", "replica-4bit")
@@ -247,14 +277,32 @@ def test_compressed_copies_answer_as_their_networks(copied: Any, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc"
+)
 def test_on_ray_clients_get_answers_while_experts_are_killed(alone: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
-    benchmark = [str(ROOT / "notebooks/benchmarks/failover.py"), str(alone), f"--output={tmp_path}", "--repeats=1"]
-    phases = ["--setups", "standin-packed", "--events", "1", "--loads", "--warmup=2", "--before=3", "--after=4"]
+    benchmark = [
+        str(ROOT / "notebooks/benchmarks/failover.py"),
+        str(alone),
+        f"--output={tmp_path}",
+        "--repeats=1",
+    ]
+    phases = [
+        "--setups",
+        "standin-packed",
+        "--events",
+        "1",
+        "--loads",
+        "--warmup=2",
+        "--before=3",
+        "--after=4",
+    ]
     command = [sys.executable, *benchmark, *phases, "--images=24", "--clients=20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=500, check=False
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "all as it should be" in found.stdout
     accuracy = pd.read_csv(tmp_path / "accuracy.csv")

@@ -23,8 +23,12 @@ def test_help_and_version_start_quickly() -> None:
 
 @pytest.mark.slow
 def test_a_task_in_the_working_folder_is_found(tmp_path: Path) -> None:
-    (tmp_path / "owntask.py").write_text("from coin.data import Digits\n\nclass Mine(Digits):\n    pass\n")
-    script = Path(sys.executable).parent / "coin"  # whose folder, unlike that of python -m, is not this one
+    (tmp_path / "owntask.py").write_text(
+        "from coin.data import Digits\n\nclass Mine(Digits):\n    pass\n"
+    )
+    script = (
+        Path(sys.executable).parent / "coin"
+    )  # whose folder, unlike that of python -m, is not this one
     command = [script, "fit", "--data=owntask.Mine", "--print_config"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

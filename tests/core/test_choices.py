@@ -42,7 +42,9 @@ def test_other_numbers_are_refused(name):
 
 @pytest.mark.parametrize("value", [0, 1.0, True, "1"])
 def test_what_is_no_whole_number_of_at_least_one_is_refused(value):
-    with pytest.raises(ConfigurationError, match=f"found n={value!r}, expected a whole number of at least 1"):
+    with pytest.raises(
+        ConfigurationError, match=f"found n={value!r}, expected a whole number of at least 1"
+    ):
         check_integer("n", value, 1)
 
 

@@ -9,7 +9,9 @@ from coin.networks import NetworkConfig, build_network
 from coin.networks.weights import with_own_head
 
 
-def test_what_draws_from_a_seed_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_draws_from_a_seed_leaves_every_generator_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     torch.manual_seed(5)

@@ -13,7 +13,9 @@ from coin.statistics import fisher_diagonal
 
 ERRORS = {
     "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+    ),
 }
 
 

@@ -19,7 +19,9 @@ def interrupted(total: float | None) -> None:
 
 
 @pytest.mark.parametrize("total", [4, None, float("inf")])
-def test_a_terminal_shows_the_share_and_is_left_clean(total: float | None, capsys: Any, monkeypatch: Any) -> None:
+def test_a_terminal_shows_the_share_and_is_left_clean(
+    total: float | None, capsys: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(KeyboardInterrupt):
         interrupted(total)
@@ -30,14 +32,18 @@ def test_a_terminal_shows_the_share_and_is_left_clean(total: float | None, capsy
     assert not printed.err.rpartition("\r")[0].rpartition("\r")[2].strip()  # the line is wiped
 
 
-def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_nothing_is_written_of_what_is_soon_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with progress_bar("work", 3) as bar:
         bar.update()
     assert list(progress_bar("work", items=[1, 2])) == [1, 2]
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_long_work_is_told_of(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_long_work_is_told_of(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("coin.core.progress.EVERY", 0.0)
     with progress_bar("work", 10) as bar:
         for _ in range(3):

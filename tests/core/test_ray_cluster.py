@@ -14,12 +14,18 @@ from coin.errors import ConfigurationError
 def test_a_cluster_of_our_own_asks_for_a_token_and_a_running_one_decides_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+    for name in (
+        "RAY_USAGE_STATS_ENABLED",
+        "RAY_worker_niceness",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    ):
         monkeypatch.setenv(name, "0")  # which are left as they are
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     set_ray_variables("10.0.0.1:6379")
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
-    with pytest.raises(ConfigurationError, match=r"found RAY_AUTH_MODE=disabled, expected token: .*; unset it"):
+    with pytest.raises(
+        ConfigurationError, match=r"found RAY_AUTH_MODE=disabled, expected token: .*; unset it"
+    ):
         set_ray_variables(None)
     monkeypatch.delenv("RAY_AUTH_MODE")
     set_ray_variables(None)
@@ -69,6 +75,8 @@ def test_what_comes_without_credentials_to_a_replica_is_refused() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("RAY_AUTH_MODE", None)
     command = [sys.executable, "-W", "ignore", "-c", CALL]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
     statuses = [line for line in found.stdout.splitlines() if line.startswith("statuses")]
     assert statuses == ["statuses UNAUTHENTICATED UNIMPLEMENTED"] * 2, found.stdout + found.stderr

@@ -62,7 +62,11 @@ def test_iterating_gives_the_unaugmented_inputs_in_batches_every_time():
 @pytest.mark.parametrize(
     ("split", "count", "message"),
     [
-        ("train", 101, "found 101 calibration samples of x, expected at most 100, .* lower samples_per_task"),
+        (
+            "train",
+            101,
+            "found 101 calibration samples of x, expected at most 100, .* lower samples_per_task",
+        ),
         ("validation", 1, "found 1 promise samples of x, expected at most 0, .*validation_share"),
     ],
 )

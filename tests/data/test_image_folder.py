@@ -54,7 +54,13 @@ def test_a_folder_for_validation_takes_the_place_of_a_share(root):
 
 @pytest.mark.parametrize(
     ("size", "image_size", "side"),
-    [((12, 12), 32, 12), ((12, 12), 8, 8), ((13, 13), 16, 16), ((12, 30), 16, 16), ((40, 20), 16, 16)],
+    [
+        ((12, 12), 32, 12),
+        ((12, 12), 8, 8),
+        ((13, 13), 16, 16),
+        ((12, 30), 16, 16),
+        ((40, 20), 16, 16),
+    ],
 )
 def test_only_small_squares_of_one_size_are_kept_as_they_are(root, size, image_size, side):
     write(root / "test/cat", 1, size)
@@ -86,7 +92,9 @@ def test_a_new_task_looks_anew(root):
     assert sizes(again) == [21, 0, 8]
 
 
-@pytest.mark.parametrize(("mode", "extension"), [("L", "png"), ("P", "png"), ("RGB", "JPEG"), ("RGBA", "webp")])
+@pytest.mark.parametrize(
+    ("mode", "extension"), [("L", "png"), ("P", "png"), ("RGB", "JPEG"), ("RGBA", "webp")]
+)
 def test_every_image_becomes_rgb(root, mode, extension):
     grey = Image.fromarray(np.full((12, 12), 77, dtype=np.uint8))
     grey.convert(mode).save(root / f"train/ant/zzz.{extension}")
@@ -103,11 +111,23 @@ def test_deep_pixels_are_refused(root):
 
 
 LACKS = {
-    "train": (lambda root: shutil.rmtree(root / "train"), "train'; expected images as .*train/CLASS"),
+    "train": (
+        lambda root: shutil.rmtree(root / "train"),
+        "train'; expected images as .*train/CLASS",
+    ),
     "test": (lambda root: shutil.rmtree(root / "test"), "test'; expected images as .*test/CLASS"),
-    "a class to train": (lambda root: shutil.rmtree(root / "train/cat"), "test and train do not both .*'cat'"),
-    "a class to test": (lambda root: shutil.rmtree(root / "test/cat"), "test and train do not both .*'cat'"),
-    "a class to validate": (lambda root: write(root / "val/ant", 1), "val and train do not both .*'cat'; both need"),
+    "a class to train": (
+        lambda root: shutil.rmtree(root / "train/cat"),
+        "test and train do not both .*'cat'",
+    ),
+    "a class to test": (
+        lambda root: shutil.rmtree(root / "test/cat"),
+        "test and train do not both .*'cat'",
+    ),
+    "a class to validate": (
+        lambda root: write(root / "val/ant", 1),
+        "val and train do not both .*'cat'; both need",
+    ),
     "images of a class": (lambda root: (root / "train/bee").mkdir(), "bee.*train/CLASS"),
 }
 
@@ -127,7 +147,9 @@ def test_a_truncated_image_is_named(root, name, extension):
     data = (root / f"spare/000.{extension}").read_bytes()
     torn = root / f"train/ant/{name}.{extension}"
     torn.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=rf"^{torn} cannot be read as an image .* replace or remove it$"):
+    with pytest.raises(
+        DataError, match=rf"^{torn} cannot be read as an image .* replace or remove it$"
+    ):
         ImageFolder(str(root)).setup()
 
 
@@ -163,7 +185,9 @@ def test_a_copy_has_the_same_key_and_changed_pixels_another(root, copy, monkeypa
     first.write_bytes(content)  # of the same size
     assert key(copy)["train"] != key(root)["train"]
     assert key(copy)["test"] == key(root)["test"]
-    monkeypatch.setattr(image_folder, "KEYED_BYTES", 28 * 16)  # of large folders the files' beginnings alone
+    monkeypatch.setattr(
+        image_folder, "KEYED_BYTES", 28 * 16
+    )  # of large folders the files' beginnings alone
     assert key(copy) == key(root)
 
 

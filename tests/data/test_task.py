@@ -48,7 +48,10 @@ def order(loader):
 
 def splits(task):
     """Return the numbers in each split."""
-    return [set(numbers(part[:][0])) for part in (task.splits.train, task.splits.validation, task.splits.test)]
+    return [
+        set(numbers(part[:][0]))
+        for part in (task.splits.train, task.splits.validation, task.splits.test)
+    ]
 
 
 def classes_of(split):
@@ -75,7 +78,11 @@ def test_samples_to_test_on_are_set_aside_where_the_source_has_none(monkeypatch)
 
 @pytest.mark.parametrize(
     ("options", "is_same"),
-    [({"seed": 1}, True), ({"max_train": 10_000, "max_test": 10_000}, True), ({"split_seed": 1}, False)],
+    [
+        ({"seed": 1}, True),
+        ({"max_train": 10_000, "max_test": 10_000}, True),
+        ({"split_seed": 1}, False),
+    ],
 )
 def test_splits_follow_the_split_seed_alone(options, is_same):
     assert (splits(Numbered(**options)) == splits(Numbered())) is is_same
@@ -154,7 +161,9 @@ def test_augmentation_touches_training_images_only():
     assert order(augmented.train_dataloader()) != order(plain.train_dataloader())
 
 
-@pytest.mark.parametrize("options", [{"seed": 1}, {"batch_size": 3}, {"augmentation": Augmentation.crop}])
+@pytest.mark.parametrize(
+    "options", [{"seed": 1}, {"batch_size": 3}, {"augmentation": Augmentation.crop}]
+)
 def test_copies_share_what_is_read(options):
     given = Numbered()
     first = task_with(given, **options).splits
@@ -196,7 +205,9 @@ def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again
 
 
 @pytest.mark.parametrize(("rank", "world"), PROCESSES)
-@pytest.mark.parametrize(("draw", "split"), [(TaskData.calibration, 0), (TaskData.promise_samples, 1)])
+@pytest.mark.parametrize(
+    ("draw", "split"), [(TaskData.calibration, 0), (TaskData.promise_samples, 1)]
+)
 def test_calibration_and_promise_samples_are_of_their_split_and_equal_on_every_process(
     draw, split, rank, world, on_process
 ):
@@ -229,16 +240,27 @@ def test_options_are_checked_at_construction(option, value, expected):
 
 @pytest.mark.parametrize(("share", "samples"), [(0.99, 20), (0.5, 1)])
 def test_a_share_that_leaves_nothing_to_train_on_is_refused(share, samples):
-    with pytest.raises(ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none"):
+    with pytest.raises(
+        ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none"
+    ):
         Numbered(train=samples, validation_share=share).setup()
 
 
 IMAGES = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
 GOOD = Samples.of(IMAGES, torch.arange(8) % 4)
 SOURCES = {
-    "labels": (Source(GOOD, Samples.of(IMAGES, torch.arange(8) + 1)), "test labels 1 to 8; expected 0 to 3"),
-    "negative": (Source(Samples.of(IMAGES, torch.arange(8) % 4 - 1)), "train labels -1 to 2; expected 0 to 3"),
-    "empty": (Source(GOOD, GOOD.subset([])), "no test images, expected at least one; check its source"),
+    "labels": (
+        Source(GOOD, Samples.of(IMAGES, torch.arange(8) + 1)),
+        "test labels 1 to 8; expected 0 to 3",
+    ),
+    "negative": (
+        Source(Samples.of(IMAGES, torch.arange(8) % 4 - 1)),
+        "train labels -1 to 2; expected 0 to 3",
+    ),
+    "empty": (
+        Source(GOOD, GOOD.subset([])),
+        "no test images, expected at least one; check its source",
+    ),
     "floats": (Source(Samples.of(IMAGES.float(), torch.zeros(8))), r"images are torch\.float32"),
 }
 
@@ -253,5 +275,7 @@ def test_sources_are_checked(case, monkeypatch):
 
 def test_one_class_is_refused(monkeypatch):
     monkeypatch.setattr(Numbered, "names", ("a",))
-    with pytest.raises(DataError, match="Numbered has 1 class, expected at least two to tell apart"):
+    with pytest.raises(
+        DataError, match="Numbered has 1 class, expected at least two to tell apart"
+    ):
         Numbered().setup()

@@ -57,7 +57,9 @@ def on_each_process(members, on_process, world, **options):
     return found
 
 
-def test_processes_share_the_test_samples_without_repeats_in_the_order_of_the_data(members, on_process):
+def test_processes_share_the_test_samples_without_repeats_in_the_order_of_the_data(
+    members, on_process
+):
     for rank, tasks in enumerate(on_each_process(members, on_process, 2)):
         for task, loader in zip(members.values(), tasks.test_dataloader(), strict=True):
             images, labels = task.splits.test[:]
@@ -72,7 +74,9 @@ def test_calibration_and_promise_samples_are_equal_on_every_process(world, membe
     expected = Tasks(members, **options)
     for tasks in on_each_process(members, on_process, world, **options):
         torch.testing.assert_close(tasks.calibration().inputs(), expected.calibration().inputs())
-        torch.testing.assert_close(tasks.promise_samples().inputs(), expected.promise_samples().inputs())
+        torch.testing.assert_close(
+            tasks.promise_samples().inputs(), expected.promise_samples().inputs()
+        )
 
 
 def test_nothing_is_promised_without_samples_for_it(members):
@@ -95,7 +99,9 @@ def test_no_tasks_are_refused():
 
 def test_tasks_of_different_image_sizes_or_with_too_few_samples_are_refused(members, synthetic):
     larger = {**members, "c": synthetic(image_size=32)}
-    with pytest.raises(DataError, match=r"have the image sizes \[16, 32\]; expected one common size"):
+    with pytest.raises(
+        DataError, match=r"have the image sizes \[16, 32\]; expected one common size"
+    ):
         Tasks(larger, samples_per_task=5).calibration()
     with pytest.raises(DataError, match="found 33 calibration samples of b, expected at most 32"):
         Tasks(members, samples_per_task=33).calibration()

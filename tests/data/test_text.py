@@ -111,7 +111,9 @@ def test_calibration_samples_are_tokens_whatever_the_image_size(table) -> None:
 
 def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
     mixed = Tasks({"a": table(image_size=16), "b": synthetic()}, samples_per_task=4)
-    with pytest.raises(DataError, match=r"found calibration samples of shapes .* expected one shape"):
+    with pytest.raises(
+        DataError, match=r"found calibration samples of shapes .* expected one shape"
+    ):
         mixed.calibration().inputs()
 
 
@@ -149,12 +151,19 @@ def test_files_that_cannot_be_used_are_one_line(table, case) -> None:
 
 def test_a_missing_package_is_named(table, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"):
+    with pytest.raises(
+        ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"
+    ):
         table().setup()
 
 
 def test_clinc_is_written_as_tables(tmp_path: Path, tokenizer: str) -> None:
-    rows = [("the good, good meal", "praise"), ("play the film", "play"), ("the bad meal", "blame"), ("hm", "oos")]
+    rows = [
+        ("the good, good meal", "praise"),
+        ("play the film", "play"),
+        ("the bad meal", "blame"),
+        ("hm", "oos"),
+    ]
     domains = tmp_path / "domains.json"
     domains.write_text(json.dumps({"meals": ["praise", "blame"], "films": ["play", "stop"]}))
     texts = tmp_path / "texts.json"

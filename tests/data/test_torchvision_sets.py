@@ -62,7 +62,9 @@ def write_mnist(root):
 
 def write_emnist(root):
     folder = root / "EMNIST/raw"
-    for split in torchvision.datasets.EMNIST.splits:  # torchvision looks for all of them before it reads one
+    for split in (
+        torchvision.datasets.EMNIST.splits
+    ):  # torchvision looks for all of them before it reads one
         prefixes = [f"emnist-{split}-train", f"emnist-{split}-test"]
         images = write_mnist_like(folder, prefixes, first=1, classes=26)
     return images.swapaxes(-1, -2)  # EMNIST stores them transposed
@@ -110,7 +112,9 @@ def picture(path, label, split, size=(30, 26)):
 def write_gtsrb(root):
     rows = ["Filename;ClassId"]
     for label in range(43):
-        picture(root / f"gtsrb/GTSRB/Training/{label:05}/00000.ppm", label, TRAIN, (20 + label % 3, 25))
+        picture(
+            root / f"gtsrb/GTSRB/Training/{label:05}/00000.ppm", label, TRAIN, (20 + label % 3, 25)
+        )
         picture(root / f"gtsrb/GTSRB/Final_Test/Images/{label:05}.ppm", label, TEST)
         rows.append(f"{label:05}.ppm;{label}")
     (root / "gtsrb/GT-final_test.csv").write_text("\n".join(rows))
@@ -169,12 +173,16 @@ def test_satellite_images_are_split_evenly_and_not_enlarged(tmp_path, image_size
 def test_a_damaged_image_is_an_error(tmp_path):
     write_gtsrb(tmp_path)
     (tmp_path / "gtsrb/GTSRB/Training/00003/00000.ppm").write_bytes(b"P6 oh")
-    with pytest.raises(DataError, match=r"GTSRB: there are no usable files in .*gtsrb \(invalid literal"):
+    with pytest.raises(
+        DataError, match=r"GTSRB: there are no usable files in .*gtsrb \(invalid literal"
+    ):
         GTSRB(root=str(tmp_path), download=False).setup()
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_missing_files_are_one_line_with_path_and_way_out_and_nothing_is_substituted(tmp_path, name):
+def test_missing_files_are_one_line_with_path_and_way_out_and_nothing_is_substituted(
+    tmp_path, name
+):
     kind = getattr(data, name)
     place = tmp_path / kind.folder
     message = rf"^{name}: the download failed .* {place} .*route to host.*set download: false"

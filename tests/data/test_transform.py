@@ -31,7 +31,12 @@ def test_halving_is_antialiased():
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((2, 3, 8, 8), torch.float32), ((3, 8, 8), torch.uint8), ((1, 2, 8, 8), torch.uint8), ((2, 3, 8, 8), torch.int64)],
+    [
+        ((2, 3, 8, 8), torch.float32),
+        ((3, 8, 8), torch.uint8),
+        ((1, 2, 8, 8), torch.uint8),
+        ((2, 3, 8, 8), torch.int64),
+    ],
 )
 def test_other_images_are_refused(shape, dtype):
     with pytest.raises(DataError, match=r"expected torch.uint8 \[B, 1 or 3, H, W\]"):

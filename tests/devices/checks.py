@@ -23,7 +23,10 @@ from coin.statistics.statistic import statistic_sums
 torch.set_num_threads(1)
 DEVICE = pretend.register()
 SMALLEST = Path(__file__).parents[2] / "configs" / "experiment" / "smallest.yaml"
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the same operations on the same processor: only the order of sums may differ
+CLOSE = {
+    "rtol": 1e-4,
+    "atol": 1e-5,
+}  # the same operations on the same processor: only the order of sums may differ
 NEXT_CODE = {"rtol": 1e-3, "atol": 1e-3}  # in 8 bits one code may be the next one
 CODE = coin.uniform(3)
 METHODS = {
@@ -38,7 +41,11 @@ METHODS = {
     "user": UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),
     "distillation": coin.Distillation(lr=0.01, steps=2),
 }
-QUICK = ("coin", "refit, adapters", "coin without float64")  # where merges run on the CPU, and the rest as it is
+QUICK = (
+    "coin",
+    "refit, adapters",
+    "coin without float64",
+)  # where merges run on the CPU, and the rest as it is
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in QUICK]
 
 
@@ -103,10 +110,14 @@ def answers(net, place, **options):
 
 def merged(name, place):
     experts, start = experts_on(place)
-    calibration = [[first[:5].to(place), first[5:]] for (first,) in INPUTS]  # batches may lie on both
+    calibration = [
+        [first[:5].to(place), first[5:]] for (first,) in INPUTS
+    ]  # batches may lie on both
     torch.manual_seed(0)
     made = coin.merge_networks(METHODS[name], experts, CODE, calibration=calibration, initial=start)
-    assert {tensor.device.type for tensor in (*made[0].parameters(), *made[0].buffers())} == {torch.device(place).type}
+    assert {tensor.device.type for tensor in (*made[0].parameters(), *made[0].buffers())} == {
+        torch.device(place).type
+    }
     return made[0]
 
 
@@ -145,17 +156,24 @@ def test_statistics(kind, float64, on):
 
 @pytest.mark.slow
 def test_statistics_of_the_cpu_serve_experts_on_the_device(on):
-    grams = [coin.gram_sums(each, batches).mean() for each, batches in zip(experts_on("cpu")[0], INPUTS, strict=True)]
+    grams = [
+        coin.gram_sums(each, batches).mean()
+        for each, batches in zip(experts_on("cpu")[0], INPUTS, strict=True)
+    ]
 
     def merge(place):
-        return answers(coin.merge_networks(coin.RegMean(), experts_on(place)[0], CODE, grams=grams)[0], place)
+        return answers(
+            coin.merge_networks(coin.RegMean(), experts_on(place)[0], CODE, grams=grams)[0], place
+        )
 
     own, here, _ = on(merge)
     torch.testing.assert_close(here, own, **CLOSE)
 
 
 DECODINGS = [("ridge", False)]
-DECODINGS += [pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("linear", "feature_ridge")]
+DECODINGS += [
+    pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("linear", "feature_ridge")
+]
 
 
 @pytest.mark.parametrize(("decoder", "float64"), DECODINGS)
@@ -190,7 +208,9 @@ def test_bodies_move_and_answer_packed(float64, on):
             plain = here.network(1)
             found += [answers(here, place, experts=1), answers(plain, place)]
             found.append(answers(here, place, experts=torch.tensor([0, 2, 1, 2])))
-            assert {tensor.device for tensor in plain.parameters()} == {next(here.parameters()).device}
+            assert {tensor.device for tensor in plain.parameters()} == {
+                next(here.parameters()).device
+            }
         return found
 
     own, here, _ = on(every, float64=float64)

@@ -77,13 +77,17 @@ class PretendTensor(Tensor):
     def numpy(self, *, force=False):
         if force:
             return self.detach().cpu().numpy()
-        raise TypeError("can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu() to copy it first.")
+        raise TypeError(
+            "can't convert pretend:0 device type tensor to numpy. Use Tensor.cpu() to copy it first."
+        )
 
     def __deepcopy__(self, memo):
         if id(self) in memo:
             return memo[id(self)]
         if not self.is_leaf:
-            raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol")
+            raise RuntimeError(
+                "Only Tensors created explicitly by the user support the deepcopy protocol"
+            )
         with torch.no_grad():
             made = PretendTensor(self.inner.detach().clone())
         if isinstance(self, nn.Parameter):
@@ -143,7 +147,9 @@ def _run(function, args, kwargs):
         if id(tensor) in wrapper_of and not (target == "cpu" and function is aten._to_copy.default):
             return wrapper_of[id(tensor)]  # changed in place
         if target != NAME:
-            return tensor.clone() if id(tensor) in wrapper_of else tensor  # what goes to the CPU shares no memory
+            return (
+                tensor.clone() if id(tensor) in wrapper_of else tensor
+            )  # what goes to the CPU shares no memory
         with torch.inference_mode(False):  # an inference tensor could not be detached
             return PretendTensor(tensor)
 
@@ -175,7 +181,9 @@ def _target(function, args, asked):
 def _check_generators(flat, device):
     for each in flat:
         if isinstance(each, torch.Generator) and each.device.type != device.type:
-            raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{each.device.type}'")
+            raise RuntimeError(
+                f"Expected a '{device.type}' device type for generator but found '{each.device.type}'"
+            )
 
 
 def _check_types(function, flat, kwargs):
@@ -185,7 +193,9 @@ def _check_types(function, flat, kwargs):
     if function is aten._to_copy.default and kwargs.get("dtype") is None:
         is_wide = any(each.dtype in wide for each in flat if isinstance(each, Tensor))
     if is_wide:
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        raise TypeError(
+            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+        )
 
 
 def _blame():
@@ -273,7 +283,9 @@ class PretendAccelerator(pl.accelerators.Accelerator):
 
 
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return PretendTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    return PretendTensor(
+        torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format)
+    )
 
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
@@ -281,7 +293,9 @@ def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memor
 
 
 def _copy_from(source, into, non_blocking=False):
-    inner, place = (each.inner if isinstance(each, PretendTensor) else each for each in (source, into))
+    inner, place = (
+        each.inner if isinstance(each, PretendTensor) else each for each in (source, into)
+    )
     place.copy_(inner)
     return into
 

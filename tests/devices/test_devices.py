@@ -17,7 +17,16 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_what_runs_on_an_accelerator_is_what_runs_on_the_cpu(which, tmp_path):
-    options = ["-q", "--tb=short", "-p", "no:randomly", "-p", "no:cacheprovider", "--noconftest", "-rs"]
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        "-rs",
+    ]
     options += ["--import-mode=prepend", "-m", which, f"--basetemp={tmp_path / 'pytest'}"]
     command = [sys.executable, "-m", "pytest", str(HERE / "checks.py"), *options]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

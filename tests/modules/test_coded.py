@@ -54,7 +54,9 @@ def make_system(matrix=ROWS, noise=0.0):
     coded = []
     for row in matrix:
         network = Net(body, 3)
-        state = {name: torch.zeros_like(tensor) for name, tensor in network.head.state_dict().items()}
+        state = {
+            name: torch.zeros_like(tensor) for name, tensor in network.head.state_dict().items()
+        }
         for weight, expert in zip(row, experts, strict=True):
             for name, tensor in expert.head.state_dict().items():
                 state[name][: len(tensor)] += weight * tensor
@@ -96,7 +98,9 @@ def test_without_survivors_one_fit_serves_every_loss_and_only_what_is_read_runs(
             own = slice(0, CLASSES[expert])
             torch.testing.assert_close(logits[:, own], wanted[expert, :, own], rtol=0, atol=1e-12)
     system.coded[1] = Gone(1, 1)
-    system.decode(inputs, [0])  # by the decoder of this loss alone, from the coded model that weighs it most
+    system.decode(
+        inputs, [0]
+    )  # by the decoder of this loss alone, from the coded model that weighs it most
     with pytest.raises(RuntimeError, match="nobody reads"):
         system.decode(inputs, [2])
 
@@ -213,7 +217,9 @@ def test_a_file_of_other_experts_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(FileError, match="is not the coded model that"):
         Coded.load(path, list(system.experts))
     save_state(path, {"x": torch.ones(2)}, {})
-    with pytest.raises(FileError, match=r"holds no coded system, expected a file that Coded\.save wrote"):
+    with pytest.raises(
+        FileError, match=r"holds no coded system, expected a file that Coded\.save wrote"
+    ):
         Coded.load(path, list(system.experts))
 
 
@@ -238,7 +244,9 @@ def own_system(dtype, matrix, **options):
     experts[1].scale.copy_(experts[0].scale)
     inputs = torch.randn(60, 6, dtype=dtype)
     batches = [[{"x": batch}] for batch in inputs.split(30)]
-    coded = merge_networks(Average(batchnorm="average", **options), experts, matrix, calibration=batches)
+    coded = merge_networks(
+        Average(batchnorm="average", **options), experts, matrix, calibration=batches
+    )
     return Coded(matrix, experts, coded), {"x": inputs}
 
 
@@ -248,8 +256,14 @@ SAVED = {  # the system, and its decoder
     "feature_ridge": (lambda x: (make_system(noise=0.1), x), "feature_ridge"),
     "expert_head": (lambda x: (make_system(noise=0.1), x), "expert_head"),
     "float32": (lambda x: own_system(torch.float32, [[0.5, 0.5]]), "linear"),
-    "three rows": (lambda x: own_system(torch.float64, [[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]]), "ridge"),
-    "adapters": (lambda x: own_system(torch.float32, [[0.5, 0.5]], adapters={"rank": 2}), "expert_head"),
+    "three rows": (
+        lambda x: own_system(torch.float64, [[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]]),
+        "ridge",
+    ),
+    "adapters": (
+        lambda x: own_system(torch.float32, [[0.5, 0.5]], adapters={"rank": 2}),
+        "expert_head",
+    ),
 }
 
 
@@ -275,7 +289,9 @@ def test_a_system_in_a_file_answers_as_before(name, inputs, tmp_path):
 @pytest.mark.parametrize("training", [False, True])
 def test_threads_decode_at_once(training):
     torch.manual_seed(0)
-    experts = [nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).eval() for _ in range(3)]
+    experts = [
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).eval() for _ in range(3)
+    ]
     inputs = [[torch.randn(50, 6)] for _ in experts]
     bodies = merge_networks(Average(adapters={"rank": 2}), experts, uniform(3), calibration=inputs)
     system = Coded(uniform(3), experts, bodies)
@@ -307,7 +323,9 @@ def adapted():
     """Return a system of bodies with adapters."""
     experts = [nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double() for _ in range(2)]
     inputs = [[torch.randn(9, 5, dtype=torch.float64)] for _ in experts]
-    bodies = merge_networks(Average(adapters={"rank": 1}), experts, [[0.5, 0.5]], calibration=inputs)
+    bodies = merge_networks(
+        Average(adapters={"rank": 1}), experts, [[0.5, 0.5]], calibration=inputs
+    )
     return Coded([[0.5, 0.5]], experts, bodies)
 
 
@@ -322,24 +340,56 @@ REFUSED = {
         ConfigurationError,
         "expected a name each",
     ),
-    "a name twice": (lambda s, x: Coded(s.code, s.experts, s.coded, "aab"), ConfigurationError, "expected a name each"),
-    "no decoder": (lambda s, x: s.decode(x), ConfigurationError, r"no decoder of the loss of \[\], only of \[\]; call"),
+    "a name twice": (
+        lambda s, x: Coded(s.code, s.experts, s.coded, "aab"),
+        ConfigurationError,
+        "expected a name each",
+    ),
+    "no decoder": (
+        lambda s, x: s.decode(x),
+        ConfigurationError,
+        r"no decoder of the loss of \[\], only of \[\]; call",
+    ),
     "another loss": (
         lambda s, x: s.fit_decoder([], [0, 1], "linear").decode(x, [0]),
         ConfigurationError,
         r"no decoder of the loss of \[0\], only of \[\(0, 1\)\]",
     ),
-    "past the code": (lambda s, x: s.fit_decoder([], [0, 1, 2], "linear"), DecodingError, "loss of experts 0, 1, 2"),
-    "an unknown kind": (lambda s, x: s.fit_decoder([], [0], "cubic"), ConfigurationError, "found decoder='cubic'"),
-    "an unknown name": (lambda s, x: s.fit_decoder([], ["d"], "ridge"), ConfigurationError, "'d', expected 0 to 2, or"),
-    "an unknown place": (lambda s, x: s.fit_decoder([], [3], "ridge"), ConfigurationError, "found lost expert 3"),
-    "one batch to fit": (lambda s, x: s.fit_decoder(x, [0], "linear"), DataError, "found a Tensor, expected batches"),
+    "past the code": (
+        lambda s, x: s.fit_decoder([], [0, 1, 2], "linear"),
+        DecodingError,
+        "loss of experts 0, 1, 2",
+    ),
+    "an unknown kind": (
+        lambda s, x: s.fit_decoder([], [0], "cubic"),
+        ConfigurationError,
+        "found decoder='cubic'",
+    ),
+    "an unknown name": (
+        lambda s, x: s.fit_decoder([], ["d"], "ridge"),
+        ConfigurationError,
+        "'d', expected 0 to 2, or",
+    ),
+    "an unknown place": (
+        lambda s, x: s.fit_decoder([], [3], "ridge"),
+        ConfigurationError,
+        "found lost expert 3",
+    ),
+    "one batch to fit": (
+        lambda s, x: s.fit_decoder(x, [0], "linear"),
+        DataError,
+        "found a Tensor, expected batches",
+    ),
     "one batch to accept": (
         lambda s, x: s.fit_decoder([], [0], "linear").accept(0.2, inputs=x),
         DataError,
         "found a Tensor, .*; give .inputs.",
     ),
-    "an ended iterator": (lambda s, x: s.fit_decoder(ended(), [0], "ridge"), DataError, "found no batch of inputs"),
+    "an ended iterator": (
+        lambda s, x: s.fit_decoder(ended(), [0], "ridge"),
+        DataError,
+        "found no batch of inputs",
+    ),
     "no batch": (
         lambda s, x: s.fit_decoder([], [0], "linear").accept(0.2, inputs=[]),
         DataError,
@@ -350,8 +400,16 @@ REFUSED = {
         DecodingError,
         "promised nothing; call accept with new inputs",
     ),
-    "no task": (lambda s, x: adapted()(x), ConfigurationError, "found no tasks for a body with adapters"),
-    "adapters": (lambda s, x: adapted().fit_decoder([x], [0], "ridge"), ConfigurationError, "cannot read a body with"),
+    "no task": (
+        lambda s, x: adapted()(x),
+        ConfigurationError,
+        "found no tasks for a body with adapters",
+    ),
+    "adapters": (
+        lambda s, x: adapted().fit_decoder([x], [0], "ridge"),
+        ConfigurationError,
+        "cannot read a body with",
+    ),
     "NaN": (
         lambda s, x: s.fit_decoder([x / 0], [0], "expert_head"),
         StateError,

@@ -106,8 +106,12 @@ def of_files(write_experts, synthetic, tmp_path):
 
 
 def test_experts_in_files_are_distilled_on_as_many_augmented_samples_as_it_is_told(of_files):
-    made = coin.Distillation(lr=1e-3, steps=3, batch_size=8, samples_per_task=12).make(of_files, ROW)
-    (start,) = coin.merge_networks(HeadFit(), of_files.networks, [ROW], calibration=of_files.samples("own"))
+    made = coin.Distillation(lr=1e-3, steps=3, batch_size=8, samples_per_task=12).make(
+        of_files, ROW
+    )
+    (start,) = coin.merge_networks(
+        HeadFit(), of_files.networks, [ROW], calibration=of_files.samples("own")
+    )
     assert not states_equal(made.network, start)
     before = of_files.passes
     coin.Distillation(lr=1e-3, steps=3, batch_size=8, start="average").make(of_files, ROW)
@@ -124,7 +128,9 @@ def trained(make_trainer):
         torch.manual_seed(0)
         student = nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval()
         module = DistillationModule(student, teachers, ROW, lr=1e-2, steps=4, **targets)
-        trainer = make_trainer(max_steps=4, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=4)
+        trainer = make_trainer(
+            max_steps=4, max_epochs=-1, check_val_every_n_epoch=None, val_check_interval=4
+        )
         validation = [] if held_out is None else Batches(held_out, 3, trainer)
         trainer.fit(module, Batches(samples, 8, trainer, 0, Augmentation.none), validation)
         return module
@@ -267,9 +273,21 @@ def test_the_code_row_is_as_exact_as_the_experts(inputs):
 
 
 IN_MEMORY = {
-    "augmentation": ({**FAST, "augmentation": "shift"}, ConfigurationError, "for batches in memory, taken as they are"),
-    "other samples": ({**FAST, "samples_per_task": 4}, ConfigurationError, "for batches in memory, taken as they are"),
-    "too high a rate": ({"lr": 1e30, "steps": 5}, NumericalError, "distillation diverged with lr=1e"),
+    "augmentation": (
+        {**FAST, "augmentation": "shift"},
+        ConfigurationError,
+        "for batches in memory, taken as they are",
+    ),
+    "other samples": (
+        {**FAST, "samples_per_task": 4},
+        ConfigurationError,
+        "for batches in memory, taken as they are",
+    ),
+    "too high a rate": (
+        {"lr": 1e30, "steps": 5},
+        NumericalError,
+        "distillation diverged with lr=1e",
+    ),
     "all too high": (
         {"learning_rates": [1e30], "steps": 5},
         NumericalError,
@@ -286,7 +304,9 @@ def test_what_memory_does_not_allow_is_told(name, inputs):
 
 
 def test_without_calibration_samples_nothing_is_trained():
-    with pytest.raises(ConfigurationError, match="found no calibration inputs, which the merge needs"):
+    with pytest.raises(
+        ConfigurationError, match="found no calibration inputs, which the merge needs"
+    ):
         distil(make_experts(), None, lr=1e-3)
 
 

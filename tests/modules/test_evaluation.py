@@ -36,8 +36,12 @@ def batches_of(task):
 def test_it_equals_the_evaluator(experts, coded, tasks, measure):
     measured = measure(DecodingEvaluator(experts, coded, EVERY))
     rows = [each.columns for each in measured if each.columns["method"] == "average"]
-    expected = pd.DataFrame(rows)[COLUMNS].sort_values(["decoder", "erased", "task"], ignore_index=True)
-    system = coin.Coded(PAIR, networks_of(experts.values()), networks_of(coded), names=list(experts))
+    expected = pd.DataFrame(rows)[COLUMNS].sort_values(
+        ["decoder", "erased", "task"], ignore_index=True
+    )
+    system = coin.Coded(
+        PAIR, networks_of(experts.values()), networks_of(coded), names=list(experts)
+    )
     found = coin.evaluate(
         system,
         [batches_of(task) for task in tasks.tasks.values()],
@@ -48,7 +52,9 @@ def test_it_equals_the_evaluator(experts, coded, tasks, measure):
     assert list(found.columns) == COLUMNS
     assert list(found["decoder"].unique()) == EVERY
     ordered = found.sort_values(["decoder", "erased", "task"], ignore_index=True)
-    pd.testing.assert_frame_equal(ordered, expected, rtol=1e-4, check_dtype=False)  # batches of other sizes
+    pd.testing.assert_frame_equal(
+        ordered, expected, rtol=1e-4, check_dtype=False
+    )  # batches of other sizes
     networks = [*system.experts, *system.coded]
     assert all(network.training for network in networks)
 
@@ -82,12 +88,24 @@ def system():
 INPUTS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 PAIRS = [(INPUTS, torch.zeros(4, dtype=torch.int64))]
 MISTAKES = {
-    "no calibration": ([PAIRS, PAIRS], {"decoders": None}, "found no calibration samples to fit the decoder ridge on"),
-    "calibration of one": ([PAIRS, PAIRS], {"calibration": [[INPUTS]]}, "calibration data of 1 tasks, expected 2"),
+    "no calibration": (
+        [PAIRS, PAIRS],
+        {"decoders": None},
+        "found no calibration samples to fit the decoder ridge on",
+    ),
+    "calibration of one": (
+        [PAIRS, PAIRS],
+        {"calibration": [[INPUTS]]},
+        "calibration data of 1 tasks, expected 2",
+    ),
     "an unknown decoder": ([PAIRS, PAIRS], {"decoders": ["cubic"]}, "found decoder='cubic'"),
     "one task": ([PAIRS], {}, "found loaders of 1 tasks, expected 2; give every expert's"),
     "a loss twice": ([PAIRS, PAIRS], {"erasures": [[0], [0]]}, "expected each loss once"),
-    "no pairs": ([PAIRS, [INPUTS]], {}, r"found a test batch of type Tensor, expected pairs \(inputs, labels\)"),
+    "no pairs": (
+        [PAIRS, [INPUTS]],
+        {},
+        r"found a test batch of type Tensor, expected pairs \(inputs, labels\)",
+    ),
     "no batches": ([PAIRS, []], {}, "found no test batches of task '1'"),
 }
 
@@ -105,6 +123,8 @@ def test_a_head_that_does_not_give_the_logits_is_left_out_unless_it_is_asked_for
     system = coin.Coded(system.code, [experts[0], odd], [nn.Sequential(system.coded[0])])
     with pytest.raises(HeadError, match="the logits of Sequential are not its head '0'"):
         coin.evaluate(system, [PAIRS, PAIRS], decoders=["expert_head"])
-    with pytest.warns(CoinWarning, match="expert_head is left out: the logits of Sequential are not"):
+    with pytest.warns(
+        CoinWarning, match="expert_head is left out: the logits of Sequential are not"
+    ):
         table = coin.evaluate(system, [PAIRS, PAIRS], calibration=[[INPUTS]] * 2)
     assert list(table["decoder"].unique()) == EVERY[:3]

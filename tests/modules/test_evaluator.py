@@ -213,7 +213,9 @@ def test_numbers_are_the_same_whatever_is_held_and_whatever_networks_do(
     numbers = []
     for is_changed in (False, True):
         memory_mib = 0 if is_changed and change == "little memory" else None
-        evaluator = DecodingEvaluator(experts, files, WITH_SURVIVORS, PAIR, copies, memory_mib=memory_mib)
+        evaluator = DecodingEvaluator(
+            experts, files, WITH_SURVIVORS, PAIR, copies, memory_mib=memory_mib
+        )
         if is_changed and memory_mib is None:
             for network in evaluator.networks.networks(range(9)).values():
                 network.register_forward_pre_hook(spoil, prepend=True)
@@ -231,7 +233,12 @@ def test_copies_are_held_as_stored_and_the_largest_whole(experts, copies, measur
     whole = max(map(resident_nbytes, networks_of(copies)))
     assert [row["task"] for row in rows] == list(experts)
     for row in rows:
-        assert (row["decoder"], row["forwards"], row["losses"], row["code_row"]) == ("replica", 1, 3, "")
+        assert (row["decoder"], row["forwards"], row["losses"], row["code_row"]) == (
+            "replica",
+            1,
+            3,
+            "",
+        )
         assert (row["resident_mib"] - row["memory_mib"]) * 2**20 == pytest.approx(whole)
 
 
@@ -243,19 +250,25 @@ def test_each_of_two_equal_experts_has_a_copy_of_its_own(experts, measure_rows, 
         compress_file(Path(path), Path(copies[-1]), None, Compression(bits=8, base_bits=0))
     rows = measure_rows(DecodingEvaluator(experts, decoders=["expert_head"], replicas=copies))
     assert [row["task"] for row in rows] == list(experts)
-    with pytest.raises(FileError, match="task1' is not a compressed copy of these experts, or a second one"):
+    with pytest.raises(
+        FileError, match="task1' is not a compressed copy of these experts, or a second one"
+    ):
         DecodingEvaluator(experts, replicas=[copies[1], copies[1]])
 
 
 @pytest.mark.parametrize("decoders", [["linear", "ridge"], ["linear", "expert_head"]])
 def test_the_survivors_alone_are_measured_asked_for_or_not(decoders, experts, measure_rows):
     evaluator = DecodingEvaluator(experts, decoders=decoders)
-    torch.testing.assert_close(evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(
+        evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    )
     found = Counter((row["method"], row["decoder"]) for row in measure_rows(evaluator))
     assert found == {("none", "ridge"): 3, ("oracle", "linear"): 3}
 
 
-def test_the_loss_of_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, measure_rows):
+def test_the_loss_of_every_expert_is_not_asked_of_the_survivors(
+    write_experts, write_coded, synthetic, measure_rows
+):
     pair = write_experts([3, 3])
     data = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, samples_per_task=20)
     evaluator = DecodingEvaluator(pair, write_coded([[0.7, 0.3], [0.3, 0.7]], pair), ["ridge"])
@@ -306,7 +319,10 @@ def test_what_a_method_chose_is_said_of_its_variant(name, experts, coded):
 
 
 def test_coded_models_of_other_experts_or_rows_are_refused(experts, coded, small_config):
-    assert DecodingEvaluator(experts, coded[::-1]).variants[0].networks == (1, 0)  # rows in any order
+    assert DecodingEvaluator(experts, coded[::-1]).variants[0].networks == (
+        1,
+        0,
+    )  # rows in any order
     wrong = {
         r"found rows \[1\] of method average, expected all 2 of one code": coded[1:],
         r"found rows \[0, 1, 1\]": [*coded, coded[1]],
@@ -325,7 +341,10 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, coded, small
 
 
 MISTAKES = {
-    "an unknown decoder": ({"decoders": ["cubic"]}, "found decoder='cubic', expected one of linear, ridge"),
+    "an unknown decoder": (
+        {"decoders": ["cubic"]},
+        "found decoder='cubic', expected one of linear, ridge",
+    ),
     "no experts": ({"experts": {}}, "found no experts"),
     "another code": ({"code": [[0.5, 0.5]]}, "found a code for 2 experts, expected 3"),
     "no file": ({"experts": {"task0": "nowhere.safetensors"}}, "found no file"),
@@ -351,7 +370,9 @@ def test_data_that_does_not_fit_is_refused(experts, synthetic, tasks, measure):
     for message, data in wrong.items():
         with pytest.raises(ConfigurationError, match=message):
             measure(DecodingEvaluator(experts, decoders=["ridge"]), data)
-    with pytest.raises(ConfigurationError, match="nothing that the decoders expert_head can measure"):
+    with pytest.raises(
+        ConfigurationError, match="nothing that the decoders expert_head can measure"
+    ):
         measure(DecodingEvaluator(experts, decoders=["expert_head"]))
 
 
@@ -360,7 +381,9 @@ def members(synthetic):
     return {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
 
 
-def test_promises_are_made_on_each_tasks_own_new_samples(experts, coded, members, measure, answers_to):
+def test_promises_are_made_on_each_tasks_own_new_samples(
+    experts, coded, members, measure, answers_to
+):
     data = Tasks(members, samples_per_task=20, promise_samples=90)
     evaluator = DecodingEvaluator(experts, coded, ["linear", "ridge"], alpha=0.5, confidence=0.8)
     measured = measure(evaluator, data)
@@ -393,7 +416,10 @@ def seed_folder(experts, coded, members, measure, make_trainer, tmp_path):
     """The folder of a run's seed, and the evaluator that has written its results."""
     folder = tmp_path / "runs/x/seed-0"
     (folder / "coded").mkdir(parents=True)
-    own_coded = [shutil.copy(path, folder / f"coded/average.row-{row}.safetensors") for row, path in enumerate(coded)]
+    own_coded = [
+        shutil.copy(path, folder / f"coded/average.row-{row}.safetensors")
+        for row, path in enumerate(coded)
+    ]
     own_experts = {}
     for name, path in experts.items():
         (folder / "experts" / name).mkdir(parents=True)
@@ -409,9 +435,15 @@ def seed_folder(experts, coded, members, measure, make_trainer, tmp_path):
 def test_a_system_of_a_run_decodes_as_it_was_evaluated(kind, seed_folder):
     folder, evaluator = seed_folder
     system = Coded.from_run(folder.parent, "average", kind)
-    assert (system.method, system.names, system.classes) == ("average", tuple(evaluator.experts.paths), [3, 2, 3])
+    assert (system.method, system.names, system.classes) == (
+        "average",
+        tuple(evaluator.experts.paths),
+        [3, 2, 3],
+    )
     assert system.class_names[1] == ["0", "1"]
-    assert [path.name for path in system.files[3:]] == [f"average.row-{row}.safetensors" for row in range(2)]
+    assert [path.name for path in system.files[3:]] == [
+        f"average.row-{row}.safetensors" for row in range(2)
+    ]
     assert list(system.decoders) == (CODE.erasures() if kind == "ridge" else [(0, 1, 2)])
     images = torch.rand(5, 3, 16, 16)
     answers = evaluator.evaluation.answers(images, 0, range(5))
@@ -424,7 +456,9 @@ def test_a_system_of_a_run_decodes_as_it_was_evaluated(kind, seed_folder):
         expected = each.decoder.decode(answers)
         for place, expert in enumerate(lost):
             own = slice(0, CLASSES[expert])
-            torch.testing.assert_close(decoded[place, :, own], expected[place, :, own], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                decoded[place, :, own], expected[place, :, own], rtol=1e-5, atol=1e-5
+            )
 
 
 def test_the_best_system_of_a_run_is_taken_and_a_wrong_one_refused(seed_folder, tmp_path):
@@ -439,7 +473,9 @@ def test_the_best_system_of_a_run_is_taken_and_a_wrong_one_refused(seed_folder, 
     assert kinds == {best}
     of_survivors = Coded.from_run(folder, survivors=True)
     assert all(decoder.kind.reads_survivors for decoder in of_survivors.decoders.values())
-    with pytest.raises(ConfigurationError, match=r"method '\*' with decoder 'cubic', expected one .*average with"):
+    with pytest.raises(
+        ConfigurationError, match=r"method '\*' with decoder 'cubic', expected one .*average with"
+    ):
         Coded.from_run(folder, decoder="cubic")
     systems = folder / "systems/average.safetensors"
     with pytest.raises(ConfigurationError, match="found several decoders of an erasure"):
@@ -462,7 +498,9 @@ def test_processes_add_up_on_their_device(experts, coded, measure, monkeypatch):
     assert {id(metric) for metric, _ in moved} == {id(metric) for metric in every}
     assert {device for _, device in moved} == {evaluator.device}
     modules = list(evaluator.modules())
-    assert not any(isinstance(module, Metric) for module in modules), "the networks' move takes them"
+    assert not any(isinstance(module, Metric) for module in modules), (
+        "the networks' move takes them"
+    )
 
 
 class HeadType:

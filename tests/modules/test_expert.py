@@ -62,13 +62,19 @@ REFUSED = {
     "found lr=nan": {"lr": float("nan")},
     "found optimizer torch.optim.SGD .*: Invalid weight_decay value: -1.0": {"weight_decay": -1.0},
     "found optimizer 'torch.optim.Adm', .*has no attribute 'Adm'": {"optimizer": "Adm"},
-    "found optimizer=<class .*, expected the name of a class of torch.optim": {"optimizer": nn.Linear},
+    "found optimizer=<class .*, expected the name of a class of torch.optim": {
+        "optimizer": nn.Linear
+    },
     "unexpected keyword .*'rho'": {"optimizer": {"class_path": "AdamW", "init_args": {"rho": 0.9}}},
-    "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'": {"lr_scheduler": "StepLR"},
+    "torch.optim.lr_scheduler.StepLR .*missing 1 required .*: 'step_size'": {
+        "lr_scheduler": "StepLR"
+    },
     "Unknown model small_resnett; change network.name": {"network": "small_resnett"},
     "found num_classes=0": {"num_classes": 0},
     "found trainable pattern 'layer4.*stages": {"trainable": ["head", "layer4*"]},
-    "found trainable pattern 'fc.wieght'.*the nearest names are fc.weight": {"trainable": ["fc.wieght"]},
+    "found trainable pattern 'fc.wieght'.*the nearest names are fc.weight": {
+        "trainable": ["fc.wieght"]
+    },
     "optimizer got an empty parameter list|no parameter": {"trainable": ["nothing"]},
 }
 
@@ -86,16 +92,24 @@ NO_LOGITS = {
 
 
 @pytest.mark.parametrize("found", NO_LOGITS)
-def test_a_network_that_returns_no_logits_is_refused_at_the_first_batch(found, synthetic, make_trainer):
+def test_a_network_that_returns_no_logits_is_refused_at_the_first_batch(
+    found, synthetic, make_trainer
+):
     expert = Expert(**OF_THREE)
     expert.network.register_forward_hook(lambda _, __, logits: NO_LOGITS[found](logits))
-    with pytest.raises(ConfigurationError, match=f"found {found} from the network 'small_resnet', expected logits"):
-        make_trainer(max_epochs=1).fit(expert, datamodule=synthetic(batch_size=4, eval_batch_size=4))
+    with pytest.raises(
+        ConfigurationError, match=f"found {found} from the network 'small_resnet', expected logits"
+    ):
+        make_trainer(max_epochs=1).fit(
+            expert, datamodule=synthetic(batch_size=4, eval_batch_size=4)
+        )
 
 
 def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make_trainer):
     trainer = make_trainer(max_epochs=1)
-    with pytest.raises(ConfigurationError, match="found num_classes=4 of the model and 3 of the data"):
+    with pytest.raises(
+        ConfigurationError, match="found num_classes=4 of the model and 3 of the data"
+    ):
         trainer.fit(Expert(**SMALL, num_classes=4), datamodule=synthetic(classes=3))
     with pytest.raises(ConfigurationError, match="found no num_classes and no datamodule"):
         make_trainer(max_epochs=1).fit(Expert(**SMALL), synthetic().train_dataloader())
@@ -115,7 +129,12 @@ class Rates(Callback):
 SCHEDULES = {
     "none": (None, 0.1, 0.1, 0.1),
     "its length": ("CosineAnnealingLR", 0.1, 0.00245, 0.1),
-    "a longer one": ({"class_path": "CosineAnnealingLR", "init_args": {"T_max": 1000}}, 0.1, 0.1, 0.1),
+    "a longer one": (
+        {"class_path": "CosineAnnealingLR", "init_args": {"T_max": 1000}},
+        0.1,
+        0.1,
+        0.1,
+    ),
     "one cycle": ("coin.modules.recipe.OneCycle", 0.004, 4e-7, 0.1),
 }
 
@@ -132,8 +151,14 @@ def test_a_schedule_spans_all_steps_unless_it_is_told_otherwise(name, synthetic,
 
 OPTIMISERS = {
     "the default": ({}, {"lr": 0.01, "weight_decay": 5e-4, "momentum": 0.9}),
-    "other rates": ({"lr": 0.02, "weight_decay": 0.03}, {"lr": 0.02, "weight_decay": 0.03, "momentum": 0.9}),
-    "by name": ({"optimizer": "AdamW", "lr": 0.02}, {"lr": 0.02, "weight_decay": 0.01, "betas": (0.9, 0.999)}),
+    "other rates": (
+        {"lr": 0.02, "weight_decay": 0.03},
+        {"lr": 0.02, "weight_decay": 0.03, "momentum": 0.9},
+    ),
+    "by name": (
+        {"optimizer": "AdamW", "lr": 0.02},
+        {"lr": 0.02, "weight_decay": 0.01, "betas": (0.9, 0.999)},
+    ),
     "by path": ({"optimizer": "torch.optim.RMSprop"}, {"lr": 0.01, "alpha": 0.99}),
     "with options": (
         {"optimizer": {"class_path": "Adam", "init_args": {"lr": 1e-4, "eps": 1e-3}}},
@@ -156,9 +181,13 @@ def test_a_schedule_of_a_run_without_an_end_is_refused(synthetic, make_trainer):
     for schedule in ("OneCycleLR", "CosineAnnealingLR"):
         message = f"found lr_scheduler=.*{schedule} for a run .*; set trainer.max_ep"
         with pytest.raises(ConfigurationError, match=message):
-            make_trainer(**options).fit(Expert(**SMALL, lr_scheduler=schedule), datamodule=synthetic())
+            make_trainer(**options).fit(
+                Expert(**SMALL, lr_scheduler=schedule), datamodule=synthetic()
+            )
     rates = Rates()
-    make_trainer(**options, callbacks=[rates]).fit(Expert(**SMALL, lr=0.02, lr_scheduler=None), datamodule=synthetic())
+    make_trainer(**options, callbacks=[rates]).fit(
+        Expert(**SMALL, lr=0.02, lr_scheduler=None), datamodule=synthetic()
+    )
     assert set(rates.found) == {0.02}
 
 
@@ -181,7 +210,9 @@ def trained(tmp_path, synthetic, make_trainer):
     def run(folder, *callbacks, ckpt_path=None, image_size=16, **options):
         torch.manual_seed(len(folder))  # nothing may hang on the global generator's state
         saver = ModelCheckpoint(tmp_path / folder, save_last=True)
-        trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, *callbacks])
+        trainer = make_trainer(
+            max_epochs=3, enable_checkpointing=True, callbacks=[saver, *callbacks]
+        )
         task = synthetic(train=20, image_size=image_size, augmentation="crop", seed=4)
         expert = Expert(**{**SMALL, "lr": 0.05, "image_size": image_size, **options})
         trainer.fit(expert, datamodule=task, ckpt_path=ckpt_path)
@@ -217,7 +248,9 @@ def test_dropout_is_drawn_anew_in_every_epoch_and_for_every_seed(synthetic, make
     every = []
     for seed in (0, 1):
         seeds = Seeds()
-        make_trainer(max_epochs=3, callbacks=[seeds]).fit(Expert(**SMALL, seed=seed), datamodule=synthetic())
+        make_trainer(max_epochs=3, callbacks=[seeds]).fit(
+            Expert(**SMALL, seed=seed), datamodule=synthetic()
+        )
         every += seeds.found.values()
     assert len(set(every)) == 6
 
@@ -229,7 +262,9 @@ def fine_tuned(make_trainer, synthetic):
     def run(callbacks=(), **options):
         expert = Expert(**{**OF_THREE, "lr": 0.05, "weight_decay": 0.0, **options})
         before = {name: tensor.clone() for name, tensor in expert.network.state_dict().items()}
-        trainer = make_trainer(max_epochs=1, val_check_interval=2, num_sanity_val_steps=1, callbacks=[*callbacks])
+        trainer = make_trainer(
+            max_epochs=1, val_check_interval=2, num_sanity_val_steps=1, callbacks=[*callbacks]
+        )
         trainer.fit(expert, datamodule=synthetic())
         after = expert.network.state_dict()
         return expert, {name for name in after if not torch.equal(after[name], before[name])}
@@ -249,7 +284,9 @@ def test_everything_is_trained_but_the_statistics_of_frozen_batchnorm(freeze, fi
     assert modes[nn.Conv2d]
 
 
-def test_batchnorm_is_frozen_too_where_the_network_is_built_when_training_starts(synthetic, make_trainer):
+def test_batchnorm_is_frozen_too_where_the_network_is_built_when_training_starts(
+    synthetic, make_trainer
+):
     expert = Expert(**SMALL, freeze_batchnorm=True)
     make_trainer(max_epochs=1).fit(expert, datamodule=synthetic())
     means = [each for name, each in expert.network.named_buffers() if name.endswith("running_mean")]

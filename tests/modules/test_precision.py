@@ -13,10 +13,18 @@ from coin.networks import load_network
 from coin.statistics.files import open_statistic
 from coin.trainer import Trainer
 
-SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3, "lr": 0.05}
+SMALL = {
+    "network": "small_resnet",
+    "image_size": 16,
+    "options": {"width": 4},
+    "num_classes": 3,
+    "lr": 0.05,
+}
 
 
-def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(tmp_path, make_trainer, synthetic):
+def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(
+    tmp_path, make_trainer, synthetic
+):
     weights = []
     for precision in ("32-true", "bf16-mixed"):
         path = tmp_path / precision

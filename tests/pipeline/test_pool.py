@@ -226,7 +226,9 @@ def test_jobs_of_several_processes_are_refused(count: dict[str, Any], experiment
 
 
 @pytest.mark.parametrize("devices", ["auto", 1, "1", [0], -1])
-def test_a_device_that_each_job_finds_is_no_several_processes(devices: Any, experiment: Any) -> None:
+def test_a_device_that_each_job_finds_is_no_several_processes(
+    devices: Any, experiment: Any
+) -> None:
     experiment.trainer = {"devices": devices}
     check_launch(experiment, LOCAL)
 

@@ -11,7 +11,26 @@ import pytest
 
 from coin.reporting.results import Row, write_results
 
-BASE = Row("x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8e3, 0.2, 9.0)
+BASE = Row(
+    "x",
+    0,
+    "coin",
+    "auto:average",
+    "linear",
+    "0",
+    "a",
+    "a",
+    200,
+    0.9,
+    0.8,
+    8 / 9,
+    0.85,
+    0.5,
+    4.0,
+    8e3,
+    0.2,
+    9.0,
+)
 COSTS = {"memory_mib": 1.0, "resident_mib": 1.0, "forwards": 1.0, "losses": 1.0}
 CONFIGURATION = {"network": {"name": "small_resnet"}, "tasks": {"a": {"class_path": "MNIST5k"}}}
 KEPT = {
@@ -43,7 +62,9 @@ def measured(seed: int) -> list[Row]:
     for (method, decoder), (nda, memory) in KEPT.items():
         for place, task in enumerate("ab"):
             share = min(1.0, nda + 0.001 * seed) - 0.01 * place * (method != "oracle")
-            rows.append(row(share, task, seed=seed, method=method, decoder=decoder, memory_mib=memory))
+            rows.append(
+                row(share, task, seed=seed, method=method, decoder=decoder, memory_mib=memory)
+            )
     return rows
 
 

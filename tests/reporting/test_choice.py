@@ -39,7 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for method, decoder, on_a, on_b, memory, resident, forwards, losses in KEPT:
             names = {"seed": seed, "method": method, "decoder": decoder}
-            costs = {"memory_mib": memory, "resident_mib": resident, "forwards": forwards, "losses": losses}
+            costs = {
+                "memory_mib": memory,
+                "resident_mib": resident,
+                "forwards": forwards,
+                "losses": losses,
+            }
             rows += [row(on_a, "a", **names, **costs), row(on_b, "b", **names, **costs)]
         write_results(folder / f"seed-{seed}", rows, {})
     return folder
@@ -49,7 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("wishes", "first", "count"),
     [
         ({"accuracy": 0.98}, "small with expert_head", 4),  # of equal memory the fewer networks win
-        ({"accuracy": 0.97}, "uneven with expert_head", 5),  # whose mean is 98.5 %, the worst task 97
+        (
+            {"accuracy": 0.97},
+            "uneven with expert_head",
+            5,
+        ),  # whose mean is 98.5 %, the worst task 97
         ({"accuracy": 0.99}, "small with ridge", 3),
         ({"accuracy": 0.99, "forwards": 1}, "replica", 2),
         ({"accuracy": 0.99, "losses": "all"}, "replica", 2),
@@ -72,12 +81,20 @@ def test_the_cheapest_that_meets_all_limits_is_first(
     ("wishes", "told"),
     [
         ({"accuracy": 1, "resident_mib": 23}, "losses >= 1 and resident_mib <= 23"),
-        ({"accuracy": 0.99, "memory_mib": 10, "forwards": 1}, "accurate enough is small with ridge (99.00 %"),
-        ({"accuracy": 0.99, "memory_mib": 10, "forwards": 1}, "within the limits is small with expert_head (98.50 %"),
+        (
+            {"accuracy": 0.99, "memory_mib": 10, "forwards": 1},
+            "accurate enough is small with ridge (99.00 %",
+        ),
+        (
+            {"accuracy": 0.99, "memory_mib": 10, "forwards": 1},
+            "within the limits is small with expert_head (98.50 %",
+        ),
         ({"accuracy": 1, "losses": 3}, "accurate enough is replica (100.00 %"),
     ],
 )
-def test_where_nothing_meets_the_limits_the_nearest_are_told(wishes: dict[str, Any], told: str, folder: Path) -> None:
+def test_where_nothing_meets_the_limits_the_nearest_are_told(
+    wishes: dict[str, Any], told: str, folder: Path
+) -> None:
     rows, sentence = choose(folder, **wishes)
     assert rows.empty
     assert told in sentence
@@ -103,10 +120,17 @@ def test_all_that_names_a_stand_in_names_the_recommended_one(folder: Path, capsy
 
 
 @pytest.mark.parametrize("fewer_mib", [20 / 2**20, 1e-3])
-def test_of_what_is_printed_alike_the_more_accurate_is_recommended(fewer_mib: float, written: Any, capsys: Any) -> None:
+def test_of_what_is_printed_alike_the_more_accurate_is_recommended(
+    fewer_mib: float, written: Any, capsys: Any
+) -> None:
     base = {"method": "base", "memory_mib": 2.55 - fewer_mib}
     refit = {"method": "refit", "memory_mib": 2.55}
-    rows = [row(0.991, "a", **base), row(0.990, "b", **base), row(0.993, "a", **refit), row(0.992, "b", **refit)]
+    rows = [
+        row(0.991, "a", **base),
+        row(0.990, "b", **base),
+        row(0.993, "a", **refit),
+        row(0.992, "b", **refit),
+    ]
     assert said_of(written(rows), capsys).startswith("Keep refit with linear (99.20 %")
 
 
@@ -123,7 +147,10 @@ def test_what_is_recommended_is_on_the_short_list_though_others_are_better_on_av
 GUESSES = row(1.0, "b", expert_accuracy=0.12, chance=0.1)
 TOO_WEAK = {
     "what stands in is right more often than the lost experts": [row(3.0, "a"), row(3.0, "b")],
-    "the expert of 'b' is hardly more often right than chance": [row(1.0, "a", chance=0.5), GUESSES],
+    "the expert of 'b' is hardly more often right than chance": [
+        row(1.0, "a", chance=0.5),
+        GUESSES,
+    ],
     "no stand-in has a known NDA and memory": [row(1.0, method="oracle", memory_mib=float("nan"))],
 }
 
@@ -151,10 +178,35 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         choose(tmp_path)
 
 
-def test_the_command_prints_table_and_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["choose", str(folder), "--accuracy=0.99", "--losses=all", "--memory_mib=25", "--resident_mib=25"]) == 0
+def test_the_command_prints_table_and_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "choose",
+                str(folder),
+                "--accuracy=0.99",
+                "--losses=all",
+                "--memory_mib=25",
+                "--resident_mib=25",
+            ]
+        )
+        == 0
+    )
     *_, table, sentence = capsys.readouterr().out.splitlines()
-    assert table.split() == ["replica", "replica", "103.50", "±", "0.00*", "100.00", "20", "24", "1", "2"]
+    assert table.split() == [
+        "replica",
+        "replica",
+        "103.50",
+        "±",
+        "0.00*",
+        "100.00",
+        "20",
+        "24",
+        "1",
+        "2",
+    ]
     assert sentence.startswith("Keep replica (100.00 %")
     assert main(["choose", str(folder), "--accuracy=1", "--memory_mib=1"]) == 0
     assert capsys.readouterr().out.strip() == coin.choose(folder, 1, 1)[1]

@@ -19,7 +19,9 @@ def kept(methods: int) -> pd.DataFrame:
     for number in range(methods):
         for each in linear:
             nda = each.nda - number / 1000
-            rows.append(replace(each, method=f"method_number_{number}", nda=nda, memory_mib=1.3**number))
+            rows.append(
+                replace(each, method=f"method_number_{number}", nda=nda, memory_mib=1.3**number)
+            )
     return standins(frame(rows))
 
 
@@ -27,7 +29,9 @@ def texts(figure: Figure) -> list[Text]:
     """Return what is written in a figure, but for ticks: beyond the limits there are labels too, unseen."""
     (axes,) = figure.axes
     ticks = {*axes.xaxis.get_ticklabels(), *axes.yaxis.get_ticklabels()}
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    found = [
+        text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()
+    ]
     return [text for text in found if text not in ticks]
 
 
@@ -50,7 +54,10 @@ def test_the_legend_names_all_the_best_first() -> None:
     stand_ins = kept(3)
     (legend,) = nda_against_memory(stand_ins).legends
     best_first = stand_ins.sort_values("nda_mean", ascending=False, kind="stable")
-    expected = [f"{100 * each.nda_mean:.1f}  {each.method}, {each.decoder}" for each in best_first.itertuples()]
+    expected = [
+        f"{100 * each.nda_mean:.1f}  {each.method}, {each.decoder}"
+        for each in best_first.itertuples()
+    ]
     assert [text.get_text() for text in legend.get_texts()] == expected
 
 

@@ -22,7 +22,9 @@ class Page:
     def __init__(self, path: Path) -> None:
         self.text = path.read_text(encoding="utf-8")
         self.said = " ".join(unescape(re.sub("<[^>]*>", " ", self.text)).split())
-        self.cells = [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", self.text)]
+        self.cells = [
+            unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", self.text)
+        ]
 
 
 def test_a_page_says_what_was_run_and_needs_nothing_from_outside(experiment: Path) -> None:

@@ -40,14 +40,18 @@ MEANS = [0.75, 0.925, 0.785]  # of the tasks, by seed
 
 @pytest.mark.parametrize(("task", "ndas"), [*UNEVEN.items(), ("mean", MEANS)])
 def test_mean_and_spread_are_over_seeds_after_the_tasks(task: str, ndas: list[float]) -> None:
-    found = pick(summarise(frame(rows_of(UNEVEN))), task=task, erased="1 of 2" if task == "mean" else task)
+    found = pick(
+        summarise(frame(rows_of(UNEVEN))), task=task, erased="1 of 2" if task == "mean" else task
+    )
     assert found.seeds == 3
     assert found.nda_mean == pytest.approx(statistics.fmean(ndas), rel=1e-14)
     assert found.nda_std == pytest.approx(statistics.stdev(ndas), rel=1e-14)
     assert found.residual_mean == pytest.approx(1 - statistics.fmean(ndas), rel=1e-14)
 
 
-def test_a_stand_ins_mean_and_spread_are_the_summarys_and_its_worst_task_is_over_seeds_too() -> None:
+def test_a_stand_ins_mean_and_spread_are_the_summarys_and_its_worst_task_is_over_seeds_too() -> (
+    None
+):
     (kept,) = standins(frame(rows_of(UNEVEN, resident_mib=5.0))).itertuples()
     assert kept.nda_mean == pytest.approx(statistics.fmean(MEANS), rel=1e-14)
     assert kept.nda_std == pytest.approx(statistics.stdev(MEANS), rel=1e-14)
@@ -121,7 +125,11 @@ def test_seeds_that_chose_differently_are_one_variant() -> None:
 def seeds(tmp_path: Path) -> Path:
     """An experiment's folder with three seeds, of which the last one has other options."""
     for seed, rate in ((10, 0.1), (2, 0.1), (0, 0.3)):
-        write_results(tmp_path / f"seed-{seed}", [row(0.9, seed=seed)], {"expert": {"lr": rate}, "seeds": [seed]})
+        write_results(
+            tmp_path / f"seed-{seed}",
+            [row(0.9, seed=seed)],
+            {"expert": {"lr": rate}, "seeds": [seed]},
+        )
     return tmp_path
 
 

@@ -13,7 +13,13 @@ from tests.reporting.conftest import frame, measured, row
 A = {"method": "a", "memory_mib": 10.0, "resident_mib": 11.0, "forwards": 2.0}
 LARGER = {**A, "method": "b", "memory_mib": 12.0}
 ALONE = {**A, "method": "b", "decoder": "expert_head", "forwards": 1.0, "losses": 2.0}
-LARGE = {"method": "c", "decoder": "expert_head", "memory_mib": 1234.0, "resident_mib": 1234.0, "forwards": 3.0}
+LARGE = {
+    "method": "c",
+    "decoder": "expert_head",
+    "memory_mib": 1234.0,
+    "resident_mib": 1234.0,
+    "forwards": 3.0,
+}
 KEPT = [row(0.99, **A), row(0.99, **LARGER), row(0.97, **ALONE), row(0.95, **LARGE)]
 
 
@@ -22,10 +28,27 @@ def test_the_table_is_ordered_by_cost_and_marks_what_no_other_beats() -> None:
     assert kept.memory_mib.tolist() == [10, 10, 12, 1234]
     assert kept.method.tolist() == ["b", "a", "b", "c"]
     assert undominated(kept).tolist() == [True, True, False, False]
-    assert shortlist(kept).tolist() == [False, True, True, True]  # b's best decoder is beaten, and shown
+    assert shortlist(kept).tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]  # b's best decoder is beaten, and shown
     table = standin_table(kept)
     assert table.loc[1].tolist()[:8] == ["a", "linear", "99.00*", "99.00", "10", "11", "2", "1"]
-    last = ["c", "expert_head", "95.00", "95.00", "1,230", "1,230", "3", "1", "85.00", "4.0", "8,000"]
+    last = [
+        "c",
+        "expert_head",
+        "95.00",
+        "95.00",
+        "1,230",
+        "1,230",
+        "3",
+        "1",
+        "85.00",
+        "4.0",
+        "8,000",
+    ]
     assert table.loc[3].tolist() == last
     assert standin_table(kept[:0]).empty
 

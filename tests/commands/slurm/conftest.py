@@ -49,7 +49,9 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Start SLURM with two cores, and yield the environment that its commands need; skip where it is not installed."""
-    if os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
+    if os.geteuid() != 0 or not all(
+        shutil.which(name) for name in ("slurmctld", "slurmd", "munged")
+    ):
         pytest.skip("SLURM is not installed here: apt-get install slurm-wlm munge")
     folder = tmp_path_factory.mktemp("slurm")
     folder.chmod(0o755)
@@ -62,10 +64,22 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM")
+    }
     environment["SLURM_CONF"] = str(config)
-    munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
-    munged += [f"--log-file={folder}/munged.log", f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munge.seed"]
+    munged = [
+        "munged",
+        "--foreground",
+        "--force",
+        f"--key-file={key}",
+        f"--socket={folder}/munge.socket",
+    ]
+    munged += [
+        f"--log-file={folder}/munged.log",
+        f"--pid-file={folder}/munged.pid",
+        f"--seed-file={folder}/munge.seed",
+    ]
     commands = [munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]]
     processes = []
     try:
@@ -76,14 +90,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 60
         idle = ["sinfo", "-h", "-o", "%T"]
         while (
-            subprocess.run(idle, env=environment, capture_output=True, text=True, check=False).stdout.strip() != "idle"
+            subprocess.run(
+                idle, env=environment, capture_output=True, text=True, check=False
+            ).stdout.strip()
+            != "idle"
         ):
             logs = "\n".join(path.read_text()[-1000:] for path in folder.glob("*.log"))
             assert time.monotonic() < deadline, f"SLURM did not start:\n{logs}"
             time.sleep(0.5)
         yield environment
     finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, check=False, timeout=30)
+        subprocess.run(
+            ["scancel", "--user=root"],
+            env=environment,
+            capture_output=True,
+            check=False,
+            timeout=30,
+        )
         for process in reversed(processes):
             process.terminate()
         for process in processes:

@@ -39,8 +39,13 @@ def run(task: int, arguments: list[str]) -> int:
     def noted(self: Expert, batch: Any, batch_idx: int) -> Any:
         with (NOTES / f"steps-{task}.txt").open("a") as file:
             print(json.dumps([self.global_step, self.current_epoch, batch[1].tolist()]), file=file)
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, "Lightning would save in the middle of an epoch"
-        if self.global_step == int(os.environ["SIGNAL_AT"]) and not (NOTES / "scontrol.txt").exists():
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, (
+            "Lightning would save in the middle of an epoch"
+        )
+        if (
+            self.global_step == int(os.environ["SIGNAL_AT"])
+            and not (NOTES / "scontrol.txt").exists()
+        ):
             if task == 1:
                 while not all(reached(other) for other in range(TASKS)):
                     time.sleep(0.01)

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def squeue(environment: dict[str, str]) -> list[str]:
-    done = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.split()
 
 
@@ -27,7 +29,16 @@ def login(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def command(what: str, *options: str) -> list[str]:
     slurm = "--launch.slurm={timeout_min: 9, cpus_per_task: 1}"
-    return [sys.executable, "-m", "coin", what, *options, "--launch.cluster=slurm", "--launch.workers=2", slurm]
+    return [
+        sys.executable,
+        "-m",
+        "coin",
+        what,
+        *options,
+        "--launch.cluster=slurm",
+        "--launch.workers=2",
+        slurm,
+    ]
 
 
 @pytest.mark.slow
@@ -35,11 +46,20 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
     config: Path, login: dict[str, str], tmp_path: Path
 ) -> None:
     """The driver is killed; its jobs go on, are waited for by the next, and nothing is computed twice."""
-    options = ["-c", str(config), "--seeds=[0,1,2]", "--methods=[{class_path: Average}]", "--decoders=[linear]"]
+    options = [
+        "-c",
+        str(config),
+        "--seeds=[0,1,2]",
+        "--methods=[{class_path: Average}]",
+        "--decoders=[linear]",
+    ]
     run = command("run", *options)
 
     def finished() -> dict[str, int]:
-        return {path.parent.name: path.stat().st_mtime_ns for path in Path("runs").glob(".steps/*/done.json")}
+        return {
+            path.parent.name: path.stat().st_mtime_ns
+            for path in Path("runs").glob(".steps/*/done.json")
+        }
 
     log = (tmp_path / "driver.log").open("w+")
     quiet: dict[str, Any] = {"stdout": log, "stderr": log}
@@ -63,12 +83,20 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
     told = "".join(path.read_text() for path in jobs.glob("*.err"))
     for task in ("digits", "letters"):
         assert told.count(f"expert {task}: training") == 3  # nor begun
-    here = [each for each in command("run", *options, "--output=here") if not each.startswith("--launch")]
+    here = [
+        each
+        for each in command("run", *options, "--output=here")
+        if not each.startswith("--launch")
+    ]
     subprocess.run(here, env=login, check=True, timeout=600, **quiet)
     columns = ["merge_seconds", "decoder_seconds"]
     for seed in (0, 1, 2):
-        tables = [pd.read_csv(f"{place}/tiny/seed-{seed}/results.csv") for place in ("runs", "here")]
-        pd.testing.assert_frame_equal(*(table.drop(columns=columns) for table in tables), check_exact=True)
+        tables = [
+            pd.read_csv(f"{place}/tiny/seed-{seed}/results.csv") for place in ("runs", "here")
+        ]
+        pd.testing.assert_frame_equal(
+            *(table.drop(columns=columns) for table in tables), check_exact=True
+        )
     assert not squeue(login)
 
 
@@ -79,7 +107,9 @@ def test_a_job_that_has_ended_early_is_told_of(
 ) -> None:
     """Those that depend on it do not wait for ever."""
     run = command("run", "-c", str(config))
-    process = subprocess.Popen(run, env=login, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        run, env=login, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while len(squeue(login)) < 2:  # an array that waits is one line
         assert time.monotonic() < deadline

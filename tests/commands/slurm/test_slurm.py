@@ -78,7 +78,9 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))
+    }
     return own | {
         "PATH": f"{fakes}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -111,7 +113,9 @@ def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
         "fit": ["-c", str(tmp_path / "fit.yaml")],
     }
     job = ["bash", str(TEMPLATE), command, *options[command]]
-    left = subprocess.run(job, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)
+    left = subprocess.run(
+        job, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False
+    )
     assert left.returncode != 0, left.stderr
     assert (tmp_path / "scontrol.txt").read_text().splitlines() == [f"requeue {JOB}"], left.stderr
     done = [steps(tmp_path, task) for task in (0, 1)]
@@ -133,11 +137,22 @@ def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
     assert len(list((tmp_path / "runs").rglob("expert.safetensors"))) == 1
     assert len((tmp_path / "scontrol.txt").read_text().splitlines()) == 1
     if command == "run":
-        runs = [re.sub(r".*-", "", path.name) for path in (tmp_path / "runs").rglob("offline-run-*") if path.is_dir()]
+        runs = [
+            re.sub(r".*-", "", path.name)
+            for path in (tmp_path / "runs").rglob("offline-run-*")
+            if path.is_dir()
+        ]
         assert runs == run_ids * 2
 
 
-def test_a_job_that_fails_says_so_and_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_fails_says_so_and_is_not_queued_again(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
     job = ["bash", str(TEMPLATE), "run", "-c", str(tmp_path / "job.yaml"), "--only=nothing"]
-    assert subprocess.run(job, cwd=ROOT, env=cluster, capture_output=True, timeout=400, check=False).returncode == 2
+    assert (
+        subprocess.run(
+            job, cwd=ROOT, env=cluster, capture_output=True, timeout=400, check=False
+        ).returncode
+        == 2
+    )
     assert not (tmp_path / "scontrol.txt").exists()
