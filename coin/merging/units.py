@@ -107,9 +107,11 @@ class Unit:
 
     def from_columns(self, columns: Tensor) -> Tensor:
         """Return matrices of such columns […, K'] with all columns […, K] as in the weight, zero where left out."""
-        whole = columns.new_zeros(*columns.shape[:-1], self.unknowns)
-        whole[..., self.columns.to(whole.device)] = columns
-        return whole
+        by_tap = columns.reshape(*columns.shape[:-1], len(self.taps), -1)
+        # Tap by tap, which is ten times as fast as column by column.
+        every = by_tap.new_zeros(*by_tap.shape[:-2], self.kernel, by_tap.shape[-1])
+        every[..., list(self.taps), :] = by_tap
+        return every.mT.flatten(-2)
 
 
 class Trace(NamedTuple):
