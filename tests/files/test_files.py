@@ -196,6 +196,7 @@ def test_it_holds_what_is_named(tmp_path, mixed):
 
 MAIN = """
 from coin.files.user_code import source_of
+import tools.inside
 from . import beside
 
 
@@ -207,16 +208,19 @@ if __name__ == "__main__":
 """
 
 
-def test_a_class_of_a_module_that_is_run_is_known_with_what_it_imports_from_its_package(tmp_path):
+def test_a_class_of_a_module_that_is_run_is_known_with_what_it_imports_and_the_packages_of_that(tmp_path):
     package = tmp_path / "mypkg"
     package.mkdir()
-    write_text(package / "__init__.py", "")
     write_text(package / "main.py", MAIN)
+    write_text(package / "__init__.py", "")
+    write_text(tmp_path / "tools/inside.py", "")
     found = []
-    for number in (1, 1, 2):
-        write_text(package / "beside.py", f"number = {number}")
-        done = subprocess.run(
-            [sys.executable, "-m", "mypkg.main"], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
+    for beside, outer in ((1, 1), (1, 1), (2, 1), (2, 2)):
+        write_text(package / "beside.py", f"number = {beside}")
+        write_text(tmp_path / "tools/__init__.py", f"number = {outer}")
+        command = [sys.executable, "-m", "mypkg.main"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         found.append(done.stdout)
-    assert found[0] == found[1] != found[2]
+    first, again, *others = found
+    assert first == again
+    assert len({first, *others}) == 3

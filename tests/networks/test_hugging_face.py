@@ -111,6 +111,16 @@ def test_images_are_normalised_as_the_folder_says(folder):
     torch.testing.assert_close(own, answers(network, (x - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_text_attends_to_its_first_token(folder):
+    network = build_network(NetworkConfig(folder("bert"), 8), 3).eval()
+    empty = torch.zeros(2, 8, dtype=torch.int64)
+    mask = torch.zeros(2, 8, dtype=torch.int64)
+    mask[:, 0] = 1
+    with torch.no_grad():
+        theirs = network(input_ids=empty, attention_mask=mask).logits
+    torch.testing.assert_close(answers(network, empty), theirs)
+
+
 def test_texts_that_are_too_long_are_refused(folder):
     network = build_network(NetworkConfig(folder("bert"), 32), 3)
     with pytest.raises(DataError, match="found texts of 13 tokens, expected at most 12; set max_tokens of tasks"):
