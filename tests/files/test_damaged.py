@@ -35,7 +35,9 @@ class Unpickled:
 
 
 def cut(share: float) -> Damage:
-    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)]) and None
+    return lambda path: (
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)]) and None
+    )
 
 
 def said(**values: Any) -> Damage:
@@ -69,15 +71,33 @@ NETWORKS: dict[str, tuple[Damage, str]] = {
     "cut in its header": (cut(0.001), "not a whole safetensors file"),
     "cut in its tensors": (cut(0.5), "not a whole .*; make it again"),
     "a text": (lambda path: path.write_text("weights") and None, "not a whole safetensors file"),
-    "a checkpoint": (lambda path: torch.save({"a": torch.ones(2)}, path), "not a whole safetensors file"),
-    "without metadata": (lambda path: save_file(load_file(path), path), "does not say what made it"),
-    "metadata that are no JSON": (lambda path: save_file(load_file(path), path, {"coin": "{"}), "not say what made it"),
-    "metadata that are a list": (lambda path: save_file(load_file(path), path, {"coin": "[]"}), "holds no network"),
+    "a checkpoint": (
+        lambda path: torch.save({"a": torch.ones(2)}, path),
+        "not a whole safetensors file",
+    ),
+    "without metadata": (
+        lambda path: save_file(load_file(path), path),
+        "does not say what made it",
+    ),
+    "metadata that are no JSON": (
+        lambda path: save_file(load_file(path), path, {"coin": "{"}),
+        "not say what made it",
+    ),
+    "metadata that are a list": (
+        lambda path: save_file(load_file(path), path, {"coin": "[]"}),
+        "holds no network",
+    ),
     "of no network": (said(network=None), "holds no network"),
     "a network that is a list": (said(network=[1]), "holds no network"),
     "an unknown architecture": (said(network=small("resnet5")), "resnet5"),
-    "a name that is a list": (said(network=small() | {"name": ["small_resnet"]}), "holds no network"),
-    "an image size that is a word": (said(network=small() | {"image_size": "big"}), "image_size='big'"),
+    "a name that is a list": (
+        said(network=small() | {"name": ["small_resnet"]}),
+        "holds no network",
+    ),
+    "an image size that is a word": (
+        said(network=small() | {"image_size": "big"}),
+        "image_size='big'",
+    ),
     "an option that is none": (said(network=small(depth=3)), "depth"),
     "a width that is a word": (said(network=small(width="wide")), "cannot build small_resnet"),
     "an entry too many": (said(network=small(width=4) | {"path": "../x"}), "holds no network"),
@@ -85,13 +105,18 @@ NETWORKS: dict[str, tuple[Damage, str]] = {
     "no classes": (said(num_classes=0), "num_classes=0"),
     "another number of classes": (said(num_classes=4), "another number of classes"),
     "another architecture": (said(network=small("small_vit")), "another architecture"),
-    "a tensor too few": (held(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}), "no tensor 'fc.bias'"),
+    "a tensor too few": (
+        held(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}),
+        "no tensor 'fc.bias'",
+    ),
     "a tensor too many": (held(lambda state: state | {"extra": torch.ones(2)}), "'extra' too many"),
 }
 
 
 @pytest.mark.parametrize("case", NETWORKS)
-def test_a_network_that_is_not_what_it_says(case: str, write_experts: Callable[..., dict[str, str]]) -> None:
+def test_a_network_that_is_not_what_it_says(
+    case: str, write_experts: Callable[..., dict[str, str]]
+) -> None:
     path = Path(write_experts([3])["task0"])
     damage, message = NETWORKS[case]
     damage(path)
@@ -112,7 +137,10 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "cut": (lambda path: [torch.save({"a": torch.ones(999)}, path), cut(0.2)(path)], "cannot read"),
     "no dictionary": (lambda path: torch.save(torch.ones(3), path), "cannot read"),
-    "no tensors": (lambda path: torch.save({"state_dict": {"a": 1}}, path), "not all values are tensors"),
+    "no tensors": (
+        lambda path: torch.save({"state_dict": {"a": 1}}, path),
+        "not all values are tensors",
+    ),
     "a text": (lambda path: path.write_text("weights"), "cannot read"),
     "empty": (lambda path: path.write_bytes(b""), "cannot read"),
     "a folder": (Path.mkdir, "found no file"),
@@ -136,7 +164,10 @@ def negative(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 STATISTICS: dict[str, tuple[Damage, str]] = {
     "cut": (cut(0.7), "not a whole safetensors file"),
-    "of other weights": (said(weights="0" * 64), r"of weights 000000000000…, expected .* run coin fisher again"),
+    "of other weights": (
+        said(weights="0" * 64),
+        r"of weights 000000000000…, expected .* run coin fisher again",
+    ),
     "of no weights": (said(weights=None), "of weights None"),
     "of weights that are a number": (said(weights=3), "of weights 3"),
     "another statistic": (said(statistic="gram"), "holds gram, expected fisher"),
@@ -155,7 +186,9 @@ def test_a_statistic_that_is_not_of_its_expert(case: str, tmp_path: Path) -> Non
     damage, message = STATISTICS[case]
     damage(path)
     with pytest.raises(CoinError, match=message):
-        check_statistic(StatisticKind.fisher, open_statistic(path, statistic="fisher", weights=weights), network)
+        check_statistic(
+            StatisticKind.fisher, open_statistic(path, statistic="fisher", weights=weights), network
+        )
 
 
 CODED: dict[str, tuple[Damage, str]] = {
@@ -174,7 +207,9 @@ def test_a_coded_model_that_says_something_else(
 ) -> None:
     experts = write_experts([3, 2])
     (path,) = (Path(name) for name in write_coded([[0.5, 0.5]], experts))
-    fingerprints = [fingerprint(load_network(Path(name)).network.state_dict()) for name in experts.values()]
+    fingerprints = [
+        fingerprint(load_network(Path(name)).network.state_dict()) for name in experts.values()
+    ]
     damage, message = CODED[case]
     damage(path)
     with pytest.raises(CoinError, match=message):
@@ -182,7 +217,10 @@ def test_a_coded_model_that_says_something_else(
 
 
 YAMLS: dict[str, tuple[bytes, str]] = {
-    "a key twice": (b"a: [0]\nb: x\na: [1]\n", r"cannot use '.*x.yaml' as YAML: found key 'a' twice in line 3"),
+    "a key twice": (
+        b"a: [0]\nb: x\na: [1]\n",
+        r"cannot use '.*x.yaml' as YAML: found key 'a' twice in line 3",
+    ),
     "a nested key twice": (b"a:\n  b: 1\n  b: 2\n", "found key 'b' twice"),
     "no YAML": (b"name: [x\n", "as YAML: .* line 2"),
     "no text": (b"\x89PNG\xff\xfe\x00", "as YAML: .utf-8. codec"),
@@ -203,19 +241,35 @@ def test_yaml_that_says_nothing_clear(case: str, tmp_path: Path) -> None:
 
 
 def test_aliases_merges_and_plain_values_are_read(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("a: &a {lr: 0.1, epochs: 2}\nb: {<<: *a, lr: 0.2}\nc: [*a, *a]\n")
+    (tmp_path / "x.yaml").write_text(
+        "a: &a {lr: 0.1, epochs: 2}\nb: {<<: *a, lr: 0.2}\nc: [*a, *a]\n"
+    )
     first = {"lr": 0.1, "epochs": 2}
-    assert read_yaml(tmp_path / "x.yaml") == {"a": first, "b": first | {"lr": 0.2}, "c": [first, first]}
+    assert read_yaml(tmp_path / "x.yaml") == {
+        "a": first,
+        "b": first | {"lr": 0.2},
+        "c": [first, first],
+    }
 
 
-VALUES = dict.fromkeys(COLUMNS, "0.5") | {"experiment": "e", "seed": "0", "samples_per_task": "9", "code_row": "0"}
+VALUES = dict.fromkeys(COLUMNS, "0.5") | {
+    "experiment": "e",
+    "seed": "0",
+    "samples_per_task": "9",
+    "code_row": "0",
+}
 ROW = f"{','.join(COLUMNS)}\n{','.join(VALUES[name] for name in COLUMNS)}\n"
 
 
 RESULTS: dict[str, tuple[str, bytes, Callable[[Path], Any], str]] = {
     "rows: none": (RESULTS_CSV, b"", read_results, "cannot be read as CSV"),
     "rows: cut": (RESULTS_CSV, ROW.encode()[:-60], read_results, "damaged|has no column"),
-    "rows: no text": (RESULTS_CSV, b"\xff\xfe\x00\x01", read_results, "cannot be read|has no column"),
+    "rows: no text": (
+        RESULTS_CSV,
+        b"\xff\xfe\x00\x01",
+        read_results,
+        "cannot be read|has no column",
+    ),
     "document: cut": (RESULTS_JSON, b'{"rows": [', read_document, "cannot be read as JSON"),
 }
 

@@ -24,7 +24,9 @@ def mixed():
     draw = torch.Generator().manual_seed(0)
     shared = torch.randn(4, 3, generator=draw)
     return {
-        "conv.weight": torch.randn(4, 3, 2, 2, generator=draw).to(memory_format=torch.channels_last),
+        "conv.weight": torch.randn(4, 3, 2, 2, generator=draw).to(
+            memory_format=torch.channels_last
+        ),
         "transposed": shared.t(),
         "shared": shared,
         "double": torch.randn(2, generator=draw, dtype=torch.float64),
@@ -63,7 +65,10 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
 
 def test_leftovers_of_killed_writers_go(tmp_path):
     (tmp_path / "experts").mkdir()
-    left, own = tmp_path / "experts" / ".expert.safetensors.x1.tmp", tmp_path / "experts" / "mine.tmp"
+    left, own = (
+        tmp_path / "experts" / ".expert.safetensors.x1.tmp",
+        tmp_path / "experts" / "mine.tmp",
+    )
     for path in (left, own):
         path.write_text("half")
     remove_leftovers(tmp_path)
@@ -71,7 +76,8 @@ def test_leftovers_of_killed_writers_go(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("raised", "seen"), [(KeyError("x"), KeyError), (OSError(28, "No space left"), FileError), (None, None)]
+    ("raised", "seen"),
+    [(KeyError("x"), KeyError), (OSError(28, "No space left"), FileError), (None, None)],
 )
 def test_atomic_path_replaces_at_a_good_end_only_and_others_may_read(tmp_path, raised, seen):
     path = tmp_path / "results.csv"
@@ -90,22 +96,37 @@ def test_atomic_path_replaces_at_a_good_end_only_and_others_may_read(tmp_path, r
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match=r"cannot write '.*state\.safetensors'.*choose a folder") as caught:
+    with pytest.raises(
+        FileError, match=r"cannot write '.*state\.safetensors'.*choose a folder"
+    ) as caught:
         save_state(tmp_path / "file" / "state.safetensors", {"a": torch.ones(1)}, {})
     assert str(caught.value).count("cannot write") == 1
-    with pytest.raises(FileError, match=r"^it is cut off; make it again$"), atomic_path(tmp_path / "c"):
+    with (
+        pytest.raises(FileError, match=r"^it is cut off; make it again$"),
+        atomic_path(tmp_path / "c"),
+    ):
         raise FileError("it is cut off; make it again")
 
 
 def test_weighted_sum_sums_floats_and_takes_the_largest_count():
     count = "bn.num_batches_tracked"
-    first = {"weight": torch.tensor([1.0, 2.0]), count: torch.tensor(3), "double": torch.ones(1).double()}
-    second = {"weight": torch.tensor([4.0, 8.0]), count: torch.tensor(5), "double": torch.zeros(1).double()}
+    first = {
+        "weight": torch.tensor([1.0, 2.0]),
+        count: torch.tensor(3),
+        "double": torch.ones(1).double(),
+    }
+    second = {
+        "weight": torch.tensor([4.0, 8.0]),
+        count: torch.tensor(5),
+        "double": torch.zeros(1).double(),
+    }
     total = weighted_sum([first, second], [0.25, 0.75])
     assert total["weight"].tolist() == [3.25, 6.5]
     assert total["double"].equal(torch.tensor([0.25], dtype=torch.float64))
     assert total[count].equal(torch.tensor(5))
-    with pytest.raises(StateError, match=r"'order', torch\.int64, differs between experts and has no average"):
+    with pytest.raises(
+        StateError, match=r"'order', torch\.int64, differs between experts and has no average"
+    ):
         weighted_sum([{"order": torch.arange(3)}, {"order": torch.arange(3).flip(0)}], [0.5, 0.5])
     weighted_sum([first], [1.0])["weight"].zero_()
     assert first["weight"].tolist() == [1.0, 2.0]
@@ -128,7 +149,10 @@ def test_entries_that_agree_stay_to_the_last_bit(kind):
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
 def test_shared_infinities_stay_and_a_weight_of_zero_takes_none(weights):
     mask = torch.tensor([-torch.inf, 0.0, torch.inf])
-    first, second = {"mask": mask, "w": torch.tensor([1.0, -torch.inf])}, {"mask": mask, "w": torch.tensor([3.0, 2.0])}
+    first, second = (
+        {"mask": mask, "w": torch.tensor([1.0, -torch.inf])},
+        {"mask": mask, "w": torch.tensor([3.0, 2.0])},
+    )
     total = weighted_sum([first, second], weights)
     assert torch.equal(total["mask"], mask)
     assert total["w"].tolist() == [weights[0] + 3 * weights[1], -torch.inf if weights[0] else 2.0]
@@ -137,11 +161,16 @@ def test_shared_infinities_stay_and_a_weight_of_zero_takes_none(weights):
 def test_check_layout_names_the_first_tensor_that_differs():
     whole = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
     check_layout(whole, {"b": torch.ones(2, 3), "a": torch.ones(2)}, "expert 1")
-    with pytest.raises(StateError, match=r"'expert 1' has no tensor 'b' \(1 missing\); it is of another architecture"):
+    with pytest.raises(
+        StateError,
+        match=r"'expert 1' has no tensor 'b' \(1 missing\); it is of another architecture",
+    ):
         check_layout(whole, {"a": torch.zeros(2)}, "expert 1")
     with pytest.raises(StateError, match=r"'state 2' has a tensor 'c' too many \(1 in all\)"):
         weighted_sum([whole, whole, {**whole, "c": torch.zeros(1)}], [0.5, 0.25, 0.25])
-    with pytest.raises(StateError, match=r"'state 1' has tensor 'b' of shape \[3, 2\], expected \[2, 3\]"):
+    with pytest.raises(
+        StateError, match=r"'state 1' has tensor 'b' of shape \[3, 2\], expected \[2, 3\]"
+    ):
         weighted_sum([whole, {**whole, "b": torch.zeros(3, 2)}], [0.5, 0.5])
 
 
@@ -155,15 +184,22 @@ def test_infinities_are_taken_where_they_are_named_and_nan_is_not():
         ({**state, "w": torch.tensor([torch.inf])}, ["mask"], "w"),
         ({**state, "mask": torch.tensor([-torch.inf, torch.nan])}, ["mask"], "mask"),
     ):
-        with pytest.raises(StateError, match=rf"^it is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
+        with pytest.raises(
+            StateError,
+            match=rf"^it is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$",
+        ):
             check_finite(bad, "it", infinite)
-    check_finite({"count": torch.tensor(2**62), "w": torch.full((4,), 3e38)}, "it")  # only a sum overflows
+    check_finite(
+        {"count": torch.tensor(2**62), "w": torch.full((4,), 3e38)}, "it"
+    )  # only a sum overflows
 
 
 def test_a_fingerprint_does_not_depend_on_memory_or_order(tmp_path, mixed):
     mark = fingerprint(mixed)
     assert fingerprint(dict(reversed(mixed.items()))) == mark
-    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mixed.items()}
+    contiguous = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mixed.items()
+    }
     assert contiguous["conv.weight"].stride() != mixed["conv.weight"].stride()
     assert fingerprint(contiguous) == mark
     save_state(tmp_path / "state.safetensors", mixed, {"made_by": "anything"})
@@ -208,7 +244,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_class_of_a_module_that_is_run_is_known_with_what_it_imports_and_the_packages_of_that(tmp_path):
+def test_a_class_of_a_module_that_is_run_is_known_with_what_it_imports_and_the_packages_of_that(
+    tmp_path,
+):
     package = tmp_path / "mypkg"
     package.mkdir()
     write_text(package / "main.py", MAIN)

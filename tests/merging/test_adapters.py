@@ -97,7 +97,9 @@ def centred(x):
 
 @pytest.mark.parametrize("samples", [9, 50])  # fewer rows than unknowns, and more
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_map(samples, rank, tmp_path):
+def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_map(
+    samples, rank, tmp_path
+):
     torch.manual_seed(2)
     base = perceptron(12, 8, 3).double()
     network = perceptron(12, 8, 3).double()
@@ -236,7 +238,9 @@ def test_adapters_are_fitted_to_the_rounded_body_and_a_file_holds_both(method, t
     packed = merge.pack(every, [0.5, 0.5], made, 2)
     rounded = with_adapters(packed.network(), packed.adapters)
     of_whole_body = with_adapters(packed.network(), made.adapters)
-    assert feature_error(rounded, experts[0], 0, x) < 0.8 * feature_error(of_whole_body, experts[0], 0, x)
+    assert feature_error(rounded, experts[0], 0, x) < 0.8 * feature_error(
+        of_whole_body, experts[0], 0, x
+    )
     save_network(tmp_path / "body.safetensors", made.network, config, 3, {}, made.adapters)
     file = load_network(tmp_path / "body.safetensors")
     packed.save(tmp_path / "packed.safetensors")
@@ -302,9 +306,13 @@ def test_a_body_is_measured_as_it_is_kept(system):
 def test_decoders_that_cannot_read_a_body_are_refused(system):
     coded, _, inputs, _ = system
     for kind, erased in (("ridge", [0]), ("linear", [0, 1])):
-        with pytest.raises(ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"):
+        with pytest.raises(
+            ConfigurationError, match=f"the decoder {kind} cannot read a body with adapters"
+        ):
             coded.fit_decoder([inputs[0]], erased, kind)
-    with pytest.raises(ConfigurationError, match=r"found no tasks .*, expected of which .*; give tasks="):
+    with pytest.raises(
+        ConfigurationError, match=r"found no tasks .*, expected of which .*; give tasks="
+    ):
         coded.accept(0.2, inputs=[inputs[0]], erased=[0])
     with pytest.raises(StateError, match="expected one; give experts="):
         coded.coded[0](inputs[0])
@@ -343,5 +351,34 @@ def test_outputs_that_overflow_are_refused():
     for layer in experts[1][:2]:
         layer.weight.data.mul_(1e30)
     inputs = [[torch.randn(60, 5)] for _ in experts]
-    with pytest.raises(NumericalError, match="inputs or outputs on calibration data are not finite"):
+    with pytest.raises(
+        NumericalError, match="inputs or outputs on calibration data are not finite"
+    ):
         fit_adapters(experts[0], experts, inputs, rank=0)
+
+
+class Gain(nn.Module):
+    """A network with a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(5, 7)
+        self.gain = nn.Parameter(torch.tensor(1.3))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.gain * self.map(x).tanh())
+
+
+def test_a_parameter_without_dimensions_is_changed_as_others_are():
+    torch.manual_seed(0)
+    base = Gain().eval()
+    expert = deepcopy(base)
+    expert.gain.data *= 1.5
+    inputs = torch.randn(60, 5)
+    adapted = fit_adapters(base, [base, expert], [[inputs], [inputs]], rank=2)
+    assert adapted.network(1).gain.shape == ()
+    assert (
+        distance(adapted(inputs, experts=1), expert(inputs))
+        < distance(base(inputs), expert(inputs)) / 3
+    )

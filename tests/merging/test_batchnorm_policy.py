@@ -131,7 +131,9 @@ def test_without_calibration_data_auto_averages_with_a_warning(calibration):
 def test_too_few_samples_to_hold_one_out_are_refused(calibration):
     networks = frozen_statistics(calibration)
     few = [[batches[0][:1]] for batches in calibration]
-    with pytest.raises(ConfigurationError, match="found 2 calibration samples in all, expected at least 3"):
+    with pytest.raises(
+        ConfigurationError, match="found 2 calibration samples in all, expected at least 3"
+    ):
         Average().make(Experts(networks, calibration=few), PAIR)
 
 
@@ -154,11 +156,15 @@ def test_a_policy_whose_outputs_are_not_finite_is_not_taken(calibration):
     method = Enlarged()
     assert method.make(experts, PAIR).chosen["batchnorm"] == "recalibrate"
     method.bias = torch.inf
-    with pytest.raises(NumericalError, match="outputs of method 'enlarged' on held-out calibration samples"):
+    with pytest.raises(
+        NumericalError, match="outputs of method 'enlarged' on held-out calibration samples"
+    ):
         method.make(experts, PAIR)
 
 
-@pytest.mark.parametrize(("policy", "mean"), [("keep", 0.0), ("average", 0.2 * 1 + 0.3 * 2 + 0.5 * 3)])
+@pytest.mark.parametrize(
+    ("policy", "mean"), [("keep", 0.0), ("average", 0.2 * 1 + 0.3 * 2 + 0.5 * 3)]
+)
 def test_statistics_are_averaged_or_those_of_the_initialisation(policy, mean):
     networks = []
     for index in range(4):

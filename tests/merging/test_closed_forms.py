@@ -160,8 +160,14 @@ def test_a_gram_matrix_that_rounding_hides_is_singular_all_the_same(width, seed)
 @pytest.mark.parametrize(
     ("gram", "message"),
     [
-        ({"head.weight": torch.eye(4)[None]}, r"1 groups of 4 rows .* expected 5, or 6 with a bias"),
-        ({"conv.weight": torch.ones(3, 18, 18)}, "3 groups of 18 rows for 4 outputs, expected 18, .*"),
+        (
+            {"head.weight": torch.eye(4)[None]},
+            r"1 groups of 4 rows .* expected 5, or 6 with a bias",
+        ),
+        (
+            {"conv.weight": torch.ones(3, 18, 18)},
+            "3 groups of 18 rows for 4 outputs, expected 18, .*",
+        ),
     ],
 )
 def test_a_gram_matrix_of_another_layer_is_refused(gram, message):

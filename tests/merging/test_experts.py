@@ -110,7 +110,9 @@ def test_a_network_that_is_its_head_is_padded():
 
 def test_networks_without_a_head_are_merged_where_they_are_alike():
     merge_networks(Average(), [nn.Bilinear(3, 3, 2), nn.Bilinear(3, 3, 2)], CODE)
-    merge_networks(Average(), [perceptron(1, 3, nn.Dropout()), perceptron(1, 3, nn.Identity())], CODE)
+    merge_networks(
+        Average(), [perceptron(1, 3, nn.Dropout()), perceptron(1, 3, nn.Identity())], CODE
+    )
 
 
 @pytest.fixture
@@ -157,10 +159,14 @@ def test_statistics_in_files_are_read_and_counted(of_files, tmp_path):
 
 def test_a_shared_initialisation_of_more_classes_than_the_experts_is_refused(write_experts):
     experts = [perceptron(0, 2), perceptron(1, 4)]
-    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 4"):
+    with pytest.raises(
+        ConfigurationError, match="initialisation of 5 classes for experts of up to 4"
+    ):
         merge_networks(Base(), experts, CODE, initial=perceptron(7, 5))
     first, second, wide = map(Path, write_experts([3, 2, 5]).values())
-    with pytest.raises(ConfigurationError, match="initialisation of 5 classes for experts of up to 3"):
+    with pytest.raises(
+        ConfigurationError, match="initialisation of 5 classes for experts of up to 3"
+    ):
         ExpertFiles({"a": first, "b": second}, wide)
 
 
@@ -211,13 +217,17 @@ def rectified():
     ],
 )
 def test_experts_of_unlike_layers_or_types_are_refused(other, message):
-    with pytest.raises(ConfigurationError, match=f"experts with '{message}.*, expected one class and type"):
+    with pytest.raises(
+        ConfigurationError, match=f"experts with '{message}.*, expected one class and type"
+    ):
         Experts([perceptron(1, 3), other, perceptron(4, 3)])
 
 
 def test_heads_that_do_not_give_the_logits_cannot_be_padded(calibration):
     softmax = [perceptron(1, 3, nn.LogSoftmax(1)), perceptron(2, 2, nn.LogSoftmax(1))]
-    with pytest.raises(HeadError, match="the logits of Sequential are not its head '2' of its input"):
+    with pytest.raises(
+        HeadError, match="the logits of Sequential are not its head '2' of its input"
+    ):
         Experts(softmax, calibration=calibration)
 
 
@@ -316,7 +326,10 @@ def test_batches_by_name_merge_as_one_tensor_does(method, stacked):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"a": torch.zeros(2, 3), "text": ["a", "b"]}, "found a batch of type dict, expected a tensor"),
+        (
+            {"a": torch.zeros(2, 3), "text": ["a", "b"]},
+            "found a batch of type dict, expected a tensor",
+        ),
         ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, "or tensors by name of as many samples"),
         ((torch.zeros(2, 3),) * 3, "found a batch of type tuple, expected a tensor .*, or ten"),
     ],
@@ -332,7 +345,9 @@ def ragged():
     """Return the batches of two tasks, of two lengths each."""
     draw = torch.Generator().manual_seed(0)
     lengths = [4, 7, 4, 7]
-    first, second, third, fourth = (torch.randint(9, (10, length), generator=draw) for length in lengths)
+    first, second, third, fourth = (
+        torch.randint(9, (10, length), generator=draw) for length in lengths
+    )
     return [[first, second], [third, fourth]]
 
 
@@ -353,7 +368,9 @@ def test_samples_of_unlike_shapes_and_labelled_ones_are_pooled(ragged):
     assert experts.tasks.tolist() == [0, 1] * 20
     assert experts.samples("pooled")[0].num_samples == 40
     labelled = [[(batch, torch.zeros(10)) for batch in batches] for batches in ragged]
-    for found, expected in zip(Experts(networks[:2], calibration=labelled).pooled, experts.pooled, strict=True):
+    for found, expected in zip(
+        Experts(networks[:2], calibration=labelled).pooled, experts.pooled, strict=True
+    ):
         assert torch.equal(found, expected)
     with_none = Experts(networks, calibration=[*ragged, []])
     assert set(with_none.tasks.tolist()) == {0, 1}
@@ -363,7 +380,9 @@ def test_no_batches_and_a_tensor_in_the_place_of_batches_are_refused(ragged):
     networks = bags()[:2]
     with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
         Experts(networks, calibration=[[], []])
-    with pytest.raises(DataError, match=r"found a tensor for a task's calibration, .* write \[tensor\]"):
+    with pytest.raises(
+        DataError, match=r"found a tensor for a task's calibration, .* write \[tensor\]"
+    ):
         Experts(networks, calibration=[ragged[0][0], ragged[1][0]])
 
 
@@ -388,7 +407,11 @@ def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
 
 @pytest.mark.parametrize(
     "state",
-    [{"weight": torch.randn(3, 2), "bias": torch.randn(3)}, {"weight": torch.zeros(3, 2)}, {"bias": torch.ones(3)}],
+    [
+        {"weight": torch.randn(3, 2), "bias": torch.randn(3)},
+        {"weight": torch.zeros(3, 2)},
+        {"bias": torch.ones(3)},
+    ],
 )
 def test_experts_that_agree_or_have_no_matrix_are_not_apart(state):
     assert spread([state, state], (0.3, 0.7)) == pytest.approx(0, abs=1e-12)

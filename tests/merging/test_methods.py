@@ -158,7 +158,9 @@ def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
 
 
 def test_a_head_that_does_not_give_the_logits_is_refused():
-    networks, tasks = near_experts(lambda: nn.Sequential(perceptron(6, 8, 3), nn.Softmax(1)), (6,), SIZES)
+    networks, tasks = near_experts(
+        lambda: nn.Sequential(perceptron(6, 8, 3), nn.Softmax(1)), (6,), SIZES
+    )
     message = r"^the logits of Sequential are not its head '0\.2' of [^\n]*$"
     with pytest.raises(StateError, match=message):
         HeadFit().make(experts_of(networks, tasks), WEIGHTS)
@@ -189,7 +191,9 @@ def test_every_row_is_followed_by_its_compressed_variants_and_the_cost_of_both()
     experts = experts_of(networks, tasks)
     found = list(method.coded_models(experts, code))
     labels = ["refit", "refit-8bit", "refit-4bit"]
-    assert [(each.row, each.label) for each in found] == [(row, label) for row in (0, 1) for label in labels]
+    assert [(each.row, each.label) for each in found] == [
+        (row, label) for row in (0, 1) for label in labels
+    ]
     for whole, *variants in (found[:3], found[3:]):
         assert whole.packed is None
         for variant in variants:
@@ -235,7 +239,10 @@ def damaged(damage):
     return Experts(networks, fishers=fishers, grams=grams, calibration=[[x] for x in tasks])
 
 
-SINGULAR = (NumericalError, r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise")
+SINGULAR = (
+    NumericalError,
+    r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise",
+)
 NO_FISHER = (CoinWarning, "the Fisher of expert 0, 1, 2 is zero everywhere")
 OVERFLOW = (StateError, "the fisher of expert 1 is not finite: tensor '0")
 NO_LOGITS = (StateError, "the calibration output of expert 1 is not finite: tensor 'logits'")
@@ -243,7 +250,9 @@ NO_ROWS = (NumericalError, "a layer's inputs or outputs on calibration data are 
 # Damage → method → the error or warning that is due; where there is none, a finite network without a word.
 DUE = {
     "none": {},
-    "a NaN in an expert": dict.fromkeys(DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")),
+    "a NaN in an expert": dict.fromkeys(
+        DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")
+    ),
     "no Fisher anywhere": {"coin": NO_FISHER},
     "constant inputs": {"regmean undamped": SINGULAR},
     "one sample a task": {"regmean undamped": SINGULAR},
@@ -280,8 +289,14 @@ def test_a_method_gives_a_finite_network_or_names_the_cause(damage, name):
         (Coin(), "found no calibration inputs, which the merge needs; give them as calibration"),
         (RegMean(), "found no calibration inputs, which the merge needs; give them as calibration"),
         (Refit(), "found no calibration inputs, which the merge needs; give them as calibration"),
-        (Base(), "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs"),
-        (Average(batchnorm="keep"), "found no shared initialisation, which the method or its BatchNorm"),
+        (
+            Base(),
+            "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs",
+        ),
+        (
+            Average(batchnorm="keep"),
+            "found no shared initialisation, which the method or its BatchNorm",
+        ),
     ],
 )
 def test_what_a_method_needs_is_named(method, message):
@@ -316,7 +331,9 @@ def test_parts_are_of_every_expert(given):
 )
 def test_a_row_that_is_none_of_a_code_is_refused(row):
     networks, _ = parts_of("linear")
-    with pytest.raises(ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"):
+    with pytest.raises(
+        ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"
+    ):
         Average().coded_model(Experts(networks), row)
 
 
@@ -324,8 +341,14 @@ def test_a_row_that_is_none_of_a_code_is_refused(row):
     ("make", "message"),
     [
         (lambda: Coin(damping=-1), "damping=-1"),
-        (lambda: Coin(fisher_data="mixed"), "^found fisher_data='mixed', expected one of own, pooled$"),
-        (lambda: Coin(fisher_kind="mc"), "^found fisher_kind='mc', expected one of exact, monte_carlo, "),
+        (
+            lambda: Coin(fisher_data="mixed"),
+            "^found fisher_data='mixed', expected one of own, pooled$",
+        ),
+        (
+            lambda: Coin(fisher_kind="mc"),
+            "^found fisher_kind='mc', expected one of exact, monte_carlo, ",
+        ),
         (lambda: RegMean("conv"), "expected one of linear, all"),
         (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
         (lambda: RegMean(damping=-1), "damping=-1"),
@@ -341,7 +364,9 @@ def test_options_are_checked_at_construction(make, message):
         make()
 
 
-@pytest.mark.parametrize("label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"])
+@pytest.mark.parametrize(
+    "label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"]
+)
 def test_a_label_that_cannot_name_results_and_files_is_refused(label):
     with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
         Average(label=label)
@@ -373,7 +398,10 @@ def test_a_policy_needs_nothing_without_batchnorm():
     ("damage", "message"),
     [
         ({"bias": -torch.ones(4)}, "fisher of expert 1 is negative in 'bias'"),
-        ({"bias": torch.ones(2)}, r"fisher of expert 1 has 'bias' of \[2\], expected \[4\] of a fisher"),
+        (
+            {"bias": torch.ones(2)},
+            r"fisher of expert 1 has 'bias' of \[2\], expected \[4\] of a fisher",
+        ),
     ],
 )
 def test_a_damaged_statistic_is_named(damage, message):

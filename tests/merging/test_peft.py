@@ -71,7 +71,9 @@ def roberta():
 
 
 def distilbert():
-    config = transformers.DistilBertConfig(vocab_size=50, n_layers=1, n_heads=2, hidden_dim=24, dim=16)
+    config = transformers.DistilBertConfig(
+        vocab_size=50, n_layers=1, n_heads=2, hidden_dim=24, dim=16
+    )
     return transformers.DistilBertForSequenceClassification(config)
 
 
@@ -91,7 +93,9 @@ def test_peft_makes_of_a_folder_what_was_returned(kind, tmp_path):
     base = make().eval()
     x = draw()
     made = extract_lora(moved(base), base, [x], 3, tmp_path)
-    found = getattr(answers(loaded(base, tmp_path), x), "logits", answers(loaded(base, tmp_path), x))
+    found = getattr(
+        answers(loaded(base, tmp_path), x), "logits", answers(loaded(base, tmp_path), x)
+    )
     wanted = getattr(answers(made, x), "logits", answers(made, x))
     assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -182,8 +186,15 @@ def test_an_exported_fleet_answers_in_one_batch_with_classes_of_its_own(fleet):
         labels = json.loads((folder / task / "labels.json").read_text())
         assert list(labels["id2label"].values()) == classes
     options = json.loads((folder / "a/adapter_config.json").read_text())
-    assert {"r": 4, "lora_alpha": 4, "bias": "none", "task_type": "SEQ_CLS"}.items() <= options.items()
-    assert options["modules_to_save"] == ["classifier"]  # vLLM refuses other names than this and `score`
+    assert {
+        "r": 4,
+        "lora_alpha": 4,
+        "bias": "none",
+        "task_type": "SEQ_CLS",
+    }.items() <= options.items()
+    assert options["modules_to_save"] == [
+        "classifier"
+    ]  # vLLM refuses other names than this and `score`
 
 
 @pytest.mark.filterwarnings("ignore:method 'fit_adapters' leaves")
@@ -267,9 +278,17 @@ def norm():
 
 
 REFUSED = [
-    (reflecting, (3, 8, 8), r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --peft"),
+    (
+        reflecting,
+        (3, 8, 8),
+        r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --peft",
+    ),
     (dilated, (3, 8, 8), r"found '0\.weight' of a Conv2d with padding_mode .*; leave out --peft"),
-    (attention, (4, 8), r"found '0\.in_proj_weight' of a MultiheadAttention, which|of a Attention, which"),
+    (
+        attention,
+        (4, 8),
+        r"found '0\.in_proj_weight' of a MultiheadAttention, which|of a Attention, which",
+    ),
     (swin, (3, 8, 8), "found 'features.*', whose weight is read without calling the layer"),
     (blocks, (6,), r"found '0\.2' of several layers, whose name ends as the head's, '2'"),
     (norm, (4,), "found BatchNorms in Sequential"),
@@ -300,12 +319,18 @@ CORRECTED = {"left": torch.ones(5, 1), "right": torch.ones(1, 6)}
 @pytest.mark.parametrize(
     ("changes", "classes", "message"),
     [
-        ({"0.weight": {"scale": torch.ones(5, 1)}}, 3, r"found a scale or bias of '0\.weight', expected plain"),
+        (
+            {"0.weight": {"scale": torch.ones(5, 1)}},
+            3,
+            r"found a scale or bias of '0\.weight', expected plain",
+        ),
         ({}, 3, "found adapters without corrections, expected rank 1 at least"),
         ({"0.weight": CORRECTED}, 2, "found a head of 2 classes without a bias for a body of 3"),
     ],
 )
-def test_adapters_and_heads_that_have_no_place_in_a_lora_are_refused(changes, classes, message, tmp_path):
+def test_adapters_and_heads_that_have_no_place_in_a_lora_are_refused(
+    changes, classes, message, tmp_path
+):
     body = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3, bias=False))
     head = nn.Linear(5, classes, bias=False).state_dict()
     with pytest.raises(ConfigurationError, match=message):

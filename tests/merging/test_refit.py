@@ -158,7 +158,9 @@ def reference(networks, tasks, units, places=None):
         r = torch.cat(residuals)
         w = torch.cat(shares)
         has_bias = getattr(module, "bias", None) is not None
-        steps = [ridge_step(a[:, channel], r[:, channel], w, has_bias) for channel in range(a.shape[1])]
+        steps = [
+            ridge_step(a[:, channel], r[:, channel], w, has_bias) for channel in range(a.shape[1])
+        ]
         module.weight += torch.stack([step for step, _ in steps]).view_as(module.weight)
         if has_bias:
             module.bias += torch.stack([constant for _, constant in steps])
@@ -276,7 +278,9 @@ def test_bfloat16_is_fitted_in_float32():
 # Passes and memory
 
 
-@pytest.mark.parametrize(("kind", "head"), [("convolutions", True), ("convolutions", False), ("vit", False)])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("convolutions", True), ("convolutions", False), ("vit", False)]
+)
 def test_every_network_runs_once_and_passes_are_counted(kind, head):
     networks, tasks = case_of(kind)
     experts = experts_of(networks, tasks)
@@ -452,9 +456,18 @@ def test_what_is_shared_or_read_elsewhere_keeps_the_average():
     torch.manual_seed(1)
     networks = [Tied().double() for _ in ROW]
     tasks = [torch.randint(7, (size, 5)) for size in SIZES]
-    with pytest.warns(CoinWarning, match=r"'refit' leaves \d\d% of the parameters of Tied unfitted"):
+    with pytest.warns(
+        CoinWarning, match=r"'refit' leaves \d\d% of the parameters of Tied unfitted"
+    ):
         made = Refit().coded_model(experts_of(networks, tasks), ROW)
-    averaged = ["embedding.weight", "place", "read.bias", "read.weight", "twice.bias", "twice.weight"]
+    averaged = [
+        "embedding.weight",
+        "place",
+        "read.bias",
+        "read.weight",
+        "twice.bias",
+        "twice.weight",
+    ]
     assert_averaged(made, networks, averaged)
 
 

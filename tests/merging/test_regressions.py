@@ -68,7 +68,9 @@ def test_constant_inputs_get_no_coefficients_from_rounding(of_task):
         assert_close(shift[0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "message"), [(torch.inf, "not finite"), (1e30, "so large that squares overflow")])
+@pytest.mark.parametrize(
+    ("size", "message"), [(torch.inf, "not finite"), (1e30, "so large that squares overflow")]
+)
 def test_rows_that_cannot_be_squared_are_refused(size, message):
     a = torch.tensor([1.0, -1.0, 2.0]).view(1, 3, 1) * size
     with pytest.raises(NumericalError, match=message):
@@ -79,7 +81,9 @@ def test_a_ridge_that_is_too_small_is_refused():
     draw = torch.Generator().manual_seed(0)
     few = torch.randn(1, 200, 3, generator=draw)
     dependent = few @ torch.randn(1, 3, 40, generator=draw)
-    with pytest.raises(NumericalError, match="too nearly dependent for this ridge; give a larger ridge"):
+    with pytest.raises(
+        NumericalError, match="too nearly dependent for this ridge; give a larger ridge"
+    ):
         fit_affine(dependent, few, torch.ones(200), 1e-10)
 
 

@@ -100,16 +100,30 @@ def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_ti
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        ("mine.merge", {}, r"found function 'mine\.merge', expected the import path of a Python function \(module"),
-        ("mine.number", {}, r"found function 'mine\.number', expected a Python function .*\(3 is not a callable obj"),
+        (
+            "mine.merge",
+            {},
+            r"found function 'mine\.merge', expected the import path of a Python function \(module",
+        ),
+        (
+            "mine.number",
+            {},
+            r"found function 'mine\.number', expected a Python function .*\(3 is not a callable obj",
+        ),
         ("mine.none", {}, "found label 'none', expected a plain file name: .* not none or oracle"),
-        ("mine.first", {"scale": 1}, r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'sc"),
+        (
+            "mine.first",
+            {"scale": 1},
+            r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'sc",
+        ),
         ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
         ("textwrap.dedent", {}, "of experts and calibration .*too many positional arguments"),
         (3, {}, "found function '3', expected the import path of a Python function"),
     ],
 )
-def test_what_cannot_be_called_is_refused(function: Any, options: dict[str, object], message: str) -> None:
+def test_what_cannot_be_called_is_refused(
+    function: Any, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message):
         UserMethod(function, options)
 
@@ -117,19 +131,32 @@ def test_what_cannot_be_called_is_refused(function: Any, options: dict[str, obje
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", r"^function 'mine\.nothing' returned a NoneType, expected a network like the experts"),
-        ("other", r"^'the network that mine\.other returned' has a tensor '2\.\w+' too many \(2 in all\)"),
-        ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: tensor '0\.running_var'"),
+        (
+            "nothing",
+            r"^function 'mine\.nothing' returned a NoneType, expected a network like the experts",
+        ),
+        (
+            "other",
+            r"^'the network that mine\.other returned' has a tensor '2\.\w+' too many \(2 in all\)",
+        ),
+        (
+            "infinite_buffer",
+            r"^the coded model of method 'infinite_buffer' is not finite: tensor '0\.running_var'",
+        ),
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
     with pytest.raises(CoinError, match=message):
         UserMethod(f"mine.{name}").coded_model(experts(), ROW)
-    with pytest.raises(IndexError, match="list index out of range"):  # its own error, with its traceback
+    with pytest.raises(
+        IndexError, match="list index out of range"
+    ):  # its own error, with its traceback
         UserMethod("mine.broken").make(experts(), ROW)
 
 
-def test_its_key_is_of_the_source_that_was_read(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_key_is_of_the_source_that_was_read(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = UserMethod("mine.told")
     key = before.content_key()
     mine.write_text(MODULE + "\nCHANGED = True\n")

@@ -16,13 +16,24 @@ import torch
 import transformers
 import yaml
 from timm.layers import GatedMlp, GroupNormAct
-from timm.models import byobnet, inception_next, maxxvit, metaformer, mlp_mixer, mobilevit, mvitv2, regnet
+from timm.models import (
+    byobnet,
+    inception_next,
+    maxxvit,
+    metaformer,
+    mlp_mixer,
+    mobilevit,
+    mvitv2,
+    regnet,
+)
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 CLASSES = 3
-SAMPLES = 10  # of each task; the held-out fifth of all is then the same whatever the order of the experts
+SAMPLES = (
+    10  # of each task; the held-out fifth of all is then the same whatever the order of the experts
+)
 TOKENS, LENGTH, PADDING, END = 30, 7, 0, 2
 
 
@@ -40,7 +51,9 @@ _MOBILEVIT = (
 _OBJECTS: dict[str, dict[str, Any]] = {
     "resnetv2": {"norm_layer": partial(GroupNormAct, num_groups=2)},
     "mobilenetv3": {
-        "block_args": decode_arch_def([["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k5_s2_e2_c8_se0.25"]]),
+        "block_args": decode_arch_def(
+            [["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k5_s2_e2_c8_se0.25"]]
+        ),
         "act_layer": nn.Hardswish,
     },
     "poolformer": {"norm_layers": metaformer.GroupNorm1},
@@ -52,20 +65,28 @@ _OBJECTS: dict[str, dict[str, Any]] = {
     "coatnet": {"cfg": _maxxvit("C", "T")},
     "repvgg": {"cfg": byobnet.ByoModelCfg(_REPVGG, stem_type="rep", stem_chs=4)},
     "mobilevit": {
-        "cfg": byobnet.ByoModelCfg(_MOBILEVIT, "", "3x3", stem_chs=8, stem_pool="", act_layer="silu", num_features=16)
+        "cfg": byobnet.ByoModelCfg(
+            _MOBILEVIT, "", "3x3", stem_chs=8, stem_pool="", act_layer="silu", num_features=16
+        )
     },
-    "regnet": {"cfg": regnet.RegNetCfg(8, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25, stem_width=4)},
+    "regnet": {
+        "cfg": regnet.RegNetCfg(8, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25, stem_width=4)
+    },
     "gmlp": {"block_layer": mlp_mixer.SpatialGatingBlock, "mlp_layer": GatedMlp},
     "resmlp": {"block_layer": mlp_mixer.ResBlock, "norm_layer": mlp_mixer.Affine},
     "inception_next": {"token_mixers": inception_next.InceptionDWConv2d},
     "mvitv2": {
-        "cfg": mvitv2.MultiScaleVitCfg((1, 1), (8, 16), (1, 2), stride_q=((1, 1), (2, 2)), stride_kv_adaptive=(2, 2))
+        "cfg": mvitv2.MultiScaleVitCfg(
+            (1, 1), (8, 16), (1, 2), stride_q=((1, 1), (2, 2)), stride_kv_adaptive=(2, 2)
+        )
     },
 }
 
 
 def _read(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
+    read: dict[str, Any] = yaml.safe_load(
+        (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
+    )
     return {f"{name}/{family}": entry for family, entry in read.items()}
 
 
@@ -103,7 +124,10 @@ def make_case(family: str) -> Case:
     network = (_timm if is_timm else _hugging_face)(family).double()
     _move(network, 1.0, 0.1)  # so that no layer that starts at zero hides others
     draw = _images if is_timm else _named
-    tasks = [[draw(_TABLE[family][1], count, scale) for count in (8, SAMPLES - 8)] for scale in (1.0, 0.6)]
+    tasks = [
+        [draw(_TABLE[family][1], count, scale) for count in (8, SAMPLES - 8)]
+        for scale in (1.0, 0.6)
+    ]
     case = Case(network, [], network, tasks)
     for norm in _norms(network):
         norm.reset_running_stats()
@@ -121,7 +145,9 @@ def make_case(family: str) -> Case:
 def _timm(family: str) -> nn.Module:
     name, _, options = _TABLE[family]
     # Constructors want tuples, and take entries out of what they are given.
-    options = {key: _tuples(value) for key, value in options.items()} | deepcopy(_OBJECTS.get(family[5:], {}))
+    options = {key: _tuples(value) for key, value in options.items()} | deepcopy(
+        _OBJECTS.get(family[5:], {})
+    )
     module, _, kind = name.rpartition(".")
     if module:
         return getattr(import_module(f"timm.models.{module}"), kind)(num_classes=CLASSES, **options)
@@ -149,12 +175,18 @@ def _move(network: nn.Module, matrices: float, vectors: float) -> None:
         for norm in _norms(network):
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            norm.running_mean += vectors * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+            norm.running_mean += (
+                vectors * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+            )
             norm.running_var *= (vectors * torch.randn_like(norm.running_var)).exp()
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:
-    return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    return [
+        each
+        for each in network.modules()
+        if isinstance(each, _BatchNorm) and each.running_mean is not None
+    ]
 
 
 def _images(size: int, count: int, scale: float) -> Tensor:

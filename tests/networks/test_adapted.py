@@ -112,7 +112,12 @@ class Centred(nn.Conv2d):
 
 def positions():
     """Layers for single positions, on which low-rank changes are less work than on the weights."""
-    layers = [nn.Conv2d(40, 40, 1), nn.Conv2d(40, 40, 3, padding=1), Centred(40, 40, 1), nn.Flatten()]
+    layers = [
+        nn.Conv2d(40, 40, 1),
+        nn.Conv2d(40, 40, 3, padding=1),
+        Centred(40, 40, 1),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, Scaled(40, 40), nn.Linear(40, 40, bias=False), nn.Linear(40, 3))
 
 
@@ -289,14 +294,23 @@ def test_a_body_is_saved_copied_and_its_adapters_given_back(name, tmp_path):
 def test_what_cannot_be_made_is_whole_and_cannot_be_changed(name):
     made = make(name)
     whole = CASES[name].whole
-    with pytest.warns(CoinWarning, match="is held packed but for .*, of containers or RNNs") as caught:
+    with pytest.warns(
+        CoinWarning, match="is held packed but for .*, of containers or RNNs"
+    ) as caught:
         packed = made.compressed.packed()
     names = {name for name, _, _ in kept_parameters(packed)}
     assert names == made.compressed.rounded.keys() - {*whole}
     for parameter in whole:
-        assert f"'{parameter}'" in str(caught[0].message) or parameter not in made.compressed.rounded
-        change = coin.Adapter({parameter: {"scale": torch.full((len(packed.get_parameter(parameter)), 1), 2.0)}})
-        with pytest.raises(StateError, match=f"'{parameter}' cannot be changed, expected no parameter of a container"):
+        assert (
+            f"'{parameter}'" in str(caught[0].message) or parameter not in made.compressed.rounded
+        )
+        change = coin.Adapter(
+            {parameter: {"scale": torch.full((len(packed.get_parameter(parameter)), 1), 2.0)}}
+        )
+        with pytest.raises(
+            StateError,
+            match=f"'{parameter}' cannot be changed, expected no parameter of a container",
+        ):
             coin.Adapted(made.network, [change])
 
 
@@ -320,7 +334,9 @@ def test_a_mixed_batch_keeps_its_order(mixed, kind):
 )
 def test_what_names_no_experts_is_refused_in_a_line(mixed, experts):
     body, _ = mixed.bodies()["whole"]
-    with pytest.raises(ConfigurationError, match=r"for the experts, expected an index, or indices \[7\], int64"):
+    with pytest.raises(
+        ConfigurationError, match=r"for the experts, expected an index, or indices \[7\], int64"
+    ):
         body(mixed.inputs, experts=experts)
 
 
@@ -367,7 +383,9 @@ def test_a_body_is_an_ordinary_module(mixed, kind):
     expected = reference(base, mixed.changes[1], mixed.inputs)
     check_close(other(mixed.inputs, experts=1), expected)
     wide = deepcopy(body).double()
-    torch.testing.assert_close(wide(mixed.inputs.double(), experts=1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        wide(mixed.inputs.double(), experts=1), expected, rtol=1e-5, atol=1e-5
+    )
     moved = deepcopy(body).to("meta")
     assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
     assert moved(mixed.inputs.to("meta"), experts=1).shape == (7, 5)
@@ -377,7 +395,9 @@ def test_a_body_is_an_ordinary_module(mixed, kind):
 def test_a_body_is_exported(mixed):
     body, _ = mixed.bodies()["packed"]
     program = torch.export.export(body, (mixed.inputs,), {"experts": 1}, strict=False)
-    torch.testing.assert_close(program.module()(mixed.inputs, experts=1), body(mixed.inputs, experts=1))
+    torch.testing.assert_close(
+        program.module()(mixed.inputs, experts=1), body(mixed.inputs, experts=1)
+    )
 
 
 @torch.no_grad()
@@ -391,7 +411,9 @@ def test_tensors_by_name_are_the_body_s_too(mixed):
         torch.testing.assert_close(answer, experts[expert](mixed.inputs), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "largest"), [("mixed", 8 * 27), ("texts", 12 * 12), ("texts, tied", 2000 * 12)])
+@pytest.mark.parametrize(
+    ("name", "largest"), [("mixed", 8 * 27), ("texts", 12 * 12), ("texts, tied", 2000 * 12)]
+)
 def test_in_memory_are_the_tensors_and_the_largest_parameter_that_is_made(name, largest):
     made = make(name)
     body = coin.Adapted(made.compressed.packed())
@@ -414,7 +436,9 @@ def test_changes_of_other_forms_are_refused():
     narrow = {"left": torch.randn(5, 1), "right": torch.randn(1, 6)}
     for other in (narrow, {**low_rank, "scale": torch.rand(5, 1)}, {"scale": torch.rand(5, 1)}):
         adapters = [coin.Adapter({"weight": low_rank}), coin.Adapter({"weight": other})]
-        with pytest.raises(StateError, match="found changes of 'weight' of several parts or ranks, expected the"):
+        with pytest.raises(
+            StateError, match="found changes of 'weight' of several parts or ranks, expected the"
+        ):
             coin.Adapted(network, adapters)
 
 
@@ -475,7 +499,9 @@ class ByWriting(Reading):
 def test_a_network_that_would_answer_otherwise_packed_is_refused(kind):
     torch.manual_seed(0)
     packed = coin.compress(kind().eval(), None, bits=4, base_bits=0).packed()
-    with pytest.raises(StateError, match=rf"{kind.__name__} answers otherwise where .*, expected the same; read"):
+    with pytest.raises(
+        StateError, match=rf"{kind.__name__} answers otherwise where .*, expected the same; read"
+    ):
         check_as_plain(coin.Adapted(packed), torch.randn(5, 40))
 
 
@@ -486,7 +512,9 @@ def test_a_change_of_a_weight_that_a_list_holds_too_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:method")
-@pytest.mark.parametrize("options", [{"compress": {"bits": 4}}, {"adapters": {"rank": 1}, "compress": {"bits": 4}}])
+@pytest.mark.parametrize(
+    "options", [{"compress": {"bits": 4}}, {"adapters": {"rank": 1}, "compress": {"bits": 4}}]
+)
 def test_a_merge_that_would_answer_otherwise_packed_is_refused(options):
     experts = [ByClass().eval(), ByClass().eval()]
     inputs = [[torch.randn(60, 40)], [torch.randn(60, 40)]]
@@ -519,7 +547,9 @@ def test_under_autocast_a_change_on_outputs_has_the_type_of_one_on_the_weight(la
 
     with torch.autocast("cpu", torch.bfloat16):
         for count in (1, 100):
-            assert body.run(run_layer, torch.randn(count, *shape), experts=0).dtype == torch.bfloat16
+            assert (
+                body.run(run_layer, torch.randn(count, *shape), experts=0).dtype == torch.bfloat16
+            )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])

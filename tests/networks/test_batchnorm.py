@@ -47,7 +47,9 @@ def normalised(x, norm):
 
 
 @torch.no_grad()
-def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(network, batches):
+def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(
+    network, batches
+):
     first = network[1]
     first.running_mean.fill_(1e6)  # is forgotten
     assert recalibrate(network, batches) == sum(SIZES)
@@ -129,7 +131,9 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ne
     network.train()
     network[5].eval()
     network[1].momentum = 0.37
-    parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    parameters = {
+        name: parameter.detach().clone() for name, parameter in network.named_parameters()
+    }
     modes = [module.training for module in network.modules()]
 
     def breaks_off():
@@ -208,8 +212,15 @@ def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
 
 CHANGES = {
     "none": {},
-    "weight": {"1.weight": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}},
-    "bias": {"1.bias": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}},
+    "weight": {
+        "1.weight": {
+            "scale": torch.tensor([0.5, 1.5, 0.7]),
+            "shift": torch.tensor([0.3, -0.2, 0.9]),
+        }
+    },
+    "bias": {
+        "1.bias": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}
+    },
 }
 
 

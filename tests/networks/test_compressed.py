@@ -105,7 +105,9 @@ def test_what_equals_its_base_takes_nothing(base):
 
 
 @pytest.mark.parametrize("classes", [4, 9])
-def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(base, classes, tmp_path):
+def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(
+    base, classes, tmp_path
+):
     network = pad_head(near(base), classes)
     torch.nn.init.normal_(network.fc.weight)
     before = torch.get_rng_state()
@@ -132,7 +134,9 @@ def test_tied_weights_are_kept_once_and_stay_tied(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_network_of_another_type_than_its_base_is_refused(base, dtype):
     network = near(base).to(dtype)
-    with pytest.raises(StateError, match=rf"is {dtype}, in the base torch.float32, expected one type"):
+    with pytest.raises(
+        StateError, match=rf"is {dtype}, in the base torch.float32, expected one type"
+    ):
         coin.compress(network, base, bits=3)
     read = coin.compress(network, deepcopy(base).to(dtype), bits=3).network()
     assert read.fc.weight.dtype == dtype
@@ -197,7 +201,9 @@ def test_what_cannot_be_compressed_is_refused(base, case, base_bits):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ConfigurationError, match=r"found .*bas_bits.*, expected bits and base_bits$"):
+    with pytest.raises(
+        ConfigurationError, match=r"found .*bas_bits.*, expected bits and base_bits$"
+    ):
         Compression.of({"bits": 3, "bas_bits": 8})
 
 
@@ -213,11 +219,15 @@ def test_files_of_another_base_and_of_whole_networks_are_refused(base, tmp_path)
 @pytest.mark.parametrize("sizes", [(62, 32), (66, 32), (64, 31)])
 def test_a_network_like_it_but_of_other_widths_is_refused(sizes, tmp_path):
     coin.compress(nn.Linear(64, 32), None, bits=3, base_bits=0).save(tmp_path / "x")
-    with pytest.raises(StateError, match="are not those of a Linear; give a network of its architecture"):
+    with pytest.raises(
+        StateError, match="are not those of a Linear; give a network of its architecture"
+    ):
         coin.Compressed.load(tmp_path / "x", nn.Linear(*sizes))
 
 
-def test_a_file_of_folded_batchnorms_leaves_the_network_that_it_is_read_with_unmarked(base, tmp_path):
+def test_a_file_of_folded_batchnorms_leaves_the_network_that_it_is_read_with_unmarked(
+    base, tmp_path
+):
     norms = {"stem.1": "stem.0.weight"}
     body = deepcopy(base)
     mark_folded(body, norms)
@@ -239,7 +249,9 @@ def write_copies(base, tmp_path):
         files = []
         for name in "ab":
             path = tmp_path / f"copies/{name}.safetensors"
-            save_compressed(path, made, CONFIG, 6, tmp_path / "base.safetensors", how, {"label": name})
+            save_compressed(
+                path, made, CONFIG, 6, tmp_path / "base.safetensors", how, {"label": name}
+            )
             files.append(load_network(path))
         check_equal(files[0].network, made.network())
         return files

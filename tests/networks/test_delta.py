@@ -29,7 +29,9 @@ def random_levels(known, rows, columns, seed):
 
 @settings(deadline=None)
 @given(st.integers(1, 8), *COUNTS)
-def test_places_of_levels_are_packed_bit_for_bit_in_as_few_bytes_a_row_as_they_have_bits(bits, rows, columns, seed):
+def test_places_of_levels_are_packed_bit_for_bit_in_as_few_bytes_a_row_as_they_have_bits(
+    bits, rows, columns, seed
+):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(2**bits, (rows, columns), generator=generator)
     packed = Rounded.of(levels(bits)[codes], torch.ones(rows).bfloat16(), bits).packed()
@@ -41,7 +43,9 @@ def test_places_of_levels_are_packed_bit_for_bit_in_as_few_bytes_a_row_as_they_h
 
 @settings(deadline=None)
 @given(st.integers(1, 8), *COUNTS)
-def test_levels_are_read_back_exactly_from_rows_and_files_on_every_device(bits, rows, columns, seed):
+def test_levels_are_read_back_exactly_from_rows_and_files_on_every_device(
+    bits, rows, columns, seed
+):
     found, scale = random_levels(levels(bits), rows, columns, seed)
     rounded = Rounded.of(found, scale, bits)
     expected = (found.double() * scale.double()[:, None]).float()
@@ -63,7 +67,13 @@ def plain_read(rows):
 
 def plain_factor(rows, columns):
     """What an accelerator computes of half bytes."""
-    scale, first = rows[:, -4:].clone(memory_format=torch.contiguous_format).view(torch.float16).float().T[..., None]
+    scale, first = (
+        rows[:, -4:]
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.float16)
+        .float()
+        .T[..., None]
+    )
     codes = torch.stack([rows[:, :-4] & 15, rows[:, :-4] >> 4], 2).flatten(1)
     return (codes * scale + first)[:, :columns]
 
@@ -102,7 +112,9 @@ def test_both_factors_are_made_as_large_and_keep_their_product(exponent):
     product = left.T @ right
     error = float(((left * balance).T @ (right / balance) - product).abs().max())
     assert error <= 1e-5 * float(product.abs().max())
-    torch.testing.assert_close((left * balance).abs().amax(1)[:2], (right / balance).abs().amax(1)[:2])
+    torch.testing.assert_close(
+        (left * balance).abs().amax(1)[:2], (right / balance).abs().amax(1)[:2]
+    )
     assert balance[2] == 1  # of nothing
 
 
@@ -170,7 +182,10 @@ def heavy(rows=40, columns=300):
 def test_the_levels_leave_less_error_than_even_ones_clipped_as_well_as_can_be(bits, share):
     matrix, most = heavy(), 2 ** (bits - 1) - 1
     clips = [matrix.abs().amax(1, keepdim=True) * clip / 50 for clip in range(1, 51)]
-    even = [(matrix / clip * most).round().clamp(-most, most).nan_to_num() * clip / most for clip in clips]
+    even = [
+        (matrix / clip * most).round().clamp(-most, most).nan_to_num() * clip / most
+        for clip in clips
+    ]
     best = torch.stack([(matrix - each).square().sum(1) for each in even]).amin(0)
     error = (matrix - quantise(matrix, bits).dense()).square().sum(1)
     assert (error / best).nanmedian() < share

@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROW = [0.4, 0.6]
 TRAINED: dict[str, Any] = {"lr": 1e-5, "steps": 2, "start": "average"}
-KEPT: Any = {"batchnorm": "average"}  # which policy is better is tried once a family, by the first method
+KEPT: Any = {
+    "batchnorm": "average"
+}  # which policy is better is tried once a family, by the first method
 METHODS: dict[str, Callable[[], Method]] = {
     "average": coin.Average,
     "coin": lambda: coin.Coin(fisher_data="own", **KEPT),
@@ -37,7 +39,9 @@ TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face
 POSITIONS = ("hugging_face/opt", "hugging_face/llama", "hugging_face/mixtral")
 READ_FEATURES = (*HEAD, "feature_ridge")
 REFUSED: dict[str, dict[str, str]] = {
-    "timm/resnetv2": dict.fromkeys(READ_FEATURES, "found no Linear layer"),  # its head is a convolution
+    "timm/resnetv2": dict.fromkeys(
+        READ_FEATURES, "found no Linear layer"
+    ),  # its head is a convolution
     **{family: dict.fromkeys(READ_FEATURES, "expected one row a sample") for family in POSITIONS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
 }
@@ -60,7 +64,12 @@ class Problems(list[str]):
             yield
         except Exception as error:
             text = " ".join(str(error).split())[:300]
-            if not (line and isinstance(error, CoinError) and line in str(error) and "\n" not in str(error)):
+            if not (
+                line
+                and isinstance(error, CoinError)
+                and line in str(error)
+                and "\n" not in str(error)
+            ):
                 self.append(f"{what}: {type(error).__name__}: {text}")
         else:
             if line:
@@ -82,10 +91,16 @@ def test_the_fisher_is_the_slow_reference(family: str) -> None:
     parameters = {name: each for name, each in copy.named_parameters() if each.requires_grad}
     expected = {name: torch.zeros_like(each) for name, each in parameters.items()}
     for place in range(len(before)):
-        pair = take(batch, torch.tensor([place, place]))  # PyTorch's own backward errs for batches of one
+        pair = take(
+            batch, torch.tensor([place, place])
+        )  # PyTorch's own backward errs for batches of one
         for logit in call(copy, pair)[0]:
             gradients = torch.autograd.grad(
-                logit, list(parameters.values()), retain_graph=True, materialize_grads=True, allow_unused=True
+                logit,
+                list(parameters.values()),
+                retain_graph=True,
+                materialize_grads=True,
+                allow_unused=True,
             )
             for total, gradient in zip(expected.values(), gradients, strict=True):
                 total += gradient.square() / len(before)
@@ -106,7 +121,9 @@ def test_every_method_is_right_or_refused(family: str) -> None:
     case, problems = make_case(family), Problems(family)
     first, second = case.experts
     states = [deepcopy(expert.state_dict()) for expert in case.experts]
-    wanted = sum(share * case.answers(expert) for share, expert in zip(ROW, case.experts, strict=True))
+    wanted = sum(
+        share * case.answers(expert) for share, expert in zip(ROW, case.experts, strict=True)
+    )
     own = case.answers(first)
 
     def experts(networks: list[Any], tasks: list[Any]) -> coin.Experts:
@@ -127,8 +144,15 @@ def test_every_method_is_right_or_refused(family: str) -> None:
                 moved = make().coded_model(swapped, ROW[::-1])
                 check_close(case.answers(moved.network), merged, 1e-6, "in the other order")
             if name in TWINS:
-                check_close(case.answers(make().coded_model(same, ROW).network), own, 1e-6, "identical experts")
-            if name == "distillation":  # its start's policy is chosen on other batches, which BatchNorms see too
+                check_close(
+                    case.answers(make().coded_model(same, ROW).network),
+                    own,
+                    1e-6,
+                    "identical experts",
+                )
+            if (
+                name == "distillation"
+            ):  # its start's policy is chosen on other batches, which BatchNorms see too
                 starts = []
                 for policy in ("average", "recalibrate"):
                     start = case.answers(coin.Average(batchnorm=policy).make(pair, ROW).network)
@@ -160,5 +184,8 @@ def test_every_decoder_is_right_or_refused(family: str) -> None:
             else:
                 score = system.score(decoded)
                 assert bool(((score >= 0) & (score <= 1)).all()), score
-    assert all(torch.equal(a, b) for a, b in zip(lost.parameters(), case.experts[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lost.parameters(), case.experts[0].parameters(), strict=True)
+    )
     assert not problems, "\n".join(problems)

@@ -52,7 +52,10 @@ def forget():
 
 def test_opening_a_file_imports_nothing_until_the_caller_has(foreign):
     for use in (open_network, load_network):
-        with pytest.raises(FileError, match=r"'foreign\.Small', .*, write `import foreign` before, or add --import="):
+        with pytest.raises(
+            FileError,
+            match=r"'foreign\.Small', .*, write `import foreign` before, or add --import=",
+        ):
             use(foreign)
     assert not Path("imported").exists()
     assert NetworkConfig("foreign.Small").reads == "images"  # as an experiment asks
@@ -72,14 +75,29 @@ def test_a_command_imports_what_it_is_told_to_alone(foreign, capsys):
 
 
 def test_a_checkpoint_of_lightnings_imports_nothing_either(foreign, capsys):
-    torch.save({"state_dict": {}, "hyper_parameters": {"network": "foreign.Small", "num_classes": 3}}, "net.ckpt")
+    torch.save(
+        {"state_dict": {}, "hyper_parameters": {"network": "foreign.Small", "num_classes": 3}},
+        "net.ckpt",
+    )
     assert main(["test", "--ckpt_path=net.ckpt", "--data=Digits"]) == 2
     assert "add --import=foreign to the command" in capsys.readouterr().err
     assert not Path("imported").exists()
 
 
 def test_a_compressed_file_or_one_whose_base_is_foreign_imports_nothing(foreign):
-    assert main(["compress", str(foreign), "--bits=4", "--base_bits=0", "--output=small", "--import=foreign"]) == 0
+    assert (
+        main(
+            [
+                "compress",
+                str(foreign),
+                "--bits=4",
+                "--base_bits=0",
+                "--output=small",
+                "--import=foreign",
+            ]
+        )
+        == 0
+    )
     forget()
     with pytest.raises(FileError, match=r"'small' holds a 'foreign\.Small'"):
         open_network(Path("small"))
@@ -92,7 +110,9 @@ def test_a_compressed_file_or_one_whose_base_is_foreign_imports_nothing(foreign)
 def test_a_process_that_serves_imports_what_the_one_that_opened_the_run_had(foreign):
     assert NetworkConfig("foreign.Small").reads == "images"
     experts = [load_network(foreign).network for _ in range(2)]
-    coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder([], [0], "linear")
+    coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder(
+        [], [0], "linear"
+    )
     coded.files = (foreign, foreign, foreign)
     coded.class_names = [["a", "b", "c"], ["d", "e", "f"]]
     system = System.of(coded, PolicyKind.coded_hedged, 0.9, "linear")

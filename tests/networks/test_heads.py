@@ -144,7 +144,9 @@ def test_adapters_leave_a_head_of_two_names_alone():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_replaced_head_keeps_its_place_inputs_and_bias(bias):
-    network = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 1000, bias=bias)))
+    network = nn.Sequential(
+        nn.Linear(5, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 1000, bias=bias))
+    )
     replace_head(network, 3)
     assert network(torch.zeros(2, 5)).shape == (2, 3)
     assert (network[1][1].bias is not None) == bias
@@ -220,8 +222,12 @@ def test_logits_that_are_the_head_of_its_input_pass(case, dtype):
 @pytest.mark.parametrize("case", WRONG)
 def test_logits_that_are_not_are_refused(case, dtype):
     network, features, logits = run(WRONG[case], dtype)
-    found = re.escape(f"the logits of {type(network).__name__} are not its head '{head_name(network)}'")
-    with pytest.raises(HeadError, match=rf"{found} of .*difference.*attribute 'head_name', or leave"):
+    found = re.escape(
+        f"the logits of {type(network).__name__} are not its head '{head_name(network)}'"
+    )
+    with pytest.raises(
+        HeadError, match=rf"{found} of .*difference.*attribute 'head_name', or leave"
+    ):
         check_head(network, features, logits)
 
 

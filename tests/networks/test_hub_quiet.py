@@ -12,7 +12,12 @@ transformers = pytest.importorskip("transformers")
 def test_loading_is_silent_and_leaves_the_process_s_verbosity(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     config = transformers.BertConfig(vocab_size=20, num_labels=2, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     logging = transformers.utils.logging

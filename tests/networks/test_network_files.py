@@ -6,7 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from coin.errors import FileError, StateError
-from coin.networks import Compression, NetworkConfig, build_network, files, load_network, save_network
+from coin.networks import (
+    Compression,
+    NetworkConfig,
+    build_network,
+    files,
+    load_network,
+    save_network,
+)
 from coin.networks.files import import_checkpoint, initial_network
 from coin.pipeline.steps.merge import compress_file
 
@@ -22,7 +29,9 @@ def images():
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_a_network_file_gives_back_the_network(tmp_path, small_config, images):
@@ -45,7 +54,9 @@ def test_reading_a_file_of_pretrained_weights_downloads_nothing(tmp_path, monkey
     config = NetworkConfig("shufflenet_v2_x0_5", 32, "IMAGENET1K_V1")
     network = build_network(replace(config, weights=None), 3)
     save_network(tmp_path / "net.safetensors", network, config, 3, {})
-    assert same(load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict())
+    assert same(
+        load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict()
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "network.", "module.", "net._orig_mod."])
@@ -71,10 +82,16 @@ def test_a_checkpoint_of_two_networks_is_refused(small_config, tmp_path):
         import_checkpoint(small_config, 3, tmp_path / "two.pt")
 
 
-def test_adapters_beside_the_weights_are_refused_with_the_line_that_merges_them(small_config, tmp_path):
-    state = build_network(small_config, 3).state_dict() | {"fc.lora_A.default.weight": torch.ones(2, 2)}
+def test_adapters_beside_the_weights_are_refused_with_the_line_that_merges_them(
+    small_config, tmp_path
+):
+    state = build_network(small_config, 3).state_dict() | {
+        "fc.lora_A.default.weight": torch.ones(2, 2)
+    }
     save_file(state, tmp_path / "adapted.safetensors")
-    with pytest.raises(FileError, match=r"holds LoRA adapters .*; save what peft's merge_and_unload\(\) returns"):
+    with pytest.raises(
+        FileError, match=r"holds LoRA adapters .*; save what peft's merge_and_unload\(\) returns"
+    ):
         import_checkpoint(small_config, 3, tmp_path / "adapted.safetensors")
 
 
@@ -90,7 +107,9 @@ def test_otherwise_all_experts_share_the_seeds_fresh_head(small_config, saved):
     seeded = initial_network(small_config, 3, None, seed=7).state_dict()
     assert same(seeded, build_network(small_config, 3, seed=7).state_dict())
     base = load_network(saved).network.state_dict()
-    first, second, other = (initial_network(small_config, 6, saved, seed=seed).state_dict() for seed in (5, 5, 6))
+    first, second, other = (
+        initial_network(small_config, 6, saved, seed=seed).state_dict() for seed in (5, 5, 6)
+    )
     assert same(first, second)
     assert first["fc.weight"].std() < 0.02  # its constructor draws up to 1/√F
     assert torch.equal(first["fc.bias"], torch.zeros(6))
@@ -100,11 +119,15 @@ def test_otherwise_all_experts_share_the_seeds_fresh_head(small_config, saved):
 
 
 @pytest.mark.parametrize("base", [False, True])
-def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(small_config, saved, tmp_path, base):
+def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(
+    small_config, saved, tmp_path, base
+):
     checkpoint = saved if base else None
     wide = initial_network(small_config, 6, checkpoint, seed=5)
     save_network(tmp_path / "wide.safetensors", wide, small_config, 6, {})
-    fewer = initial_network(small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors").state_dict()
+    fewer = initial_network(
+        small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors"
+    ).state_dict()
     for name, tensor in wide.state_dict().items():
         assert torch.equal(fewer[name], tensor[:2] if name.startswith("fc.") else tensor)
 

@@ -48,26 +48,36 @@ def test_every_family_has_a_head_of_the_wanted_classes_and_its_features(name, si
 
 
 def test_a_network_without_a_linear_head_or_classes_is_refused():
-    with pytest.raises(HeadError, match="found no Linear layer in SqueezeNet; name the head by an attribute"):
+    with pytest.raises(
+        HeadError, match="found no Linear layer in SqueezeNet; name the head by an attribute"
+    ):
         build_network(NetworkConfig("squeezenet1_1", 64), 3)
-    with pytest.raises(ConfigurationError, match="found num_classes=0, expected a whole number of at least 1"):
+    with pytest.raises(
+        ConfigurationError, match="found num_classes=0, expected a whole number of at least 1"
+    ):
         build_network(NetworkConfig("resnet18", 32), 0)
 
 
-@pytest.mark.parametrize("error", [URLError("Name or service not known"), OSError("Network"), ConnectionResetError()])
+@pytest.mark.parametrize(
+    "error", [URLError("Name or service not known"), OSError("Network"), ConnectionResetError()]
+)
 def test_a_failed_download_says_what_to_do_instead(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(FileError, match=r"checkpoints, or set network.weights=null .*base.checkpoint") as caught:
+    with pytest.raises(
+        FileError, match=r"checkpoints, or set network.weights=null .*base.checkpoint"
+    ) as caught:
         build_network(NetworkConfig("resnet18", 32, "IMAGENET1K_V1"), 3)
     assert "\n" not in str(caught.value)
 
 
 def test_pretrained_weights_get_a_fresh_head_from_the_seed(monkeypatch):
     published = models.get_model("resnet18", num_classes=1000).state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: published)
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *a, **k: published
+    )
     config = NetworkConfig("resnet18", 32, "IMAGENET1K_V1")
     first, again, other = (build_network(config, 5, seed=seed).state_dict() for seed in (3, 3, 4))
     for name, tensor in published.items():
@@ -93,12 +103,19 @@ def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_left_alo
 
 
 def test_the_colours_of_an_image_do_not_matter_to_the_small_vit():
-    network = build_network(NetworkConfig("small_vit", 16, None, {"depth": 1, "patch_size": 8}), 3).double().eval()
+    network = (
+        build_network(NetworkConfig("small_vit", 16, None, {"depth": 1, "patch_size": 8}), 3)
+        .double()
+        .eval()
+    )
     assert network.encoder.pos_embedding.shape == (1, 5, 128)
     replace_head(network.heads, 3)  # the fresh head is zero
     network.double()
     inputs = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    gain, offset = torch.tensor([0.5, 2.0, 3.0])[:, None, None], torch.tensor([1.0, -4.0, 0.3])[:, None, None]
+    gain, offset = (
+        torch.tensor([0.5, 2.0, 3.0])[:, None, None],
+        torch.tensor([1.0, -4.0, 0.3])[:, None, None],
+    )
     with torch.no_grad():
         logits = network(inputs)
         torch.testing.assert_close(network(gain * inputs + offset), logits, rtol=1e-4, atol=1e-6)
@@ -115,7 +132,9 @@ def test_auxiliary_heads_are_left_out(name):
 def test_a_file_of_pretrained_weights_transforms_its_inputs_as_they_want(tmp_path, monkeypatch):
     images = torch.randn(2, 3, 64, 64)
     theirs = models.GoogLeNet(init_weights=False).state_dict()
-    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", lambda *args, **options: theirs)
+    monkeypatch.setattr(
+        "torchvision.models._api.WeightsEnum.get_state_dict", lambda *args, **options: theirs
+    )
     config = NetworkConfig("googlenet", 64, "IMAGENET1K_V1")
     network = build_network(config, 3).eval()
     save_network(tmp_path / "net.safetensors", network, config, 3, {})
@@ -129,7 +148,9 @@ def test_a_constructor_that_cannot_read_a_file_of_its_own_is_no_download(monkeyp
         raise FileNotFoundError("labels.txt")
 
     monkeypatch.setitem(Own.kinds, "reading", read)
-    with pytest.raises(ConfigurationError, match=r"cannot build reading .*: labels\.txt; change network\.name"):
+    with pytest.raises(
+        ConfigurationError, match=r"cannot build reading .*: labels\.txt; change network\.name"
+    ):
         build_network(NetworkConfig("reading"), 3)
 
 
@@ -185,7 +206,9 @@ def test_a_class_of_the_users_own_is_found():
     network, again = (build_network(config, 5, seed=2) for _ in "ab")
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
     assert network.fc.in_features == 6
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True)
+    )
     assert (config.reads, NetworkConfig("ownnetworks.Reader").reads) == ("images", "texts")
     with pytest.raises(RuntimeError, match=r"^mine$"):  # with its traceback
         build_network(NetworkConfig("ownnetworks.Small", 16, None, {"width": 0}), 5)
@@ -193,7 +216,9 @@ def test_a_class_of_the_users_own_is_found():
 
 @pytest.mark.usefixtures("module")
 @pytest.mark.parametrize("name", ["ownnetworks.Looking", "regnet_x_400mf"])
-def test_names_and_shapes_are_known_of_networks_that_look_at_their_tensors_while_they_are_built(name):
+def test_names_and_shapes_are_known_of_networks_that_look_at_their_tensors_while_they_are_built(
+    name,
+):
     """A stochastic depth's rates were read of tensors without values."""
     config = NetworkConfig(name, 32)
     empty, network = empty_network(config, 5), build_network(config, 5)
@@ -210,31 +235,79 @@ INDIVISIBLE = [("patch_size", 5), ("patch_size", 0), ("heads", 3), ("width", -4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet5O",), "cannot build resnet5O with image_size 32,.*: Unknown model resnet5o; change network.name"),
-        (("resnet50", 32, "IMAGENET1K_V3"), "cannot build resnet50 .* weights IMAGENET1K_V3 and options"),
-        (("small_resnet", 32, "IMAGENET1K_V1"), "found network.weights 'IMAGENET1K_V1', expected null for small"),
+        (
+            ("resnet5O",),
+            "cannot build resnet5O with image_size 32,.*: Unknown model resnet5o; change network.name",
+        ),
+        (
+            ("resnet50", 32, "IMAGENET1K_V3"),
+            "cannot build resnet50 .* weights IMAGENET1K_V3 and options",
+        ),
+        (
+            ("small_resnet", 32, "IMAGENET1K_V1"),
+            "found network.weights 'IMAGENET1K_V1', expected null for small",
+        ),
         (("resnet18", 0), r"network\.image_size=0, expected a whole number of at least 1"),
-        (("resnet18", 32, None, {"bogus": 1}), "cannot build resnet18 .*'bogus': 1.*; change network.name or"),
-        (("resnet18", 32, None, {"num_classes": 4}), "found network.options with 'num_classes', which coin sets"),
-        *((("small_vit", 32, None, {o: n}), "cannot build small_vit with image_size 32") for o, n in INDIVISIBLE),
-        (("timm/resnet5O",), r"cannot build timm/resnet5O .*: Unknown model \(resnet5O\); change network.name"),
-        (("timm/resnet50.a9_in1k",), r"cannot build timm/resnet50\.a9_in1k .*Invalid pretrained tag \(a9_in1k\)"),
+        (
+            ("resnet18", 32, None, {"bogus": 1}),
+            "cannot build resnet18 .*'bogus': 1.*; change network.name or",
+        ),
+        (
+            ("resnet18", 32, None, {"num_classes": 4}),
+            "found network.options with 'num_classes', which coin sets",
+        ),
+        *(
+            (("small_vit", 32, None, {o: n}), "cannot build small_vit with image_size 32")
+            for o, n in INDIVISIBLE
+        ),
+        (
+            ("timm/resnet5O",),
+            r"cannot build timm/resnet5O .*: Unknown model \(resnet5O\); change network.name",
+        ),
+        (
+            ("timm/resnet50.a9_in1k",),
+            r"cannot build timm/resnet50\.a9_in1k .*Invalid pretrained tag \(a9_in1k\)",
+        ),
         (("timm/resnet50", 64, "a9"), r"weights a9 .*: Invalid pretrained tag \(a9\) for resnet50"),
-        (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), r"Invalid pretrained tag \(IMAGENET1K_LITE0\) for test_resnet"),
-        (("timm/deit_tiny_distilled_patch16_224",), r"whose head is \('head', 'head_dist'\), expected one"),
+        (
+            ("timm/test_resnet", 64, "IMAGENET1K_LITE0"),
+            r"Invalid pretrained tag \(IMAGENET1K_LITE0\) for test_resnet",
+        ),
+        (
+            ("timm/deit_tiny_distilled_patch16_224",),
+            r"whose head is \('head', 'head_dist'\), expected one",
+        ),
         (("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
         (("tim/resnet50",), "cannot build tim/resnet50 .*: Unknown model tim/resnet50"),
-        (("ownnetwork.Small",), r"path of a class \(No module named 'ownnetwork'\); check the spelling, or run"),
-        (("ownnetworks.Smal",), r"the import path of a class \(module 'ownnetworks' has no attribute 'Smal'"),
-        (("ownnetworks.function",), "found network.name 'ownnetworks.function', a function, expected an nn.Module"),
+        (
+            ("ownnetwork.Small",),
+            r"path of a class \(No module named 'ownnetwork'\); check the spelling, or run",
+        ),
+        (
+            ("ownnetworks.Smal",),
+            r"the import path of a class \(module 'ownnetworks' has no attribute 'Smal'",
+        ),
+        (
+            ("ownnetworks.function",),
+            "found network.name 'ownnetworks.function', a function, expected an nn.Module",
+        ),
         (("torch.Tensor",), "a _TensorMeta, expected an nn.Module"),
         (
             ("ownnetworks.Versioned", 16),
             "found '_extra_state' of type dict in a network's state, expected tensors alone",
         ),
-        (("ownnetworks.Fixed", 16), r"unexpected keyword argument 'num_classes'\); let its __init__ take these"),
-        (("ownnetworks.Small", 16, None, {"depth": 2}), r"unexpected keyword argument 'depth'\); let its __init__"),
-        (("ownnetworks.Small", 16, "IMAGENET1K_V1"), "found network.weights 'IMAGENET1K_V1', expected null"),
+        (
+            ("ownnetworks.Fixed", 16),
+            r"unexpected keyword argument 'num_classes'\); let its __init__ take these",
+        ),
+        (
+            ("ownnetworks.Small", 16, None, {"depth": 2}),
+            r"unexpected keyword argument 'depth'\); let its __init__",
+        ),
+        (
+            ("ownnetworks.Small", 16, "IMAGENET1K_V1"),
+            "found network.weights 'IMAGENET1K_V1', expected null",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments, message):

@@ -11,7 +11,14 @@ from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import packaged_file
 from coin.modules import Expert
-from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, load_network, save_network
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    features_and_logits,
+    head_name,
+    load_network,
+    save_network,
+)
 from coin.networks.timm_networks import PACKAGED
 
 LITE0 = "timm/tf_efficientnet_lite0"
@@ -65,7 +72,9 @@ def test_a_network_gets_its_own_normalisation():
     plain.load_state_dict(network.state_dict())
     x = images()
     assert plain.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
-    torch.testing.assert_close(answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3)))
+    torch.testing.assert_close(
+        answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3))
+    )
 
 
 def test_a_normalisation_that_is_given_takes_the_place_of_timms(tmp_path):
@@ -76,7 +85,9 @@ def test_a_normalisation_that_is_given_takes_the_place_of_timms(tmp_path):
     x = usual(images())
     torch.testing.assert_close(answers(network, x), answers(plain, x))
     save_network(tmp_path / "expert.safetensors", network, config, 4, {})
-    torch.testing.assert_close(answers(load_network(tmp_path / "expert.safetensors").network, x), answers(plain, x))
+    torch.testing.assert_close(
+        answers(load_network(tmp_path / "expert.safetensors").network, x), answers(plain, x)
+    )
 
 
 def test_a_checkpoint_is_read_without_weights_and_keeps_their_normalisation():
@@ -88,10 +99,13 @@ def test_a_checkpoint_is_read_without_weights_and_keeps_their_normalisation():
 
 
 @pytest.mark.parametrize(
-    "given", [{"mean": [0.5] * 3}, {"mean": [0.5], "std": [0.5]}, {"mean": [0.5] * 3, "std": [0, 1, 1]}]
+    "given",
+    [{"mean": [0.5] * 3}, {"mean": [0.5], "std": [0.5]}, {"mean": [0.5] * 3, "std": [0, 1, 1]}],
 )
 def test_half_a_normalisation_is_refused(given):
-    with pytest.raises(ConfigurationError, match="expected neither, or both: three numbers each, std above 0"):
+    with pytest.raises(
+        ConfigurationError, match="expected neither, or both: three numbers each, std above 0"
+    ):
         NetworkConfig(LITE0, 32, **given)
 
 
@@ -113,8 +127,12 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(name):
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
-    with pytest.raises(FileError, match=r"cannot get the weights a1_in1k of timm/resnet50 .*HF_HOME"):
+    with pytest.raises(
+        FileError, match=r"cannot get the weights a1_in1k of timm/resnet50 .*HF_HOME"
+    ):
         build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"):
+    with pytest.raises(
+        ConfigurationError, match=r"found no package timm.*pip install '\.\[timm\]'"
+    ):
         build_network(NetworkConfig("timm/resnet50"), 3)

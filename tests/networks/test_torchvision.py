@@ -9,7 +9,10 @@ import coin
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.calling import clone
 
-SIZES = {"maxvit_t": 224, "inception_v3": 96}  # the least that they take, where that is more than 64 pixels
+SIZES = {
+    "maxvit_t": 224,
+    "inception_v3": 96,
+}  # the least that they take, where that is more than 64 pixels
 FAMILIES = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t
     mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5
     swin_t swin_v2_t"""
@@ -27,7 +30,9 @@ def moved(network: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES.split())
-def test_a_classifier_of_torchvision_is_decoded_compressed_and_read_back(name: str, tmp_path: Path) -> None:
+def test_a_classifier_of_torchvision_is_decoded_compressed_and_read_back(
+    name: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = NetworkConfig(name, image_size=SIZES.get(name, 64))
     initial = build_network(config, 3).eval()
