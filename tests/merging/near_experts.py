@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from coin.merging import Experts
 from coin.networks.small import SmallViT
@@ -40,6 +41,14 @@ class Attention(nn.MultiheadAttention):
     def forward(self, x):
         attended, _ = super().forward(x, x, x, need_weights=False)
         return attended
+
+
+class ComputedBias(nn.Linear):
+    """As the queries, keys and values of BEiT, whose keys have none."""
+
+    def forward(self, x):
+        zeros = torch.zeros_like(self.bias[2:])
+        return F.linear(x, self.weight, torch.cat([self.bias[:2], zeros]))
 
 
 class Apply(nn.Module):
@@ -81,7 +90,7 @@ class Parallel(nn.Module):
 
 
 class Branched(nn.Module):
-    """A BatchNorm whose input z something else may read as well, in one of several ways."""
+    """A BatchNorm whose input z something else reads as well, in one of several ways."""
 
     def __init__(self, read):
         super().__init__()
@@ -94,12 +103,38 @@ class Branched(nn.Module):
         return self.read(z, self.norm(z))
 
 
+def gate(z):
+    """A number for each sample, of a piece of z."""
+    _, second = z.chunk(2, 1)
+    return second.mean((1, 2, 3), keepdim=True)
+
+
+class Shared(nn.Module):
+    """An embedding, positions, and layers that are read in several places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.place = nn.Parameter(torch.zeros(5, 4))
+        self.twice = nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+        self.once = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = (9 * x).long() % 7
+        x = self.embedding(tokens) + self.place
+        x = self.twice(self.twice(x).tanh()).tanh()
+        x = self.read(x) * self.read.weight.square().mean()
+        return self.head(self.once(x).mean(1))
+
+
 class Case(NamedTuple):
-    """A network: its layers; the shape of a sample; its units, a map or a norm, or both, if the norm is folded in."""
+    """A network: its layers, the shape of a sample, and names."""
 
     layers: Callable[[], list[nn.Module]]
     shape: tuple[int, ...]
-    units: list[str]
+    names: list[str]
 
 
 def tail():
@@ -107,171 +142,112 @@ def tail():
     return nn.Flatten(), nn.LazyLinear(3)
 
 
-def convolutions():
-    return [
-        nn.Conv2d(2, 4, 3, padding=1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(4, 3, 3, stride=2),
-        nn.BatchNorm2d(3),
-        nn.ReLU(inplace=True),
-        *tail(),
-    ]
-
-
-def groups():
-    return [
-        nn.Conv2d(4, 8, 3, groups=4),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 4, 1, groups=2),
-        *tail(),
-    ]
-
-
-def geometry():
-    layer = nn.Conv2d(
-        2,
-        3,
-        3,
-        stride=(2, 1),
-        dilation=(1, 2),
-        padding=(1, 2),
-    )
-    return [
-        layer,
-        nn.BatchNorm2d(3),
-        nn.Tanh(),
-        *tail(),
-    ]
-
-
-def in_time():
-    return [
-        nn.Conv1d(3, 4, 3, padding=1),
-        nn.BatchNorm1d(4),
-        nn.Tanh(),
-        *tail(),
-    ]
-
-
-def linear_norm():
-    return [
-        nn.Linear(5, 6),
-        nn.BatchNorm1d(6),
-        nn.ReLU(),
-        nn.Linear(6, 3),
-    ]
-
-
-def layer_norm():
-    return [
-        nn.Linear(5, 6),
-        nn.LayerNorm(6),
-        nn.GELU(),
-        mean(),
-        nn.Linear(6, 3),
-    ]
-
-
-def group_norm():
-    return [
-        nn.Conv2d(2, 4, 3),
-        nn.GroupNorm(2, 4),
-        nn.ReLU(),
-        *tail(),
-    ]
-
-
-def norm_first():
-    return [
-        nn.BatchNorm2d(2),
-        nn.Conv2d(2, 3, 3),
-        nn.ReLU(),
-        nn.BatchNorm2d(3),
-        *tail(),
-    ]
-
-
-def norm_of_tokens():
-    return [
-        nn.Linear(5, 6),
-        nn.BatchNorm1d(6),
-        nn.ReLU(),
-        mean(),
-        nn.Linear(6, 3),
-    ]
-
-
-def layer_scale():
-    return [
-        nn.Linear(5, 6),
-        nn.Tanh(),
-        Scale(6),
-        Shift(4, 6),
-        mean(),
-        nn.Linear(6, 3),
-    ]
-
-
-def one_scale():
-    return [
-        nn.Linear(5, 6),
-        nn.Tanh(),
-        Scale(),
-        nn.Linear(6, 3),
-    ]
-
-
-def two_layers():
-    return [
-        nn.Linear(6, 8),
-        nn.ReLU(inplace=True),
-        nn.Linear(8, 3),
-    ]
-
-
-def in_turn():
-    return [Parallel(), *tail()]
-
-
-def branched(read):
-    """Of how z and norm(z) are read: a network where they are."""
-    return lambda: [Branched(read), *tail()]
-
-
-def gate(z):
-    """A number for each sample, of a piece of z."""
-    _, second = z.chunk(2, 1)
-    return second.mean((1, 2, 3), keepdim=True)
-
-
-PARTS = ["0.first", "0.second+0.norm_second", "0.norm_first", "2"]
-BRANCHES = ["0.conv", "0.norm", "2"]
 IMAGE = (2, 3, 3)
+BRANCHES = ["0.conv", "0.norm", "2"]
+# With the names of their units: a map, a norm, or both where the norm is folded in.
 NETWORKS = {
     "more unknowns": Case(lambda: [nn.Linear(60, 3)], (60,), ["0"]),
     "no bias": Case(lambda: [nn.Linear(6, 3, bias=False)], (6,), ["0"]),
-    "two layers": Case(two_layers, (6,), ["0", "2"]),
-    "convolutions": Case(convolutions, (2, 5, 5), ["0+1", "3+4", "7"]),
-    "groups": Case(groups, (4, 4, 4), ["0+1", "3", "5"]),
-    "geometry": Case(geometry, (2, 6, 5), ["0+1", "4"]),
-    "in time": Case(in_time, (3, 6), ["0+1", "4"]),
-    "linear norm": Case(linear_norm, (5,), ["0+1", "3"]),
-    "layer norm": Case(layer_norm, (4, 5), ["0", "1", "4"]),
-    "group norm": Case(group_norm, (2, 5, 5), ["0", "1", "4"]),
-    "norm first": Case(norm_first, (2, 4, 4), ["0", "1", "3", "5"]),
-    "norm of tokens": Case(norm_of_tokens, (6, 5), ["0", "1", "4"]),
-    "layer scale": Case(layer_scale, (4, 5), ["0", "2", "5"]),
-    "one scale": Case(one_scale, (5,), ["0", "2", "3"]),
-    "in turn": Case(in_turn, IMAGE, PARTS),
-    "read once": Case(branched(lambda z, y: y), IMAGE, ["0.conv+0.norm", "2"]),
-    "read twice": Case(branched(lambda z, y: z + y), IMAGE, BRANCHES),
-    "read in pieces": Case(branched(lambda z, y: y * gate(z)), IMAGE, BRANCHES),
-    "read detached": Case(branched(lambda z, y: y + z.detach()), IMAGE, BRANCHES),
+    "two layers": Case(
+        lambda: [nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)],
+        (6,),
+        ["0", "2"],
+    ),
+    "convolutions": Case(
+        lambda: [
+            nn.Conv2d(2, 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 3, 3, stride=2),
+            nn.BatchNorm2d(3),
+            nn.ReLU(inplace=True),
+            *tail(),
+        ],
+        (2, 5, 5),
+        ["0+1", "3+4", "7"],
+    ),
+    "groups": Case(
+        lambda: [
+            nn.Conv2d(4, 8, 3, groups=4),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1, groups=2),
+            *tail(),
+        ],
+        (4, 4, 4),
+        ["0+1", "3", "5"],
+    ),
+    "geometry": Case(
+        lambda: [
+            nn.Conv2d(2, 3, 3, stride=(2, 1), dilation=(1, 2), padding=(1, 2)),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            *tail(),
+        ],
+        (2, 6, 5),
+        ["0+1", "4"],
+    ),
+    "in time": Case(
+        lambda: [nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), *tail()],
+        (3, 6),
+        ["0+1", "4"],
+    ),
+    "one pixel": Case(lambda: [nn.Conv2d(3, 5, 3, padding=1), *tail()], (3, 1, 1), ["0", "2"]),
+    "padding alone": Case(
+        lambda: [nn.Conv1d(2, 2, 2, padding=1, dilation=2), *tail()],
+        (2, 1),
+        ["0", "2"],
+    ),
+    "linear norm": Case(
+        lambda: [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)],
+        (5,),
+        ["0+1", "3"],
+    ),
+    "layer norm": Case(
+        lambda: [nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), mean(), nn.Linear(6, 3)],
+        (4, 5),
+        ["0", "1", "4"],
+    ),
+    "group norm": Case(
+        lambda: [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), *tail()],
+        (2, 5, 5),
+        ["0", "1", "4"],
+    ),
+    "norm first": Case(
+        lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), *tail()],
+        (2, 4, 4),
+        ["0", "1", "3", "5"],
+    ),
+    "norm of tokens": Case(
+        lambda: [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), mean(), nn.Linear(6, 3)],
+        (6, 5),
+        ["0", "1", "4"],
+    ),
+    "layer scale": Case(
+        lambda: [nn.Linear(5, 6), nn.Tanh(), Scale(6), Shift(4, 6), mean(), nn.Linear(6, 3)],
+        (4, 5),
+        ["0", "2", "5"],
+    ),
+    "one scale": Case(
+        lambda: [nn.Linear(5, 6), nn.Tanh(), Scale(), nn.Linear(6, 3)],
+        (5,),
+        ["0", "2", "3"],
+    ),
+    "in turn": Case(
+        lambda: [Parallel(), *tail()],
+        IMAGE,
+        ["0.first", "0.second+0.norm_second", "0.norm_first", "2"],
+    ),
+    "read twice": Case(lambda: [Branched(lambda z, y: z + y), *tail()], IMAGE, BRANCHES),
+    "read in pieces": Case(lambda: [Branched(lambda z, y: y * gate(z)), *tail()], IMAGE, BRANCHES),
+    "read detached": Case(
+        lambda: [Branched(lambda z, y: y + z.detach()), *tail()],
+        IMAGE,
+        BRANCHES,
+    ),
 }
-# Of attention it is known which parameters keep the average.
-ATTENTION = {
+# With the names of the parameters that keep the average.
+PARTLY_FITTED = {
     "attention": Case(
         lambda: [Attention(4, 2), nn.LayerNorm(4), mean(), nn.Linear(4, 3)],
         (5, 4),
@@ -286,6 +262,23 @@ ATTENTION = {
         lambda: [SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12)],
         (3, 8, 8),
         ["0.class_token", "0.encoder.pos_embedding"],
+    ),
+    "computed bias": Case(
+        lambda: [ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)],
+        (6,),
+        ["0.bias", "0.weight"],
+    ),
+    "shared": Case(
+        lambda: [Shared()],
+        (5,),
+        [
+            "0.embedding.weight",
+            "0.place",
+            "0.read.bias",
+            "0.read.weight",
+            "0.twice.bias",
+            "0.twice.weight",
+        ],
     ),
 }
 
@@ -315,7 +308,7 @@ def near_experts(make, shape, sizes=SIZES):
 
 
 def case_of(kind, sizes=SIZES):
-    case = (NETWORKS | ATTENTION)[kind]
+    case = (NETWORKS | PARTLY_FITTED)[kind]
     return near_experts(lambda: nn.Sequential(*case.layers()), case.shape, sizes)
 
 

@@ -7,48 +7,36 @@ from copy import deepcopy
 
 import pytest
 import torch
-from near_experts import answers, assert_same_tensors, mixture, near_experts, perceptron
+from near_experts import (
+    ROW,
+    answers,
+    assert_same_tensors,
+    case_of,
+    experts_of,
+    mixture,
+    near_experts,
+    perceptron,
+)
 from torch import nn
 from torch.testing import assert_close
 
-import coin
+from coin.coding import Code
 from coin.errors import CoinError, CoinWarning, ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Base, Coin, Experts, HeadFit, Refit, RegMean, merge_networks
 from coin.networks import BatchNormPolicy
-from coin.networks.small import SmallViT
 from coin.statistics import fisher_sums, gram_sums
 
-WEIGHTS = (0.2, 0.3, 0.5)
 SIZES = (30, 20, 25)
-
-
-def groups():
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
-
-
-def batchnorm():
-    layers = (
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.Tanh(),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
-    return nn.Sequential(*layers)
-
-
-NETWORKS = {
-    "linear": (lambda: nn.Linear(6, 4), (6,)),
-    "perceptron": (lambda: perceptron(6, 8, 3), (6,)),
-    "groups": (groups, (2, 4, 4)),
-    "batchnorm": (batchnorm, (2, 4, 4)),
-    "vit": (lambda: SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12), (3, 8, 8)),
-}
+KINDS = [
+    "more unknowns",
+    "two layers",
+    "groups",
+    "convolutions",
+    "attention",
+    "encoder layer",
+    "vit",
+    "read in pieces",
+]
 # With the tolerance to which a method solves what it solves.
 METHODS = {
     "average": (Average(), 1e-12),
@@ -59,18 +47,8 @@ METHODS = {
     "head_fit": (HeadFit(), 1e-8),
     "refit": (Refit(), 1e-8),
 }
-every_network = pytest.mark.parametrize("kind", NETWORKS)
+every_network = pytest.mark.parametrize("kind", KINDS)
 every_method = pytest.mark.parametrize("name", METHODS)
-
-
-def parts_of(kind):
-    """Return experts and their tasks."""
-    make, shape = NETWORKS[kind]
-    return near_experts(make, shape, SIZES)
-
-
-def experts_of(networks, tasks):
-    return Experts(networks, calibration=[task.split(15) for task in tasks])
 
 
 def assert_same_function(network, other, tasks, tolerance):
@@ -82,23 +60,22 @@ def assert_same_function(network, other, tasks, tolerance):
 @every_network
 @every_method
 def test_identical_experts_merge_to_themselves(kind, name):
-    networks, tasks = parts_of(kind)
-    network = networks[0]
+    networks, tasks = case_of(kind, SIZES)
     method, _ = METHODS[name]
-    experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
-    coded = method.coded_model(experts, WEIGHTS).network
-    assert_same_function(coded, network, tasks, 1e-9)
+    twins = [deepcopy(networks[0]) for _ in ROW]
+    coded = method.coded_model(experts_of(twins, tasks), ROW).network
+    assert_same_function(coded, networks[0], tasks, 1e-9)
 
 
 @every_network
 @every_method
 def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
-    networks, tasks = parts_of(kind)
+    networks, tasks = case_of(kind, SIZES)
     method, tolerance = METHODS[name]
     made = []
     for order in ((0, 1, 2), (2, 0, 1)):
         experts = experts_of([networks[i] for i in order], [tasks[i] for i in order])
-        made.append(method.coded_model(experts, [WEIGHTS[i] for i in order]))
+        made.append(method.coded_model(experts, [ROW[i] for i in order]))
     one, other = made
     assert_same_function(one.network, other.network, tasks, tolerance)
     residuals = one.chosen.get("held_out_residual", {})
@@ -108,11 +85,11 @@ def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
 @every_network
 @every_method
 def test_experts_stay_and_give_their_type_and_a_network_of_its_own(kind, name):
-    networks, tasks = parts_of(kind)
+    networks, tasks = case_of(kind)
     networks = [network.float().train() for network in networks]
     before = deepcopy(networks)
     method, _ = METHODS[name]
-    coded = method.coded_model(experts_of(networks, tasks), WEIGHTS).network
+    coded = method.coded_model(experts_of(networks, tasks), ROW).network
     assert not coded.training
     for parameter in coded.parameters():
         assert parameter.dtype == torch.float32
@@ -127,17 +104,13 @@ def test_experts_stay_and_give_their_type_and_a_network_of_its_own(kind, name):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves(bias):
-    layers = (
-        nn.Linear(6, 8),
-        nn.Tanh(),
-        nn.Linear(8, 3, bias),
-    )
+    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3, bias)
     networks, tasks = near_experts(lambda: nn.Sequential(*layers), (6,), SIZES)
     experts = experts_of(networks, tasks)
-    fitted = HeadFit().make(experts, WEIGHTS).network
-    assert torch.equal(fitted[0].weight, Average().make(experts, WEIGHTS).network[0].weight)
+    fitted = HeadFit().make(experts, ROW).network
+    assert torch.equal(fitted[0].weight, Average().make(experts, ROW).network[0].weight)
     x = torch.cat(tasks)
-    wanted = mixture(networks, WEIGHTS, x)
+    wanted = mixture(networks, ROW, x)
     columns = answers(fitted[:2], x)
     if bias:
         columns = torch.cat([columns, torch.ones(len(x), 1)], 1)
@@ -149,57 +122,42 @@ def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves
 
 
 def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
-    networks, tasks = parts_of("perceptron")
+    networks, tasks = case_of("two layers", SIZES)
     for network in networks:
         network[0] = networks[0][0]
     experts = experts_of(networks, tasks)
-    average = Average().make(experts, WEIGHTS).network
-    assert_same_function(HeadFit().make(experts, WEIGHTS).network, average, tasks, 1e-9)
+    average = Average().make(experts, ROW).network
+    assert_same_function(HeadFit().make(experts, ROW).network, average, tasks, 1e-9)
 
 
 def test_a_head_that_does_not_give_the_logits_is_refused():
-    networks, tasks = near_experts(
-        lambda: nn.Sequential(perceptron(6, 8, 3), nn.Softmax(1)), (6,), SIZES
-    )
+    layers = perceptron(6, 8, 3), nn.Softmax(1)
+    networks, tasks = near_experts(lambda: nn.Sequential(*layers), (6,))
     message = r"^the logits of Sequential are not its head '0\.2' of [^\n]*$"
     with pytest.raises(StateError, match=message):
-        HeadFit().make(experts_of(networks, tasks), WEIGHTS)
+        HeadFit().make(experts_of(networks, tasks), ROW)
 
 
 # Compression
 
 
-@pytest.mark.parametrize("method", [Average, Refit])
-def test_compressed_coded_models_stand_beside_the_whole_ones(method):
-    networks, tasks = parts_of("perceptron")
-    calibration = [[task] for task in tasks]
-    whole = merge_networks(method(), networks, [WEIGHTS], calibration=calibration)
-    assert whole.compressed == {}
-    code = [WEIGHTS, (0.4, 0.3, 0.3)]
-    both = method(compress=[{"bits": 8}, {"bits": 4}])
-    merged = merge_networks(both, networks, code, calibration=calibration)
-    assert_same_function(merged[0], whole[0], tasks, 1e-12)
-    assert list(merged.compressed) == [f"{both.label}-8bit", f"{both.label}-4bit"]
-    for network, packed in zip(merged, merged.compressed[f"{both.label}-8bit"], strict=True):
-        assert_same_function(packed.network(), network, tasks, 0.1)
-
-
-def test_every_row_is_followed_by_its_compressed_variants_and_the_cost_of_both():
-    networks, tasks = parts_of("perceptron")
-    method = Refit(head=False, compress=[{"bits": 8}, {"bits": 4}])
-    code = coin.Code([WEIGHTS, (0.4, 0.3, 0.3)])
+@pytest.mark.parametrize(("kind", "passes"), [(Average, 0), (Refit, 3 * sum(SIZES))])
+def test_every_row_is_followed_by_its_compressed_variants_and_the_cost_of_both(kind, passes):
+    networks, tasks = case_of("two layers", SIZES)
+    method = kind(compress=[{"bits": 8}, {"bits": 4}])
     experts = experts_of(networks, tasks)
+    code = Code([ROW, (0.4, 0.3, 0.3)])
     found = list(method.coded_models(experts, code))
-    labels = ["refit", "refit-8bit", "refit-4bit"]
-    assert [(each.row, each.label) for each in found] == [
-        (row, label) for row in (0, 1) for label in labels
-    ]
+    labels = [method.name, f"{method.name}-8bit", f"{method.name}-4bit"]
+    assert [each.label for each in found] == 2 * labels
+    assert [each.row for each in found] == [0, 0, 0, 1, 1, 1]
     for whole, *variants in (found[:3], found[3:]):
         assert whole.packed is None
+        assert_same_function(variants[0].packed.network(), whole.made.network, tasks, 0.1)
         for variant in variants:
             assert variant.made is whole.made
             assert variant.seconds > whole.seconds
-            assert variant.passes == whole.passes + 2 * sum(SIZES)
+            assert variant.passes == whole.passes + passes
     assert len(list(method.coded_models(experts, code, whole_only=True))) == 2
 
 
@@ -217,7 +175,7 @@ DAMAGED = {
 
 def damaged(damage):
     """Return three experts in float32 with everything that a method may want."""
-    networks, tasks = parts_of("perceptron")
+    networks, tasks = near_experts(lambda: perceptron(6, 8, 3), (6,), SIZES)
     networks = [network.float() for network in networks]
     tasks = [task.float() for task in tasks]
     if damage == "one sample a task":
@@ -239,20 +197,16 @@ def damaged(damage):
     return Experts(networks, fishers=fishers, grams=grams, calibration=[[x] for x in tasks])
 
 
-SINGULAR = (
-    NumericalError,
-    r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise",
-)
+SINGULAR = (NumericalError, r"Gram matrix of '\d\.weight' is singular with a damping of 0; raise")
 NO_FISHER = (CoinWarning, "the Fisher of expert 0, 1, 2 is zero everywhere")
 OVERFLOW = (StateError, "the fisher of expert 1 is not finite: tensor '0")
 NO_LOGITS = (StateError, "the calibration output of expert 1 is not finite: tensor 'logits'")
 NO_ROWS = (NumericalError, "a layer's inputs or outputs on calibration data are not finite")
+NO_NUMBER = (StateError, r"expert 1 is not finite: tensor '2\.bias'")
 # Damage → method → the error or warning that is due; where there is none, a finite network without a word.
 DUE = {
     "none": {},
-    "a NaN in an expert": dict.fromkeys(
-        DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")
-    ),
+    "a NaN in an expert": dict.fromkeys(DAMAGED, NO_NUMBER),
     "no Fisher anywhere": {"coin": NO_FISHER},
     "constant inputs": {"regmean undamped": SINGULAR},
     "one sample a task": {"regmean undamped": SINGULAR},
@@ -267,12 +221,12 @@ def test_a_method_gives_a_finite_network_or_names_the_cause(damage, name):
     kind, message = DUE[damage].get(name, (None, ""))
     if kind is not None and issubclass(kind, CoinError):
         with pytest.raises(kind, match=message) as caught:
-            DAMAGED[name].coded_model(experts, WEIGHTS)
+            DAMAGED[name].coded_model(experts, ROW)
         assert "\n" not in str(caught.value)
         return
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", CoinWarning)
-        coded = DAMAGED[name].coded_model(experts, WEIGHTS).network
+        coded = DAMAGED[name].coded_model(experts, ROW).network
     for parameter in coded.parameters():
         assert bool(parameter.isfinite().all())
     assert len(told) == (kind is not None)
@@ -282,94 +236,74 @@ def test_a_method_gives_a_finite_network_or_names_the_cause(damage, name):
 
 # What is refused
 
+NO_INPUTS = "found no calibration inputs, which the merge needs; give them as calibration"
+NO_START = "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs"
+
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Coin(), "found no calibration inputs, which the merge needs; give them as calibration"),
-        (RegMean(), "found no calibration inputs, which the merge needs; give them as calibration"),
-        (Refit(), "found no calibration inputs, which the merge needs; give them as calibration"),
-        (
-            Base(),
-            "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs",
-        ),
-        (
-            Average(batchnorm="keep"),
-            "found no shared initialisation, which the method or its BatchNorm",
-        ),
+        (Coin(), NO_INPUTS),
+        (RegMean(), NO_INPUTS),
+        (Refit(), NO_INPUTS),
+        (Base(), NO_START),
+        (Average(batchnorm="keep"), NO_START),
     ],
 )
 def test_what_a_method_needs_is_named(method, message):
-    networks, _ = parts_of("batchnorm")
+    networks, _ = case_of("convolutions")
     with pytest.raises(ConfigurationError, match=message):
-        method.make(Experts(networks), WEIGHTS)
+        method.make(Experts(networks), ROW)
 
 
-@pytest.mark.parametrize("wrong", [Coin, "Coin"])
-def test_what_is_no_method_is_refused(wrong):
-    networks, _ = parts_of("linear")
+def test_what_is_no_method_is_refused():
+    networks, _ = case_of("two layers")
     with pytest.raises(ConfigurationError, match="expected an object of a method's class"):
-        merge_networks(wrong, networks, [WEIGHTS])
+        merge_networks(Coin, networks, [ROW])
 
 
 @pytest.mark.parametrize("given", ["fishers", "grams", "calibration"])
 def test_parts_are_of_every_expert(given):
-    networks, tasks = parts_of("linear")
-    parts = [{"weight": tasks[0]}] * 2
+    networks, tasks = case_of("two layers")
     with pytest.raises(ConfigurationError, match=f"found {given} of 2 experts, expected 3"):
-        Experts(networks, **{given: parts})
+        Experts(networks, **{given: tasks[:2]})
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        (0.5, 0.5),
-        (0.5, 0.6, -0.1),
-        (0.5, 0.5, 0.5),
-        (math.nan,) * 3,
-    ],
-)
+@pytest.mark.parametrize("row", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.5, 0.5), (math.nan,) * 3])
 def test_a_row_that_is_none_of_a_code_is_refused(row):
-    networks, _ = parts_of("linear")
-    with pytest.raises(
-        ConfigurationError, match=r"found \d weights for 3 experts, .* non-negative numbers"
-    ):
+    networks, _ = case_of("two layers")
+    message = r"found \d weights for 3 experts, .* non-negative numbers"
+    with pytest.raises(ConfigurationError, match=message):
         Average().coded_model(Experts(networks), row)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("method", "options", "message"),
     [
-        (lambda: Coin(damping=-1), "damping=-1"),
-        (
-            lambda: Coin(fisher_data="mixed"),
-            "^found fisher_data='mixed', expected one of own, pooled$",
-        ),
-        (
-            lambda: Coin(fisher_kind="mc"),
-            "^found fisher_kind='mc', expected one of exact, monte_carlo, ",
-        ),
-        (lambda: RegMean("conv"), "expected one of linear, all"),
-        (lambda: RegMean(alpha=2), "alpha=2, expected a number at least 0 and at most 1"),
-        (lambda: RegMean(damping=-1), "damping=-1"),
-        (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled"),
-        (lambda: Refit(ridge=0.0), "found ridge=0.0, expected a number above 0"),
-        (lambda: Refit(ridge=math.inf), "found ridge=inf"),
-        (lambda: Refit(memory_mib=0), "found memory_mib=0, expected a whole number of at least 1"),
-        (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
+        (Coin, {"damping": -1}, "damping=-1"),
+        (Coin, {"fisher_data": "mixed"}, "'mixed', expected one of own, pooled$"),
+        (Coin, {"fisher_kind": "mc"}, "'mc', expected one of exact, monte_carlo, "),
+        (RegMean, {"layers": "conv"}, "expected one of linear, all"),
+        (RegMean, {"alpha": 2}, "alpha=2, expected a number at least 0 and at most 1"),
+        (RegMean, {"damping": -1}, "damping=-1"),
+        (RegMean, {"gram_data": "all"}, "gram_data='all', expected one of own, pooled"),
+        (Refit, {"ridge": 0.0}, "found ridge=0.0, expected a number above 0"),
+        (Refit, {"ridge": math.inf}, "found ridge=inf"),
+        (Refit, {"memory_mib": 0}, "memory_mib=0, expected a whole number of at least 1"),
+        (Average, {"batchnorm": "reset"}, "batchnorm='reset'"),
+        (Average, {"label": ""}, "found label ''"),
+        (Average, {"label": ".hidden"}, r"^found label [^\n]*$"),
+        (Average, {"label": "a/b"}, r"^found label [^\n]*$"),
+        (Average, {"label": "two words"}, r"^found label [^\n]*$"),
+        (Average, {"label": "line\n"}, r"^found label [^\n]*$"),
+        (Average, {"label": "größer"}, r"^found label [^\n]*$"),
+        (Average, {"label": "none"}, r"^found label [^\n]*$"),
+        (Average, {"label": "oracle"}, r"^found label [^\n]*$"),
     ],
 )
-def test_options_are_checked_at_construction(make, message):
+def test_options_are_checked_at_construction(method, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    "label", ["", ".hidden", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"]
-)
-def test_a_label_that_cannot_name_results_and_files_is_refused(label):
-    with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
-        Average(label=label)
+        method(**options)
 
 
 @pytest.mark.parametrize(
@@ -390,30 +324,26 @@ def test_a_label_names_what_is_not_the_classs_own(method, label):
 
 
 def test_a_policy_needs_nothing_without_batchnorm():
-    networks, _ = parts_of("perceptron")
-    assert Average(batchnorm="keep").make(Experts(networks), WEIGHTS).chosen == {}
+    networks, _ = case_of("two layers")
+    assert Average(batchnorm="keep").make(Experts(networks), ROW).chosen == {}
+
+
+STATISTICS = {
+    "fishers": {"weight": torch.ones(4, 6), "bias": torch.ones(4)},
+    "grams": {"weight": torch.eye(7)[None]},
+}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("method", "given", "damage", "message"),
     [
-        ({"bias": -torch.ones(4)}, "fisher of expert 1 is negative in 'bias'"),
-        (
-            {"bias": torch.ones(2)},
-            r"fisher of expert 1 has 'bias' of \[2\], expected \[4\] of a fisher",
-        ),
+        (Coin(), "fishers", {"bias": -torch.ones(4)}, "fisher of expert 1 is negative in 'bias'"),
+        (Coin(), "fishers", {"bias": torch.ones(2)}, r"1 has 'bias' of \[2\], expected \[4\] of a"),
+        (RegMean(), "grams", {"weight": torch.eye(6)[None]}, "of 'weight' are not of one shape"),
     ],
 )
-def test_a_damaged_statistic_is_named(damage, message):
-    networks, _ = parts_of("linear")
-    fisher = dict.fromkeys(("weight", "bias"), torch.ones(4))
-    fisher["weight"] = torch.ones(4, 6)
+def test_a_damaged_statistic_is_named(method, given, damage, message):
+    networks = [nn.Linear(6, 4) for _ in ROW]
+    own = STATISTICS[given]
     with pytest.raises(StateError, match=message):
-        merge_networks(Coin(), networks, [WEIGHTS], fishers=[fisher, fisher | damage, fisher])
-
-
-def test_gram_matrices_of_different_shapes_are_refused():
-    networks, _ = parts_of("linear")
-    grams = [{"weight": torch.eye(size)[None]} for size in (7, 6, 7)]
-    with pytest.raises(StateError, match=r"Gram matrices of 'weight' are not of one shape"):
-        merge_networks(RegMean(), networks, [WEIGHTS], grams=grams)
+        merge_networks(method, networks, [ROW], **{given: [own, own | damage, own]})
