@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closeness import close
-from near_experts import assert_same_tensors
+from near_experts import ROW, assert_same_tensors, near_experts
 from torch import nn
 from torch.testing import assert_close
 
@@ -30,12 +30,7 @@ def labels(method):
 
 def perceptron(seed, classes, *after):
     torch.manual_seed(seed)
-    layers = (
-        nn.Linear(6, 8),
-        nn.Tanh(),
-        nn.Linear(8, classes),
-        *after,
-    )
+    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes), *after
     return nn.Sequential(*layers).double()
 
 
@@ -57,14 +52,7 @@ def calibration():
 
 @pytest.mark.parametrize(
     "method",
-    [
-        Average(),
-        Coin(),
-        RegMean(),
-        HeadFit(),
-        Base(),
-        Refit(),
-    ],
+    [Average(), Coin(), RegMean(), HeadFit(), Base(), Refit()],
     ids=labels,
 )
 def test_heads_are_padded_with_zeros_to_the_largest_count(method, calibration):
@@ -87,9 +75,8 @@ def test_heads_are_padded_with_zeros_to_the_largest_count(method, calibration):
 def test_fishers_are_of_the_experts_and_not_of_padded_ones(kind, is_given, calibration):
     """With 10 and 100 classes the categorical Fisher of the body had 0.138 of its own mass: padding took the rest."""
     networks = [perceptron(1, 10), perceptron(2, 100)]
-    own = []
-    for network, batches in zip(networks, calibration, strict=True):
-        own.append(fisher_diagonal(network, batches, kind=kind))
+    pairs = zip(networks, calibration, strict=True)
+    own = [fisher_diagonal(*pair, kind=kind) for pair in pairs]
     experts = Experts(networks, calibration=calibration, fishers=own if is_given else None)
     (which,) = Coin(fisher_kind=kind).statistics()
     for found, expected in zip(statistics_of(experts, which), own, strict=True):
@@ -135,38 +122,30 @@ def test_experts_in_files_merge_as_those_in_memory(method, of_files):
 
 def test_statistics_in_files_are_read_and_counted(of_files, tmp_path):
     paths, networks = of_files
-    calibration = [[torch.randn(6, 3, 16, 16)] for _ in networks[:2]]
+    images = [torch.randn(6, 3, 16, 16)]
     method = Coin(batchnorm="average")
-    in_memory = Experts(networks[:2], calibration=calibration)
+    in_memory = Experts(networks[:2], calibration=[images, images])
     expected = method.make(in_memory, CODE[0]).network.state_dict()
     (which,) = method.statistics()
     statistics = {}
-    for task, network, batches in zip("ab", networks, calibration, strict=False):
+    for task, network in zip("ab", networks[:2], strict=True):
         statistics[task] = tmp_path / f"{task}.safetensors"
-        fisher = fisher_sums(network, batches)
+        fisher = fisher_sums(network, images)
         save_statistic(statistics[task], fisher, network, data="own", seconds=2.0)
     files = ExpertFiles({"a": paths[0], "b": paths[1]})
     experts = Experts(files, statistics={which: statistics})
     found = method.make(experts, CODE[0]).network.state_dict()
-    for name, tensor in expected.items():
-        assert_close(found[name], tensor)
+    assert_close(found, expected)
     assert experts.seconds == 4.0
     assert experts.passes == in_memory.passes
-    without = Experts(files, statistics={which: {"a": statistics["a"]}})
-    with pytest.raises(ConfigurationError, match=r"found no Fisher \(exact, own\) of expert 'b'"):
-        method.make(without, CODE[0])
 
 
 def test_a_shared_initialisation_of_more_classes_than_the_experts_is_refused(write_experts):
-    experts = [perceptron(0, 2), perceptron(1, 4)]
-    with pytest.raises(
-        ConfigurationError, match="initialisation of 5 classes for experts of up to 4"
-    ):
-        merge_networks(Base(), experts, CODE, initial=perceptron(7, 5))
+    message = "initialisation of 5 classes for experts of up to 3"
+    with pytest.raises(ConfigurationError, match=message):
+        Experts([perceptron(0, 2), perceptron(1, 3)], initial=perceptron(7, 5))
     first, second, wide = map(Path, write_experts([3, 2, 5]).values())
-    with pytest.raises(
-        ConfigurationError, match="initialisation of 5 classes for experts of up to 3"
-    ):
+    with pytest.raises(ConfigurationError, match=message):
         ExpertFiles({"a": first, "b": second}, wide)
 
 
@@ -188,202 +167,121 @@ class Early(nn.Module):
         self.inner = nn.Linear(6, 6)
 
 
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [
-        ([Tied(3), Tied(2)], r"'expert 1' has a tensor 'head\.weight' too many"),
-        ([Early(3), Early(2)], r"'expert 1' has tensor 'classes\.weight' of shape \[2, 6\]"),
-        ([perceptron(1, 3), perceptron(1, 3)[:2]], r"'expert 1' has no tensor '2\.bias'"),
-        ([nn.Bilinear(3, 3, 3), nn.Bilinear(3, 3, 2)], "found no Linear layer in Bilinear"),
-    ],
-)
-def test_experts_whose_tensors_differ_are_refused(experts, message):
-    with pytest.raises(StateError, match=message):
+UNLIKE = "experts with '{}.*, expected one class and type"
+NO_NETWORK = r"found an expert of type .*; load a state dict into one, or compile"
+REFUSED = [
+    ([Tied(3), Tied(2)], StateError, r"'expert 1' has a tensor 'head\.weight' too many"),
+    ([Early(3), Early(2)], StateError, r"1' has tensor 'classes\.weight' of shape \[2, 6\]"),
+    ([perceptron(1, 3), perceptron(1, 3)[:2]], StateError, r"'expert 1' has no tensor '2\.bias'"),
+    ([nn.Bilinear(3, 3, 3), nn.Bilinear(3, 3, 2)], HeadError, "no Linear layer in Bilinear"),
+    (
+        [perceptron(1, 3), perceptron(1, 3).float()],
+        ConfigurationError,
+        UNLIKE.format("0.weight' of torch"),
+    ),
+    ([perceptron(1, 3), Early(3).double()], ConfigurationError, UNLIKE.format("network' of ")),
+    (
+        [nn.Sequential(nn.Tanh()), nn.Sequential(nn.ReLU())],
+        ConfigurationError,
+        UNLIKE.format("0' of Tanh and"),
+    ),
+    ([{"weight": torch.ones(3, 4)}], ConfigurationError, NO_NETWORK),
+    ([torch.compile(nn.Linear(4, 3))], ConfigurationError, NO_NETWORK),
+    ([], ConfigurationError, "found no experts"),
+]
+
+
+@pytest.mark.parametrize(("experts", "error", "message"), REFUSED)
+def test_what_is_no_experts_of_one_architecture_is_refused(experts, error, message):
+    with pytest.raises(error, match=message):
         Experts(experts)
 
 
-def rectified():
-    network = perceptron(1, 3)
-    network[1] = nn.ReLU()
-    return network
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (perceptron(1, 3).float(), "0.weight' of torch"),
-        (Early(3).double(), "network' of "),
-        (rectified(), "1' of Tanh and"),
-    ],
-)
-def test_experts_of_unlike_layers_or_types_are_refused(other, message):
-    with pytest.raises(
-        ConfigurationError, match=f"experts with '{message}.*, expected one class and type"
-    ):
-        Experts([perceptron(1, 3), other, perceptron(4, 3)])
+def test_no_experts_have_no_merge():
+    with pytest.raises(ConfigurationError, match="found no experts"):
+        merge_networks(Average(), [], [[1.0]])
 
 
 def test_heads_that_do_not_give_the_logits_cannot_be_padded(calibration):
     softmax = [perceptron(1, 3, nn.LogSoftmax(1)), perceptron(2, 2, nn.LogSoftmax(1))]
-    with pytest.raises(
-        HeadError, match="the logits of Sequential are not its head '2' of its input"
-    ):
+    message = "the logits of Sequential are not its head '2' of its input"
+    with pytest.raises(HeadError, match=message):
         Experts(softmax, calibration=calibration)
-
-
-@pytest.mark.parametrize("given", [{"weight": torch.ones(3, 4)}, torch.compile(nn.Linear(4, 3))])
-def test_what_is_no_network_or_compiled_is_refused(given):
-    message = r"found an expert of type .*; load a state dict into one, or compile"
-    with pytest.raises(ConfigurationError, match=message):
-        Experts([given, given])
-
-
-def test_no_experts_are_refused():
-    with pytest.raises(ConfigurationError, match="found no experts"):
-        Experts([])
-    with pytest.raises(ConfigurationError, match="found no experts"):
-        merge_networks(Average(), [], [[1.0]])
 
 
 # Batches
 
 
-class Texts(nn.Module):
-    """A small network that is called as Hugging Face's are."""
-
+class Plain(nn.Module):
     def __init__(self):
         super().__init__()
-        self.words = nn.Embedding(11, 6)
-        self.inner = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.classifier = nn.Linear(8, 3)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
 
-    def forward(self, input_ids, attention_mask):
-        words = self.words(input_ids) * attention_mask[..., None]
-        pooled = words.sum(1) / attention_mask.sum(1, keepdim=True)
-        hidden = self.norm(torch.tanh(self.inner(pooled)))
-        return SimpleNamespace(logits=self.classifier(hidden))
+    def forward(self, x):
+        return self.layers(x)
 
 
-class Stacked(Texts):
-    """The same network of one tensor: tokens and mask ``[B, 2, T]``."""
+class Named(Plain):
+    """The same network, called as Hugging Face's are."""
 
-    def forward(self, inputs):
-        return super().forward(*inputs.unbind(1))
-
-
-def text_networks(kind):
-    networks = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        network = kind().double().eval()
-        network.norm.running_mean += 0.1 * seed
-        networks.append(network)
-    return networks
-
-
-@pytest.fixture
-def stacked():
-    """Return the batches of two tasks, tokens and masks ``[B, 2, T]``."""
-    tasks = []
-    for seed in (5, 6):
-        draw = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(11, (14, 5), generator=draw)
-        lengths = torch.randint(1, 6, (14, 1), generator=draw)
-        mask = torch.arange(5) < lengths
-        tasks.append(torch.stack([tokens, mask.long()], 1).split(5))
-    return tasks
-
-
-def by_name(batches):
-    named = []
-    for batch in batches:
-        tokens, mask = batch.unbind(1)
-        named.append({"input_ids": tokens, "attention_mask": mask})
-    return named
+    def forward(self, first, second):
+        logits = super().forward(torch.cat([first, second], 1))
+        return SimpleNamespace(logits=logits)
 
 
 @pytest.mark.parametrize(
     "method",
-    [
-        Average(batchnorm="recalibrate"),
-        Coin(),
-        RegMean(),
-        HeadFit(),
-        Refit(),
-    ],
+    [Average(batchnorm="recalibrate"), Coin(), RegMean(), HeadFit(), Refit()],
     ids=labels,
 )
-def test_batches_by_name_merge_as_one_tensor_does(method, stacked):
-    named = [by_name(batches) for batches in stacked]
-    (expected,) = merge_networks(method, text_networks(Stacked), CODE, calibration=stacked)
-    (found,) = merge_networks(method, text_networks(Texts), CODE, calibration=named)
+def test_batches_by_name_merge_as_one_tensor_does(method):
+    networks, tasks = near_experts(Plain, (6,), (14, 12, 9))
+    batches = [task.split(5) for task in tasks]
+    (expected,) = merge_networks(method, networks, [ROW], calibration=batches)
+    others = deepcopy(networks)
+    for network in others:
+        network.__class__ = Named
+
+    def by_name(x):
+        return {"first": x[:, :2], "second": x[:, 2:]}
+
+    named = [list(map(by_name, task)) for task in batches]
+    (found,) = merge_networks(method, others, [ROW], calibration=named)
     assert_same_tensors(found, expected)
-    assert type(found) is Texts
-    assert vars(found).keys() == vars(Texts()).keys()
+    assert type(found) is Named
+    assert vars(found).keys() == vars(expected).keys()
+
+
+NO_TENSORS = "found a batch of type dict, expected a tensor"
+RAGGED = [torch.zeros(10, length) for length in (4, 7)]
 
 
 @pytest.mark.parametrize(
-    ("batch", "message"),
+    ("calibration", "message"),
     [
+        ([[{"a": torch.zeros(2, 3), "text": ["a", "b"]}], []], NO_TENSORS),
         (
-            {"a": torch.zeros(2, 3), "text": ["a", "b"]},
-            "found a batch of type dict, expected a tensor",
+            [[{"a": torch.zeros(2, 3), "b": torch.zeros(3)}], []],
+            "or tensors by name of as many samples",
         ),
-        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, "or tensors by name of as many samples"),
-        ((torch.zeros(2, 3),) * 3, "found a batch of type tuple, expected a tensor .*, or ten"),
+        ([[(torch.zeros(2, 3),) * 3], []], "type tuple, expected a tensor .*, or ten"),
+        ([[], []], "found no calibration batches, expected at least one"),
+        (RAGGED, r"found a tensor for a task's calibration, .* write \[tensor\]"),
     ],
 )
-def test_batches_of_anything_else_are_refused(batch, message):
-    networks = text_networks(Texts)
+def test_batches_of_anything_else_are_refused(calibration, message):
     with pytest.raises(DataError, match=message):
-        Experts(networks, calibration=[[batch], [batch]])
+        Experts([nn.Linear(3, 3), nn.Linear(3, 3)], calibration=calibration)
 
 
-@pytest.fixture
-def ragged():
-    """Return the batches of two tasks, of two lengths each."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = [4, 7, 4, 7]
-    first, second, third, fourth = (
-        torch.randint(9, (10, length), generator=draw) for length in lengths
-    )
-    return [[first, second], [third, fourth]]
-
-
-def bags():
-    return [nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 3)) for _ in range(3)]
-
-
-def test_samples_of_unlike_shapes_and_labelled_ones_are_pooled(ragged):
-    networks = bags()
-    experts = Experts(networks[:2], calibration=ragged)
-    shapes = [tuple(batch.shape) for batch in experts.pooled]
-    assert shapes == [
-        (10, 4),
-        (10, 4),
-        (10, 7),
-        (10, 7),
-    ]
+def test_samples_of_unlike_shapes_and_labelled_ones_are_pooled():
+    networks = [nn.Linear(3, 3) for _ in range(3)]
+    labelled = [(batch, torch.zeros(10)) for batch in RAGGED]
+    experts = Experts(networks, calibration=[RAGGED, labelled, []])
+    shapes = [list(batch.shape) for batch in experts.pooled]
+    assert shapes == [[10, 4], [10, 4], [10, 7], [10, 7]]
     assert experts.tasks.tolist() == [0, 1] * 20
     assert experts.samples("pooled")[0].num_samples == 40
-    labelled = [[(batch, torch.zeros(10)) for batch in batches] for batches in ragged]
-    for found, expected in zip(
-        Experts(networks[:2], calibration=labelled).pooled, experts.pooled, strict=True
-    ):
-        assert torch.equal(found, expected)
-    with_none = Experts(networks, calibration=[*ragged, []])
-    assert set(with_none.tasks.tolist()) == {0, 1}
-
-
-def test_no_batches_and_a_tensor_in_the_place_of_batches_are_refused(ragged):
-    networks = bags()[:2]
-    with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
-        Experts(networks, calibration=[[], []])
-    with pytest.raises(
-        DataError, match=r"found a tensor for a task's calibration, .* write \[tensor\]"
-    ):
-        Experts(networks, calibration=[ragged[0][0], ragged[1][0]])
 
 
 # How far experts are apart
@@ -391,27 +289,16 @@ def test_no_batches_and_a_tensor_in_the_place_of_batches_are_refused(ragged):
 
 def test_the_spread_is_the_median_of_the_matrices_whatever_the_head():
     torch.manual_seed(0)
-    base = nn.Sequential(
-        nn.Linear(4, 50),
-        nn.Linear(50, 30),
-        nn.Linear(30, 3),
-    ).double()
+    weights = [torch.randn(shape).double() for shape in ((50, 4), (30, 50), (3, 30))]
     states = []
     for sign in (1, 0, -1):
-        network = deepcopy(base)
-        for layer, share in zip(network, (1, 1, 1000), strict=True):
-            layer.weight.data *= 1 + sign * share * FAR
-        states.append(dict(network.named_parameters()))
+        factors = [1 + sign * share * FAR for share in (1, 1, 1000)]
+        pairs = zip(weights, factors, strict=True)
+        state = {str(place): factor * weight for place, (weight, factor) in enumerate(pairs)}
+        states.append(state | {"bias": sign * torch.ones(3)})
     assert spread(states, (0.5, 0.0, 0.5)) == pytest.approx(FAR)
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"weight": torch.randn(3, 2), "bias": torch.randn(3)},
-        {"weight": torch.zeros(3, 2)},
-        {"bias": torch.ones(3)},
-    ],
-)
+@pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 2)}, {"bias": torch.ones(3)}])
 def test_experts_that_agree_or_have_no_matrix_are_not_apart(state):
-    assert spread([state, state], (0.3, 0.7)) == pytest.approx(0, abs=1e-12)
+    assert spread([state, state], (0.3, 0.7)) == 0
