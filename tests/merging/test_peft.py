@@ -130,12 +130,9 @@ def test_a_body_of_convolutions_takes_plain_lora(tmp_path):
 # A body and its adapters, exported
 
 
-@pytest.fixture
-def fleet(tmp_path):
-    """A body of texts with adapters of three experts of 2, 3 and 4 classes, in a file, and the experts' files.
-
-    All logits are negative.
-    """
+@pytest.mark.filterwarnings("ignore:method 'fit_adapters' leaves")
+def test_a_fleet_is_exported_to_answer_in_one_batch_and_an_expert_of_it_as_a_network(tmp_path):
+    """A body of texts with adapters of three experts of 2, 3 and 4 classes, all of whose logits are negative."""
     torch.manual_seed(0)
     distilbert().config.save_pretrained(tmp_path / "config")
     config = NetworkConfig(f"hf/{tmp_path / 'config'}", 9)
@@ -162,12 +159,6 @@ def fleet(tmp_path):
     for place, task in enumerate(tasks):
         network = adapted.network(place, linear_head(experts[place]))
         wanted[task] = answers(network, texts[place]).logits
-    return path, tasks, texts, wanted
-
-
-@pytest.mark.filterwarnings("ignore:method 'fit_adapters' leaves")
-def test_an_exported_fleet_answers_in_one_batch_with_classes_of_its_own(fleet):
-    path, tasks, texts, wanted = fleet
     folder = export(path, peft=True).parent
     auto = transformers.AutoModelForSequenceClassification
     model = peft.PeftModel.from_pretrained(auto.from_pretrained(folder / "body"), folder / "a", "a")
@@ -187,12 +178,6 @@ def test_an_exported_fleet_answers_in_one_batch_with_classes_of_its_own(fleet):
     expected = {"r": 4, "lora_alpha": 4, "bias": "none", "task_type": "SEQ_CLS"}
     expected["modules_to_save"] = ["classifier"]  # vLLM refuses other names than this and `score`
     assert expected.items() <= options.items()
-
-
-@pytest.mark.filterwarnings("ignore:method 'fit_adapters' leaves")
-def test_one_expert_of_a_fleet_is_exported_as_a_network(fleet):
-    path, tasks, texts, wanted = fleet
-    auto = transformers.AutoModelForSequenceClassification
     alone = auto.from_pretrained(export(path, expert="b")).eval()
     assert list(alone.config.id2label.values()) == tasks["b"]
     assert_close(logits(alone, texts[1]), wanted["b"])

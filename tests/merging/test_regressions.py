@@ -14,43 +14,36 @@ from coin.merging.rows import LEAST, chosen_places, position_weights
 from coin.merging.units import Unit, affine_units
 from coin.statistics.solvers import fit_affine
 
-
-def least_squares(a, r, w, ridge, constants):
-    """Return the ridge regression of r [n, O] on a [n, K], with free coefficients of constants [n, T]: [K + T, O]."""
-    w = w / w.sum()
-    free = constants * w.sqrt()[:, None]
-    rows = a * w.sqrt()[:, None]
-    # What the constants explain of the inputs is free of charge, so the ridge is that of the rest.
-    rest = rows - free @ torch.linalg.lstsq(free, rows).solution
-    penalty = (ridge * rest.square().sum() / a.shape[1]).sqrt()
-    unknowns = torch.eye(a.shape[1], dtype=a.dtype)
-    none = torch.zeros(a.shape[1], constants.shape[1], dtype=a.dtype)
-    left = torch.cat([torch.cat([rows, free], 1), torch.cat([penalty * unknowns, none], 1)])
-    targets = torch.cat([r * w.sqrt()[:, None], torch.zeros(a.shape[1], r.shape[1], dtype=a.dtype)])
-    return torch.linalg.lstsq(left, targets, driver="gelsd").solution
+CONSTANTS = {
+    "none": lambda tasks: torch.zeros(len(tasks), 1),
+    "one": lambda tasks: torch.ones(len(tasks), 1),
+    "one a task": F.one_hot,
+}
 
 
 @pytest.mark.parametrize(("rows", "unknowns"), [(40, 6), (15, 20), (700, 600)])
-@pytest.mark.parametrize("constant", ["none", "one", "one a task"])
-def test_a_regression_is_that_of_least_squares(rows, unknowns, constant):
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_a_regression_fulfils_the_normal_equations(rows, unknowns, kind):
+    """Σ w (r − a Δᵀ − c) a = λ Δ, with λ relative to what free constants leave of the inputs."""
     draw = torch.Generator().manual_seed(rows)
     tasks = torch.arange(rows) % 3
     a = torch.randn(2, rows, unknowns, generator=draw, dtype=torch.float64) + tasks[:, None]
     r = torch.randn(2, rows, 3, generator=draw, dtype=torch.float64) + 2 * tasks[:, None]
     w = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.1
-    constants = torch.zeros(rows, 1, dtype=torch.float64)
-    of_task = None
-    if constant == "one":
-        constants = torch.ones(rows, 1, dtype=torch.float64)
-    elif constant == "one a task":
-        constants = F.one_hot(tasks).double()
-        of_task = tasks
-    step, shift = fit_affine(a, r, w, 0.2, intercept=constant != "none", tasks=of_task)
-    for group in range(2):
-        expected = least_squares(a[group], r[group], w, 0.2, constants)
-        assert_close(step[group].T, expected[:unknowns], rtol=1e-7, atol=1e-9)
-        if constant == "one":
-            assert_close(shift[group], expected[unknowns], rtol=1e-7, atol=1e-9)
+    of_task = tasks if kind == "one a task" else None
+    step, shift = fit_affine(a, r, w, 0.2, intercept=kind != "none", tasks=of_task)
+    w = w / w.sum()
+    constants = CONSTANTS[kind](tasks).double()
+    inverse = torch.linalg.pinv(constants.T @ (w[:, None] * constants))
+    explained = constants @ inverse @ (constants.T * w)  # [rows, rows]
+    rest = a - explained @ a
+    error = r - a @ step.mT
+    error_rest = error - explained @ error
+    variance = (w[:, None] * rest.square()).sum(1).mean(1)
+    pull = (w[:, None] * error_rest).mT @ rest
+    assert_close(pull, 0.2 * variance[:, None, None] * step, rtol=1e-7, atol=1e-10)
+    if kind == "one":
+        assert_close(shift, w @ error, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("of_task", [None, torch.arange(2).repeat_interleave(150)])
@@ -136,13 +129,7 @@ def test_places_are_one_of_each_stretch_and_as_often_as_they_weigh():
 
 def test_positions_that_outputs_do_not_read_weigh_half_and_without_outputs_none_weigh():
     first_token = Apply(lambda x: x[:, 0])
-    layers = (
-        nn.Linear(4, 6),
-        nn.ReLU(inplace=True),
-        nn.Linear(6, 5),
-        first_token,
-        nn.Linear(5, 3),
-    )
+    layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), first_token, nn.Linear(5, 3)
     network = nn.Sequential(*layers).double().eval()
     x = torch.randn(10, 7, 4, dtype=torch.float64)
     units = affine_units(network, x).units
