@@ -11,14 +11,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import coin
 from coin.errors import StateError
+from coin.networks.calling import clone
 
 FITTED = [coin.Coin(), coin.RegMean(), coin.Refit()]
-CLOSED_FORMS = [
-    coin.Average(),
-    coin.Coin(),
-    coin.RegMean(),
-    coin.HeadFit(),
-]
+CLOSED_FORMS = [coin.Average(), coin.Coin(), coin.RegMean(), coin.HeadFit()]
+OF_EACH_KIND = [coin.Average(), coin.Coin(), coin.Refit()]
 
 
 def labels(method):
@@ -94,7 +91,7 @@ class Causal(nn.Module):
 
 
 @pytest.mark.parametrize("row", [(1 / 3, 2 / 3), (0.0, 1.0)])
-@pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit()], ids=labels)
+@pytest.mark.parametrize("method", OF_EACH_KIND, ids=labels)
 @pytest.mark.filterwarnings("ignore:method 'refit' leaves")
 def test_shared_masks_stay_and_buffers_that_are_not_persistent_are_averaged(method, row):
     torch.manual_seed(0)
@@ -126,30 +123,24 @@ def pruned(layer):
     return layer
 
 
+COMPUTED = [
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+    nn.utils.parametrizations.weight_norm,
+    pruned,
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:method 'refit'")
-@pytest.mark.parametrize("method", [coin.Average(), coin.Coin(), coin.Refit()], ids=labels)
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        nn.utils.weight_norm,
-        nn.utils.spectral_norm,
-        pruned,
-        nn.utils.parametrizations.weight_norm,
-    ],
-)
+@pytest.mark.parametrize("method", OF_EACH_KIND, ids=labels)
+@pytest.mark.parametrize("wrap", COMPUTED)
 def test_identical_experts_whose_weights_are_computed_merge_to_themselves(wrap, method):
     torch.manual_seed(0)
-    layers = (
-        nn.Linear(4, 5),
-        wrap(nn.Linear(5, 6)),
-        nn.Tanh(),
-        nn.Linear(6, 3),
-    )
+    layers = nn.Linear(4, 5), wrap(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 3)
     network = nn.Sequential(*layers).double().eval()
     x = torch.randn(12, 4).double()
-    twins = [network, coin.networks.calling.clone(network)]
-    experts = coin.Experts(twins, calibration=[[x], [x]])
+    experts = coin.Experts([network, clone(network)], calibration=[[x], [x]])
     made = method.coded_model(experts, (0.5, 0.5)).network
     assert_close(made(x), network(x))
 
@@ -190,13 +181,7 @@ def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
 
 
 def writing(inplace=True):
-    layers = (
-        nn.SiLU(inplace),
-        nn.Linear(4, 6),
-        nn.Tanh(),
-        nn.Linear(6, 3),
-    )
-    return nn.Sequential(*layers)
+    return nn.Sequential(nn.SiLU(inplace), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 @pytest.mark.parametrize("method", FITTED, ids=labels)
@@ -218,47 +203,39 @@ def test_activations_that_a_network_keeps_are_not_copied():
     assert_same_tensors(merged(coin.Coin(), networks, tasks), expected)
 
 
-def test_a_function_that_holds_another_expert_is_refused():
+def hold_another(networks):
     """A copy's hook went on reading expert 0: answers 79 % off."""
-    networks, tasks = near_experts(writing, (4,))
     for network in networks:
         scale = network[1].bias
         network[2].register_forward_hook(lambda module, given, output, scale=scale: output * scale)
-    message = "a copy of the first Sequential with the last one's tensors does not answer"
-    with pytest.raises(StateError, match=message):
-        merged(coin.Average(), networks, tasks)
 
 
-def test_a_function_that_holds_the_network_is_refused():
+def hold_the_network(networks):
     """A copy's hook went on writing to expert 0: answers 79 % off."""
+    first = networks[0]
+    first[1].register_forward_hook(lambda *given: setattr(first, "kept", given))
+
+
+def hold_what_is_made(networks):
+    for network in networks:
+        made = network[1].weight.detach().abs()
+        network[1].forward = lambda x, made=made: x @ made.T
+
+
+ANOTHER = "a copy of the first Sequential with the last one's tensors does not answer"
+REFUSED = [
+    (hold_another, ANOTHER),
+    (hold_the_network, "layer '1' of Sequential holds a function of a module"),
+    (hold_what_is_made, f"{ANOTHER}.* keep nothing made of them in an attribute"),
+]
+
+
+@pytest.mark.parametrize(("hold", "message"), REFUSED)
+def test_what_holds_tensors_that_a_copy_has_not_is_refused(hold, message):
     networks, tasks = near_experts(writing, (4,))
     for network in networks:
         network[1].accuracy = MulticlassAccuracy(3)  # makes its functions anew in a copy
     merged(coin.Average(), networks, tasks)
-    first = networks[0]
-    first[1].register_forward_hook(lambda *given: setattr(first, "kept", given))
-    with pytest.raises(StateError, match="layer '1' of Sequential holds a function of a module"):
-        merged(coin.Average(), networks, tasks)
-
-
-class Keeping(nn.Module):
-    """It keeps what it made of its weight at its first pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.map = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-        self.made = None
-
-    def forward(self, x):
-        if self.made is None:
-            self.made = self.map.weight.detach().abs()
-        return self.head(x @ self.made)
-
-
-def test_what_a_network_made_of_its_weights_is_not_merged():
-    networks = [Keeping().eval() for _ in ROW]
-    tasks = [torch.randn(9, 6) for _ in ROW]
-    message = r"a copy of the first Keeping .* keep nothing made of them in an attribute"
+    hold(networks)
     with pytest.raises(StateError, match=message):
         merged(coin.Average(), networks, tasks)

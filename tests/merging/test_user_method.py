@@ -2,14 +2,12 @@
 
 import sys
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from coin.errors import CoinError, ConfigurationError
+from coin.errors import ConfigurationError, StateError
 from coin.merging import Experts, UserMethod
 
 ROW = [0.25, 0.75]
@@ -51,7 +49,7 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mine(tmp_path, monkeypatch):
     """The user's module, in a folder that is looked at."""
     path = tmp_path / "mine.py"
     path.write_text(MODULE)
@@ -60,19 +58,19 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def network() -> nn.Sequential:
+def network():
     made = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
     made[0].running_mean = torch.rand(4)
     return made
 
 
-def experts() -> Experts:
+def experts():
     torch.manual_seed(0)
     samples = [[torch.randn(6, 4), torch.randn(2, 4)] for _ in ROW]
     return Experts([network(), network()], initial=network(), calibration=samples)
 
 
-def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is() -> None:
+def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is():
     given = experts()
     before = deepcopy(given.networks[0].state_dict())
     made = UserMethod("mine.first").make(given, ROW).network
@@ -82,8 +80,9 @@ def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is() -
         assert torch.equal(tensor, before[name] * (1 if "running" in name or "num" in name else 2))
 
 
-def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_time() -> None:
-    method, given = UserMethod("mine.told", {"scale": 3.0}), experts()
+def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_time():
+    method = UserMethod("mine.told", {"scale": 3.0})
+    given = experts()
     assert method.reads_initial
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -103,60 +102,40 @@ def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_ti
         (
             "mine.merge",
             {},
-            r"found function 'mine\.merge', expected the import path of a Python function \(module",
+            r"'mine\.merge', expected the import path of a Python function \(module",
         ),
-        (
-            "mine.number",
-            {},
-            r"found function 'mine\.number', expected a Python function .*\(3 is not a callable obj",
-        ),
-        ("mine.none", {}, "found label 'none', expected a plain file name: .* not none or oracle"),
-        (
-            "mine.first",
-            {"scale": 1},
-            r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'sc",
-        ),
+        ("mine.number", {}, r"expected a Python function .*\(3 is not a callable obj"),
+        ("mine.none", {}, "found label 'none', expected a plain file name"),
+        ("mine.first", {"scale": 1}, r"options \{'scale': 1\} \(got an unexpected keyword"),
         ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
         ("textwrap.dedent", {}, "of experts and calibration .*too many positional arguments"),
         (3, {}, "found function '3', expected the import path of a Python function"),
     ],
 )
-def test_what_cannot_be_called_is_refused(
-    function: Any, options: dict[str, object], message: str
-) -> None:
+def test_what_cannot_be_called_is_refused(function, options, message):
     with pytest.raises(ConfigurationError, match=message):
         UserMethod(function, options)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "error", "message"),
     [
-        (
-            "nothing",
-            r"^function 'mine\.nothing' returned a NoneType, expected a network like the experts",
-        ),
+        ("nothing", ConfigurationError, r"^function 'mine\.nothing' returned a NoneType, expected"),
         (
             "other",
-            r"^'the network that mine\.other returned' has a tensor '2\.\w+' too many \(2 in all\)",
+            StateError,
+            r"^'the network that mine\.other returned' has a tensor '2\.\w+' too",
         ),
-        (
-            "infinite_buffer",
-            r"^the coded model of method 'infinite_buffer' is not finite: tensor '0\.running_var'",
-        ),
+        ("infinite_buffer", StateError, r"method 'infinite_buffer' is not finite: tensor '0\.run"),
+        ("broken", IndexError, "list index out of range"),  # its own error, with its traceback
     ],
 )
-def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
-    with pytest.raises(CoinError, match=message):
+def test_what_goes_wrong_is_told_in_one_line(name, error, message):
+    with pytest.raises(error, match=message):
         UserMethod(f"mine.{name}").coded_model(experts(), ROW)
-    with pytest.raises(
-        IndexError, match="list index out of range"
-    ):  # its own error, with its traceback
-        UserMethod("mine.broken").make(experts(), ROW)
 
 
-def test_its_key_is_of_the_source_that_was_read(
-    mine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_key_is_of_the_source_that_was_read(mine, monkeypatch):
     before = UserMethod("mine.told")
     key = before.content_key()
     mine.write_text(MODULE + "\nCHANGED = True\n")
@@ -165,14 +144,14 @@ def test_its_key_is_of_the_source_that_was_read(
     assert UserMethod("mine.told").content_key() != key
 
 
-def test_a_function_is_taken_in_the_place_of_its_import_path() -> None:
+def test_a_function_is_taken_in_the_place_of_its_import_path():
     given = experts()
 
-    def second(experts: list[nn.Module], calibration: list[list[torch.Tensor]]) -> nn.Module:
+    def second(experts, calibration):
         return experts[1]
 
-    method = UserMethod(second)  # type: ignore[arg-type]
+    method = UserMethod(second)
     assert (method.label, method.function) == ("second", f"{__name__}.second")
     made = method.make(given, ROW).network
     assert torch.equal(made[0].weight, given.networks[1][0].weight)
-    assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"  # type: ignore[arg-type]
+    assert UserMethod(lambda experts, calibration: experts[0]).label == "lambda"
