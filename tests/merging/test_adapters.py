@@ -49,7 +49,12 @@ def test_a_correction_is_the_reduced_rank_regression_drawn_to_the_experts_own_ma
     networks = []
     for _ in range(2):
         layer = nn.Conv2d(12, 8, kernel, padding=kernel // 2)
-        network = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+        network = nn.Sequential(
+            layer,
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+        )
         networks.append(network.double())
     base, network = networks
     x = torch.randn(samples, 12, 1, 1, dtype=torch.float64) + 1

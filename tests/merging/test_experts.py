@@ -30,7 +30,12 @@ def labels(method):
 
 def perceptron(seed, classes, *after):
     torch.manual_seed(seed)
-    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes), *after
+    layers = (
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, classes),
+        *after,
+    )
     return nn.Sequential(*layers).double()
 
 

@@ -104,7 +104,11 @@ def test_experts_stay_and_give_their_type_and_a_network_of_its_own(kind, name):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves(bias):
-    layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3, bias)
+    layers = (
+        nn.Linear(6, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3, bias),
+    )
     networks, tasks = near_experts(lambda: nn.Sequential(*layers), (6,), SIZES)
     experts = experts_of(networks, tasks)
     fitted = HeadFit().make(experts, ROW).network
@@ -121,17 +125,11 @@ def test_a_fitted_head_reads_the_mixture_by_least_squares_and_nothing_else_moves
         assert_close(error.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-9)
 
 
-def test_a_head_of_equal_bodies_is_the_mixture_of_heads():
-    networks, tasks = case_of("two layers", SIZES)
-    for network in networks:
-        network[0] = networks[0][0]
-    experts = experts_of(networks, tasks)
-    average = Average().make(experts, ROW).network
-    assert_same_function(HeadFit().make(experts, ROW).network, average, tasks, 1e-9)
-
-
 def test_a_head_that_does_not_give_the_logits_is_refused():
-    layers = perceptron(6, 8, 3), nn.Softmax(1)
+    layers = (
+        perceptron(6, 8, 3),
+        nn.Softmax(1),
+    )
     networks, tasks = near_experts(lambda: nn.Sequential(*layers), (6,))
     message = r"^the logits of Sequential are not its head '0\.2' of [^\n]*$"
     with pytest.raises(StateError, match=message):

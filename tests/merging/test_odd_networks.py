@@ -137,7 +137,12 @@ COMPUTED = [
 @pytest.mark.parametrize("wrap", COMPUTED)
 def test_identical_experts_whose_weights_are_computed_merge_to_themselves(wrap, method):
     torch.manual_seed(0)
-    layers = nn.Linear(4, 5), wrap(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 3)
+    layers = (
+        nn.Linear(4, 5),
+        wrap(nn.Linear(5, 6)),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
     network = nn.Sequential(*layers).double().eval()
     x = torch.randn(12, 4).double()
     experts = coin.Experts([network, clone(network)], calibration=[[x], [x]])
@@ -181,7 +186,12 @@ def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
 
 
 def writing(inplace=True):
-    return nn.Sequential(nn.SiLU(inplace), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    return nn.Sequential(
+        nn.SiLU(inplace),
+        nn.Linear(4, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
 
 
 @pytest.mark.parametrize("method", FITTED, ids=labels)

@@ -129,7 +129,13 @@ def test_places_are_one_of_each_stretch_and_as_often_as_they_weigh():
 
 def test_positions_that_outputs_do_not_read_weigh_half_and_without_outputs_none_weigh():
     first_token = Apply(lambda x: x[:, 0])
-    layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), first_token, nn.Linear(5, 3)
+    layers = (
+        nn.Linear(4, 6),
+        nn.ReLU(inplace=True),
+        nn.Linear(6, 5),
+        first_token,
+        nn.Linear(5, 3),
+    )
     network = nn.Sequential(*layers).double().eval()
     x = torch.randn(10, 7, 4, dtype=torch.float64)
     units = affine_units(network, x).units

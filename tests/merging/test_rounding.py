@@ -71,7 +71,13 @@ def test_eight_bits_are_nearly_as_good_as_none_and_go_through_a_file(kind, tmp_p
 
 def wide():
     """A network of rows wide enough for few bits."""
-    layers = nn.Linear(130, 140), nn.ReLU(), nn.Linear(140, 130), nn.ReLU(), nn.Linear(130, 4)
+    layers = (
+        nn.Linear(130, 140),
+        nn.ReLU(),
+        nn.Linear(140, 130),
+        nn.ReLU(),
+        nn.Linear(130, 4),
+    )
     return nn.Sequential(*layers)
 
 
@@ -151,7 +157,14 @@ def test_a_matrix_of_very_many_inputs_is_rounded_to_the_nearest():
 def twice():
     """A network with a layer that runs twice, which no unit has."""
     layer = nn.Linear(130, 130)
-    return nn.Sequential(nn.Linear(130, 130), nn.ReLU(), layer, nn.ReLU(), layer, nn.Linear(130, 3))
+    return nn.Sequential(
+        nn.Linear(130, 130),
+        nn.ReLU(),
+        layer,
+        nn.ReLU(),
+        layer,
+        nn.Linear(130, 3),
+    )
 
 
 def test_what_is_in_no_unit_is_rounded_to_the_nearest_and_the_rest_by_its_inputs():

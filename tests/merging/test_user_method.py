@@ -37,7 +37,7 @@ def nothing(experts, calibration):
     pass
 
 def other(experts, calibration):
-    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 3))
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 3),)
 
 def infinite_buffer(experts, calibration):
     experts[0][0].running_var[0] = float("nan")
