@@ -226,11 +226,14 @@ def test_a_network_alone_stays_packed(write_copies, base):
     assert resident_nbytes(module) == held + largest < 0.6 * stored_nbytes(base)
 
 
-def test_a_base_is_found_beside_its_delta_or_its_place_is_said(write_copies, tmp_path):
+def test_a_base_is_found_beside_its_delta_or_its_place_is_said(write_copies, base, tmp_path):
     file, _ = write_copies(32)
     moved = tmp_path / "copies/base.safetensors"
     (tmp_path / "base.safetensors").rename(moved)
     check_equal(load_network(file.path).network, file.network)
+    save_network(moved, near(base), CONFIG, 6, {})
+    with pytest.raises(FileError, match="is a delta from the base"):
+        load_network(file.path)
     moved.unlink()
     with pytest.raises(FileError, match="put it there"):
         load_network(file.path)
