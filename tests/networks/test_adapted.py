@@ -382,21 +382,17 @@ def test_adapters_are_given_back_and_in_a_file_told_from_a_module_called_adapter
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("count", [1, 100])  # on outputs, on the weight
 @pytest.mark.parametrize("parts", [LOW_RANK, FULL])
-@pytest.mark.parametrize("layer", ["0", "5"])
-def test_under_autocast_a_change_on_outputs_has_the_type_of_one_on_the_weight(layer, parts):
-    network = positions().eval()
-    weight = network.get_parameter(f"{layer}.weight")
-    adapter = coin.Adapter({f"{layer}.weight": change_of(weight, parts)})
-    body = coin.Adapted(network, [adapter])
-
-    def run_layer(own, inputs):
-        return own.get_submodule(layer)(inputs)
-
+@pytest.mark.parametrize("kind", ["convolution", "map"])
+def test_changed_layers_have_outputs_of_autocast_s_type(kind, parts, count):
+    layer = nn.Conv2d(40, 40, 1) if kind == "convolution" else nn.Linear(40, 40)
+    adapter = coin.Adapter({"0.weight": change_of(layer.weight, parts)})
+    body = coin.Adapted(nn.Sequential(layer, nn.Linear(40, 3)), [adapter])
+    inputs = torch.randn(count, *layer.weight.shape[1:])
     with torch.autocast("cpu", torch.bfloat16):
-        few = body.run(run_layer, torch.randn(1, *weight.shape[1:]), experts=0)
-        many = body.run(run_layer, torch.randn(100, *weight.shape[1:]), experts=0)
-    assert few.dtype == many.dtype == torch.bfloat16
+        found = body.run(lambda own, x: own[0](x), inputs, experts=0)
+    assert found.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

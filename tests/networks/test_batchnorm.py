@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from closeness import check_equal
 from torch import nn
 
 from coin.errors import StateError
@@ -90,12 +91,12 @@ def test_a_layer_is_recalibrated_however_it_runs(case, batches):
     kind, functions = KINDS[case]
     network = Calling(kind(2), functions).double()
     before = deepcopy(batches)
-    unused = deepcopy(network.unused.state_dict())
+    unused = deepcopy(network.unused)
     recalibrate(network, batches)
     calls = [function(x.clone()) for x in before for function in functions]
     check_statistics(network.norm, calls)
     torch.testing.assert_close(batches, before, rtol=0, atol=0)
-    torch.testing.assert_close(network.unused.state_dict(), unused, rtol=0, atol=0)
+    check_equal(network.unused, unused)
 
 
 def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(network, batches):
@@ -137,10 +138,10 @@ def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
 @pytest.mark.parametrize("samples", [0, 1])
 def test_with_fewer_than_two_samples_nothing_is_reset(network, batches, samples):
     network(batches[0])
-    before = deepcopy(network.state_dict())
+    before = deepcopy(network)
     with pytest.raises(StateError, match="found fewer than two calibration samples"):
         recalibrate(network, [batches[0][:1]] * samples)
-    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    check_equal(network, before)
 
 
 def with_a_norm(bias, head=()):

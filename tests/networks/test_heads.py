@@ -211,17 +211,12 @@ def test_logits_of_medium_precision_pass_where_it_is_set():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(
-    ("mean", "weight", "bias"),
-    [(False, [0.0, 0.0, 0.0], 0.0), (True, [8.0, 7.0, 9.5], 1.5)],
-    ids=["zeros", "the mean of its own"],
-)
-def test_a_head_s_state_is_padded(mean, weight, bias):
+def test_a_head_s_state_is_padded_with_the_mean_of_its_rows():
     own = torch.tensor([[7.0, 8.0, 9.0], [9.0, 6.0, 10.0]])
     state = {"fc.weight": own, "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
-    padded = padded_state(state, "fc", 4, mean=mean)
-    assert padded["fc.weight"].tolist() == [*own.tolist(), weight, weight]
-    assert padded["fc.bias"].tolist() == [1.0, 2.0, bias, bias]
+    padded = padded_state(state, "fc", 3, mean=True)
+    assert padded["fc.weight"].tolist() == [*own.tolist(), [8.0, 7.0, 9.5]]
+    assert padded["fc.bias"].tolist() == [1.0, 2.0, 1.5]
     assert padded["body"] is state["body"]
     assert padded_state(state, "fc", 2) is state
 
@@ -233,7 +228,8 @@ def test_a_head_of_other_outputs_has_the_first_rows_of_its_own_and_then_zeros(ou
     x = torch.randn(6, 4)
     expected = F.pad(network(x), (0, outputs - 3))
     torch.testing.assert_close(padded(x), expected)
+    state = dict(padded_state(network.state_dict(), "1", outputs))
+    torch.testing.assert_close(state, dict(padded.state_dict()), rtol=0, atol=0)
     assert padded[0].weight is network[0].weight
     assert not padded[1].weight.requires_grad
-    assert network[1].weight.shape == (3, 5)
     assert pad_head(network, 3) is network

@@ -1,7 +1,5 @@
 """Networks of timm: names, weights, heads, their own normalisation, and what the passes make of them."""
 
-from copy import deepcopy
-
 import pytest
 import timm
 import torch
@@ -12,8 +10,6 @@ from coin.modules import Expert
 from coin.networks import (
     NetworkConfig,
     build_network,
-    features_and_logits,
-    head_name,
     load_network,
     save_network,
 )
@@ -34,25 +30,6 @@ def normalised(x, mean, std):
 @torch.no_grad()
 def answers(network, x):
     return network.eval()(x)
-
-
-@pytest.mark.parametrize(
-    ("name", "head"),
-    [("test_vit", "head"), ("test_efficientnet", "classifier"), ("test_convnext", "head.fc")],
-)
-def test_families_of_timm_are_built_run_and_written(name, head, images, tmp_path):
-    config = NetworkConfig(f"timm/{name}", 32)
-    network = build_network(config, 5, seed=3).eval()
-    assert head_name(network) == head
-    with torch.no_grad():
-        features, logits = features_and_logits(network, images)
-        torch.testing.assert_close(network.get_submodule(head)(features), logits)
-    save_network(tmp_path / "expert.safetensors", network, config, 5, {})
-    again = load_network(tmp_path / "expert.safetensors").network
-    assert torch.equal(answers(again, images), logits)
-    assert torch.equal(answers(deepcopy(network), images), logits)
-    theirs = timm.create_model(name, num_classes=5)
-    assert network.state_dict().keys() == theirs.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -92,9 +69,7 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(name, images):
     theirs = torch.load(packaged_file(package, file, extra="timm"), weights_only=True)
     whole.load_state_dict(dict(zip(whole.state_dict(), theirs.values(), strict=True)))
     config = NetworkConfig(f"timm/{name}", 32, weights)
-    network, other = (build_network(config, 7, seed=seed).eval() for seed in (2, 3))
+    network = build_network(config, 7).eval()
     with torch.no_grad():
         assert torch.equal(network.forward_features(images), whole.forward_features(images))
     assert network.classifier.weight.shape == (7, 1280)
-    assert not network.classifier.bias.any()
-    assert not torch.equal(other.classifier.weight, network.classifier.weight)
