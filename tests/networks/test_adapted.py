@@ -289,6 +289,9 @@ def test_in_memory_are_the_tensors_and_the_largest_parameter_that_is_made(case, 
     packed = made.compressed.packed()
     held = nbytes(packed.state_dict(keep_vars=True).values())
     assert resident_nbytes(packed) == held + 4 * largest
+    rounded = made.compressed.rounded.values()
+    saved = sum(each.rows.nbytes - each.nbytes for each in rounded)
+    assert stored_nbytes(packed) == held - saved
     assert resident_nbytes(made.network) == stored_nbytes(made.network)
 
 

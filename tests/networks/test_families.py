@@ -120,6 +120,7 @@ def test_every_method_is_right_or_refused(family, name):
             few = [[take(task[0], slice(0, 3))] for task in case.tasks]
             check_close(merged([first, deepcopy(first)], few, ROW), own, 1e-6)
     check_as_found(case, before)
+    assert torch.equal(case.answers(first), own)
 
 
 @pytest.mark.parametrize("decoder", ["linear", "ridge", "feature_ridge"])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from coin.errors import CoinError, StateError
 from coin.networks import NetworkConfig, build_network, load_network, pad_head, save_network
+from coin.networks.adapted import stored_nbytes
 from coin.networks.files import import_checkpoint, initial_network
 
 
@@ -24,6 +25,7 @@ def test_a_network_file_gives_back_the_network(tmp_path, small_config):
     save_network(tmp_path / "net", network, small_config, 5, {"task": "letters"})
     file = load_network(tmp_path / "net")
     check_equal(file.network, network)
+    assert file.nbytes == stored_nbytes(network)
     assert not file.network.training
     assert file.config.described() == small_config.described()
     assert (file.num_classes, file.provenance["task"]) == (5, "letters")
