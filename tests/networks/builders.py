@@ -5,195 +5,102 @@ hugging_face.yaml: what its configuration is called, the images' size, which is 
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import transformers
 import yaml
-from timm.layers import GatedMlp, GroupNormAct
-from timm.models import (
-    byobnet,
-    inception_next,
-    maxxvit,
-    metaformer,
-    mlp_mixer,
-    mobilevit,
-    mvitv2,
-    regnet,
-)
-from timm.models._efficientnet_builder import decode_arch_def
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from coin.networks.batchnorm import batchnorms, recalibrate
+from coin.networks.calling import logits_of
 
 CLASSES = 3
-SAMPLES = (
-    10  # of each task; the held-out fifth of all is then the same whatever the order of the experts
-)
+# Samples of each task's batches; the held-out fifth of all is then the same whatever the order of the experts.
+FIRST, SECOND = 8, 2
 TOKENS, LENGTH, PADDING, END = 30, 7, 0, 2
+FAMILIES = {}
+for library in ("timm", "hugging_face"):
+    table = yaml.safe_load(Path(__file__).with_name(f"{library}.yaml").read_text())
+    FAMILIES |= {f"{library}/{family}": entry for family, entry in table.items()}
 
 
-def _maxxvit(*kinds: str) -> maxxvit.MaxxVitCfg:
-    windows = {"window_size": (2, 2), "grid_size": (2, 2)} if "M" in kinds else {}
-    attention = maxxvit.MaxxVitTransformerCfg(dim_head=4, **windows)
-    return maxxvit.MaxxVitCfg((8, 16), (1, 1), kinds, 8, transformer_cfg=attention)
-
-
-_REPVGG = tuple(byobnet.ByoBlockCfg(type="rep", d=1, c=width, s=2, gs=0) for width in (4, 8))
-_MOBILEVIT = (
-    mobilevit._inverted_residual_block(d=1, c=8, s=2),
-    mobilevit._mobilevit_block(d=1, c=8, s=2, transformer_dim=8, transformer_depth=1),
-)
-_OBJECTS: dict[str, dict[str, Any]] = {
-    "resnetv2": {"norm_layer": partial(GroupNormAct, num_groups=2)},
-    "mobilenetv3": {
-        "block_args": decode_arch_def(
-            [["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k5_s2_e2_c8_se0.25"]]
-        ),
-        "act_layer": nn.Hardswish,
-    },
-    "poolformer": {"norm_layers": metaformer.GroupNorm1},
-    "caformer": {
-        "token_mixers": [metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
-        "norm_layers": [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
-    },
-    "maxvit": {"cfg": _maxxvit("M", "M")},
-    "coatnet": {"cfg": _maxxvit("C", "T")},
-    "repvgg": {"cfg": byobnet.ByoModelCfg(_REPVGG, stem_type="rep", stem_chs=4)},
-    "mobilevit": {
-        "cfg": byobnet.ByoModelCfg(
-            _MOBILEVIT, "", "3x3", stem_chs=8, stem_pool="", act_layer="silu", num_features=16
-        )
-    },
-    "regnet": {
-        "cfg": regnet.RegNetCfg(8, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25, stem_width=4)
-    },
-    "gmlp": {"block_layer": mlp_mixer.SpatialGatingBlock, "mlp_layer": GatedMlp},
-    "resmlp": {"block_layer": mlp_mixer.ResBlock, "norm_layer": mlp_mixer.Affine},
-    "inception_next": {"token_mixers": inception_next.InceptionDWConv2d},
-    "mvitv2": {
-        "cfg": mvitv2.MultiScaleVitCfg(
-            (1, 1), (8, 16), (1, 2), stride_q=((1, 1), (2, 2)), stride_kv_adaptive=(2, 2)
-        )
-    },
-}
-
-
-def _read(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = yaml.safe_load(
-        (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
-    )
-    return {f"{name}/{family}": entry for family, entry in read.items()}
-
-
-_TABLE = _read("timm") | _read("hugging_face")
-FAMILIES = list(_TABLE)
-
-Batch = Tensor | dict[str, Tensor]
-
-
-def call(network: Any, batch: Batch) -> Tensor:
-    """Return a network's logits [B, C]: timm's have a tensor, those of Hugging Face tensors by name."""
-    logits: Tensor = network(batch) if isinstance(batch, Tensor) else network(**batch).logits
-    return logits
-
-
-@dataclass
 class Case:
-    """Two experts of one family, a copy of the first, the initialisation they started from and their tasks' samples."""
+    """Two experts of one family, the initialisation they started from and their tasks' samples."""
 
-    initial: nn.Module
-    experts: list[nn.Module]
-    untouched: nn.Module
-    tasks: list[list[Batch]]
+    def __init__(self, family):
+        torch.manual_seed(0)
+        is_timm = family.startswith("timm/")
+        build, draw = (_timm, _images) if is_timm else (_hugging_face, _named)
+        name, size, options = FAMILIES[family]
+        self.initial = build(name, size, options).double()
+        _move(self.initial, 1.0, 0.1)  # so that no layer that starts at zero hides others
+        self.tasks = []
+        for scale in (1.0, 0.6):
+            self.tasks.append([draw(size, count, scale) for count in (FIRST, SECOND)])
+        recalibrate(self.initial, self.batches)
+        self.initial.eval()
+        self.experts = [deepcopy(self.initial) for _ in self.tasks]
+        for expert in self.experts:
+            _move(expert, 0.1, 0.05)
 
-    def answers(self, network: nn.Module, batch: Batch | None = None) -> Tensor:
-        """Return a network's logits [B, C], of all calibration samples by default."""
-        batches = [batch] if batch is not None else [each for task in self.tasks for each in task]
-        with torch.no_grad():
-            return torch.cat([call(network, each) for each in batches])
+    @property
+    def batches(self):
+        first, second = self.tasks
+        return first + second
 
-
-def make_case(family: str) -> Case:
-    torch.manual_seed(0)
-    is_timm = family.startswith("timm/")
-    network = (_timm if is_timm else _hugging_face)(family).double()
-    _move(network, 1.0, 0.1)  # so that no layer that starts at zero hides others
-    draw = _images if is_timm else _named
-    tasks = [
-        [draw(_TABLE[family][1], count, scale) for count in (8, SAMPLES - 8)]
-        for scale in (1.0, 0.6)
-    ]
-    case = Case(network, [], network, tasks)
-    for norm in _norms(network):
-        norm.reset_running_stats()
-        norm.momentum = None  # its statistics are the mean over these batches
-    network.train()
-    case.answers(network)
-    network.eval()
-    for _ in tasks:
-        case.experts.append(deepcopy(network))
-        _move(case.experts[-1], 0.1, 0.05)
-    case.untouched = deepcopy(case.experts[0])
-    return case
+    @torch.no_grad()
+    def answers(self, network):
+        """Return a network's logits [B, C] of all calibration samples."""
+        return torch.cat([logits_of(network, batch) for batch in self.batches])
 
 
-def _timm(family: str) -> nn.Module:
-    name, _, options = _TABLE[family]
-    # Constructors want tuples, and take entries out of what they are given.
-    options = {key: _tuples(value) for key, value in options.items()} | deepcopy(
-        _OBJECTS.get(family[5:], {})
-    )
+def _timm(name, _, options):
+    # Constructors take entries out of what they are given.
+    options = {key: _resolved(value) for key, value in options.items()}
+    if "." in name:
+        return _object(name)(num_classes=CLASSES, **options)
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+def _resolved(value):
+    """Return a value of timm.yaml: lists are tuples, dotted names objects, those with a mapping calls of them."""
+    if isinstance(value, list):
+        return tuple(map(_resolved, value))
+    if isinstance(value, dict):
+        ((name, options),) = value.items()
+        return _object(name)(**{key: _resolved(each) for key, each in options.items()})
+    return _object(value) if isinstance(value, str) and "." in value else value
+
+
+def _object(name):
     module, _, kind = name.rpartition(".")
-    if module:
-        return getattr(import_module(f"timm.models.{module}"), kind)(num_classes=CLASSES, **options)
-    return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
+    return getattr(import_module(f"timm.models.{module}"), kind)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _hugging_face(family: str) -> nn.Module:
-    name, size, entries = _TABLE[family]
-    configuration = getattr(transformers, f"{name}Config")(**entries)
-    configuration.num_labels = CLASSES
+def _hugging_face(name, size, entries):
+    configuration = getattr(transformers, f"{name}Config")(**entries, num_labels=CLASSES)
     kind = "ForImageClassification" if size else "ForSequenceClassification"
-    network: nn.Module = getattr(transformers, name + kind)(configuration)
-    return network
+    return getattr(transformers, name + kind)(configuration)
 
 
-def _move(network: nn.Module, matrices: float, vectors: float) -> None:
-    with torch.no_grad():
-        for parameter in network.parameters():
-            size = matrices * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else vectors
-            parameter += size * torch.randn_like(parameter)
-        for norm in _norms(network):
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            norm.running_mean += (
-                vectors * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
-            )
-            norm.running_var *= (vectors * torch.randn_like(norm.running_var)).exp()
+@torch.no_grad()
+def _move(network, matrices, vectors):
+    for parameter in network.parameters():
+        size = matrices * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else vectors
+        parameter += size * torch.randn_like(parameter)
+    for norm in batchnorms(network):
+        deviation = norm.running_var.sqrt()
+        norm.running_mean += vectors * deviation * torch.randn_like(deviation)
+        norm.running_var *= (vectors * torch.randn_like(deviation)).exp()
 
 
-def _norms(network: nn.Module) -> list[_BatchNorm]:
-    return [
-        each
-        for each in network.modules()
-        if isinstance(each, _BatchNorm) and each.running_mean is not None
-    ]
-
-
-def _images(size: int, count: int, scale: float) -> Tensor:
+def _images(size, count, scale):
     return torch.randn(count, 3, size, size).double() * scale + (1 - scale)
 
 
-def _named(size: int, count: int, scale: float) -> dict[str, Tensor]:
+def _named(size, count, scale):
     if size:
         return {"pixel_values": _images(size, count, scale)}
     tokens = torch.randint(END + 1, int(TOKENS * scale), (count, LENGTH))

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from closeness import check_equal
 from torch import nn
 
 from coin.errors import StateError
@@ -11,13 +12,14 @@ from coin.networks.adapted import Adapted
 from coin.networks.adapter import Adapter
 from coin.networks.batchnorm import batchnorms, folded, mark_folded, recalibrate
 
-SIZES = (5, 5, 3)
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @pytest.fixture
 def batches():
     draw = torch.Generator().manual_seed(1)
-    return [torch.randn(size, 2, 6, 6, generator=draw, dtype=torch.float64) for size in SIZES]
+    images = torch.randn(13, 2, 6, 6, generator=draw, dtype=torch.float64)
+    return list(images.split(5))
 
 
 @pytest.fixture
@@ -27,46 +29,28 @@ def network():
     return nn.Sequential(*first, nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)).double()
 
 
-def weighted(values, sizes=SIZES):
-    """Return the mean of batches' values, weighted by their samples."""
-    return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
-
-
-def check_statistics(norm, inputs, sizes=SIZES):
-    """Compare a BatchNorm's statistics with those of its inputs, batch by batch."""
-    means = [x.mean((0, 2, 3)) for x in inputs]
-    variances = [x.var((0, 2, 3), unbiased=True) for x in inputs]
-    torch.testing.assert_close(norm.running_mean, weighted(means, sizes), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(norm.running_var, weighted(variances, sizes), rtol=1e-12, atol=1e-12)
-
-
-def normalised(x, norm):
-    mean = x.mean((0, 2, 3), keepdim=True)
-    variance = x.var((0, 2, 3), unbiased=False, keepdim=True)
-    return (x - mean) / (variance + norm.eps).sqrt()
+def check_statistics(norm, calls):
+    """Compare a BatchNorm's statistics with those of its inputs, call by call, weighted by their samples."""
+    sizes = torch.tensor([len(x) for x in calls]).double()
+    shares = sizes / sizes.sum()
+    means = torch.stack([x.mean((0, 2, 3)) for x in calls])
+    variances = torch.stack([x.var((0, 2, 3)) for x in calls])
+    torch.testing.assert_close(norm.running_mean, shares @ means, **CLOSE)
+    torch.testing.assert_close(norm.running_var, shares @ variances, **CLOSE)
 
 
 @torch.no_grad()
 def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(
     network, batches
 ):
-    first = network[1]
+    convolution, first, _, _, second, last = network
     first.running_mean.fill_(1e6)  # is forgotten
-    assert recalibrate(network, batches) == sum(SIZES)
-    inputs = [network[0](batch) for batch in batches]
-    later = [network[4](normalised(x, first).relu()) for x in inputs]
+    assert recalibrate(network, batches) == 13
+    inputs = [convolution(batch) for batch in batches]
     check_statistics(first, inputs)
-    check_statistics(network[5], later)
-    assert first.num_batches_tracked.item() == 3
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(2)
-
-    def forward(self, x):
-        return self.norm(3 * x) + self.norm(x + 1)
+    first.train()
+    later = [second(first(x).relu()) for x in inputs]
+    check_statistics(last, later)
 
 
 class ByName(nn.BatchNorm2d):
@@ -81,59 +65,45 @@ class Stubborn(nn.BatchNorm2d):
         return super().train(False)
 
 
-class Unused(nn.Module):
-    def __init__(self):
+class Calling(nn.Module):
+    """Calls a BatchNorm with what functions make of its inputs, and another one never."""
+
+    def __init__(self, norm, calls):
         super().__init__()
-        self.norm = nn.BatchNorm2d(2)
+        self.norm = norm
         self.unused = nn.BatchNorm2d(2)
-        self.unused.running_mean.fill_(7.0)
+        self.calls = calls
 
     def forward(self, x):
-        return self.norm(x)
-
-
-class InPlace(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(2)
-
-    def forward(self, x):
-        return self.norm(x.sub_(1))
+        return sum(self.norm(call(x)) for call in self.calls)
 
 
 KINDS = {
-    "runs twice": (Twice, lambda x: torch.cat([3 * x, x + 1])),
-    "called by name": (lambda: nn.Sequential(ByName(2)), lambda x: x),
-    "stays in eval mode": (lambda: nn.Sequential(Stubborn(2)), lambda x: x),
-    "one never runs": (Unused, lambda x: x),
-    "changes its inputs": (InPlace, lambda x: x - 1),
+    "runs twice": (nn.BatchNorm2d, [lambda x: 3 * x, lambda x: x + 1]),
+    "called by name": (ByName, [torch.clone]),
+    "stays in eval mode": (Stubborn, [torch.clone]),
+    "changes its inputs": (nn.BatchNorm2d, [lambda x: x.sub_(1)]),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_recalibrated_however_it_runs(kind, batches):
-    build, read = KINDS[kind]
-    network = build().double()
+@pytest.mark.parametrize("case", KINDS)
+def test_a_layer_is_recalibrated_however_it_runs(case, batches):
+    kind, functions = KINDS[case]
+    network = Calling(kind(2), functions).double()
     before = deepcopy(batches)
+    unused = deepcopy(network.unused)
     recalibrate(network, batches)
-    norm = batchnorms(network)[0]
-    if kind == "runs twice":  # each call counts: it had the statistics of the second one
-        calls = [call for x in before for call in (3 * x, x + 1)]
-        check_statistics(norm, calls, [size for size in SIZES for _ in range(2)])
-    else:
-        check_statistics(norm, [read(x) for x in before])
+    calls = [function(x.clone()) for x in before for function in functions]
+    check_statistics(network.norm, calls)
     torch.testing.assert_close(batches, before, rtol=0, atol=0)
-    if kind == "one never runs":
-        assert network.unused.running_mean.tolist() == [7.0, 7.0]
+    check_equal(network.unused, unused)
 
 
 def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(network, batches):
     network.train()
     network[5].eval()
     network[1].momentum = 0.37
-    parameters = {
-        name: parameter.detach().clone() for name, parameter in network.named_parameters()
-    }
+    parameters = deepcopy(list(network.parameters()))
     modes = [module.training for module in network.modules()]
 
     def breaks_off():
@@ -145,9 +115,8 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ne
         recalibrate(network, breaks_off())
     assert [module.training for module in network.modules()] == modes
     assert (network[1].momentum, network[5].momentum) == (0.37, 0.1)
-    for name, parameter in network.named_parameters():
-        assert torch.equal(parameter, parameters[name])
-        assert parameter.grad is None
+    torch.testing.assert_close(list(network.parameters()), parameters, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_layers_without_running_statistics_are_none():
@@ -157,31 +126,22 @@ def test_layers_without_running_statistics_are_none():
 
 @pytest.mark.parametrize(
     ("sizes", "joined"),
-    [
-        ((4, 4, 1), (4, 5)),
-        ((4, 1), (5,)),
-        ((1, 4), (5,)),
-        ((4, 1, 4), (5, 4)),
-        ((1, 1, 1), (3,)),
-        ((1, 1, 4), (2, 4)),
-    ],
+    [((4, 4, 1), (4, 5)), ((1, 4), (5,)), ((4, 1, 4), (5, 4)), ((1, 1, 1), (3,))],
 )
 def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
     network = nn.BatchNorm1d(3).double()  # of one sample there is no variance at all
     inputs = torch.randn(sum(sizes), 3, dtype=torch.float64)
     assert recalibrate(network, inputs.split(sizes)) == sum(sizes)
-    parts = [part[..., None, None] for part in inputs.split(joined)]
-    check_statistics(network, parts, joined)
+    check_statistics(network, inputs[..., None, None].split(joined))
 
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_with_fewer_than_two_samples_nothing_is_reset(network, batches, samples):
-    network.train()
     network(batches[0])
-    before = deepcopy(network.state_dict())
+    before = deepcopy(network)
     with pytest.raises(StateError, match="found fewer than two calibration samples"):
         recalibrate(network, [batches[0][:1]] * samples)
-    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    check_equal(network, before)
 
 
 def with_a_norm(bias, head=()):
@@ -207,31 +167,18 @@ def test_a_folded_batchnorm_leaves_the_outputs_as_they_are(batches, bias):
     network = with_a_norm(bias)
     expected = network(batches[0])
     fold(network)
-    torch.testing.assert_close(network(batches[0]), expected, rtol=1e-12, atol=1e-12)
-
-
-CHANGES = {
-    "none": {},
-    "weight": {
-        "1.weight": {
-            "scale": torch.tensor([0.5, 1.5, 0.7]),
-            "shift": torch.tensor([0.3, -0.2, 0.9]),
-        }
-    },
-    "bias": {
-        "1.bias": {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}
-    },
-}
+    torch.testing.assert_close(network(batches[0]), expected, **CLOSE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_trained", [False, True], ids=["folded", "trained since"])
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_body_answers_as_its_folded_network(batches, case, is_trained):
+@pytest.mark.parametrize("name", ["1.weight", "1.bias", "0.weight"])
+def test_a_body_answers_as_its_folded_network(batches, name, is_trained):
     network = with_a_norm(False, [nn.Flatten(), nn.Linear(48, 4)])
     fold(network)
     if is_trained:
         recalibrate(network, [3 * batches[0] + 1])
-    adapter = Adapter(CHANGES[case])
+    change = {"scale": torch.tensor([0.5, 1.5, 0.7]), "shift": torch.tensor([0.3, -0.2, 0.9])}
+    adapter = Adapter({name: change})
     found = Adapted(network, [adapter])(batches[0], experts=0)
     torch.testing.assert_close(found, adapter.applied_to(network)(batches[0]))

@@ -8,7 +8,6 @@ import torch
 
 from coin.cli import main
 from coin.errors import FileError
-from coin.files.safetensors import save_state
 from coin.modules import Coded
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.networks.files import open_network
@@ -30,6 +29,14 @@ class Small(nn.Module):
     def forward(self, x):
         return self.fc(self.layers(x))
 """
+TRACE = Path("imported")
+COMPRESS = ["compress", "net.safetensors", "--bits=4", "--base_bits=0", "--output=small"]
+HINT = "add --import=foreign to the command"
+
+
+def forget():
+    sys.modules.pop("foreign", None)
+    TRACE.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -42,77 +49,47 @@ def foreign(tmp_path, monkeypatch):
     save_network(Path("net.safetensors"), build_network(config, 3), config, 3, {"task": "a"})
     forget()
     yield Path("net.safetensors")
-    sys.modules.pop("foreign", None)
+    forget()
 
 
-def forget():
-    sys.modules.pop("foreign", None)
-    Path("imported").unlink()
-
-
-def test_opening_a_file_imports_nothing_until_the_caller_has(foreign):
-    for use in (open_network, load_network):
-        with pytest.raises(
-            FileError,
-            match=r"'foreign\.Small', .*, write `import foreign` before, or add --import=",
-        ):
-            use(foreign)
-    assert not Path("imported").exists()
+@pytest.mark.parametrize("use", [open_network, load_network])
+def test_opening_a_file_imports_nothing_until_the_caller_has(foreign, use):
+    message = r"'foreign\.Small', .*, write `import foreign` before, or add --import="
+    with pytest.raises(FileError, match=message):
+        use(foreign)
+    assert not TRACE.exists()
     assert NetworkConfig("foreign.Small").reads == "images"  # as an experiment asks
-    assert load_network(foreign).network(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+    assert use(foreign).network(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 
-def test_a_command_imports_what_it_is_told_to_alone(foreign, capsys):
-    command = ["compress", str(foreign), "--bits=4", "--base_bits=0", "--output=small.safetensors"]
-    assert main(command) == 2
-    assert "add --import=foreign to the command" in capsys.readouterr().err
-    assert not Path("imported").exists()
-    assert main([*command, "--import", "foreign"]) == 0
-    assert Path("small.safetensors").is_file()
-    assert Path("imported").exists()
-    assert main([*command, "--import=foreigner"]) == 2
-    assert "found --import=foreigner, expected a module" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_lightnings_imports_nothing_either(foreign, capsys):
-    torch.save(
-        {"state_dict": {}, "hyper_parameters": {"network": "foreign.Small", "num_classes": 3}},
-        "net.ckpt",
-    )
-    assert main(["test", "--ckpt_path=net.ckpt", "--data=Digits"]) == 2
-    assert "add --import=foreign to the command" in capsys.readouterr().err
-    assert not Path("imported").exists()
-
-
-def test_a_compressed_file_or_one_whose_base_is_foreign_imports_nothing(foreign):
-    assert (
-        main(
-            [
-                "compress",
-                str(foreign),
-                "--bits=4",
-                "--base_bits=0",
-                "--output=small",
-                "--import=foreign",
-            ]
-        )
-        == 0
-    )
+@pytest.mark.usefixtures("foreign")
+def test_a_command_imports_what_it_is_told_to_alone(capsys):
+    assert main(COMPRESS) == 2
+    assert HINT in capsys.readouterr().err
+    assert not TRACE.exists()
+    assert main([*COMPRESS, "--import", "foreign"]) == 0
+    assert TRACE.exists()
     forget()
     with pytest.raises(FileError, match=r"'small' holds a 'foreign\.Small'"):
         open_network(Path("small"))
-    save_state(Path("odd"), {"a": torch.zeros(1)}, {"network": {"name": 3}, "num_classes": 2})
-    with pytest.raises(FileError, match="holds no network"):
-        open_network(Path("odd"))
-    assert not Path("imported").exists()
+    assert not TRACE.exists()
+    assert main([*COMPRESS, "--import=foreigner"]) == 2
+    assert "found --import=foreigner, expected a module" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_checkpoint_of_lightnings_imports_nothing_either(capsys):
+    parameters = {"network": "foreign.Small", "num_classes": 3}
+    torch.save({"state_dict": {}, "hyper_parameters": parameters}, "net.ckpt")
+    assert main(["test", "--ckpt_path=net.ckpt", "--data=Digits"]) == 2
+    assert HINT in capsys.readouterr().err
+    assert not TRACE.exists()
 
 
 def test_a_process_that_serves_imports_what_the_one_that_opened_the_run_had(foreign):
     assert NetworkConfig("foreign.Small").reads == "images"
-    experts = [load_network(foreign).network for _ in range(2)]
-    coded = Coded([[0.5, 0.5]], experts, [load_network(foreign).network]).fit_decoder(
-        [], [0], "linear"
-    )
+    first, second, own = (load_network(foreign).network for _ in range(3))
+    coded = Coded([[0.5, 0.5]], [first, second], [own]).fit_decoder([], [0], "linear")
     coded.files = (foreign, foreign, foreign)
     coded.class_names = [["a", "b", "c"], ["d", "e", "f"]]
     system = System.of(coded, PolicyKind.coded_hedged, 0.9, "linear")

@@ -1,47 +1,35 @@
 """Heads: found by name, replaced, padded; features are their inputs, and logits are theirs of these or refused."""
 
 import re
-from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import coin
 from coin.errors import HeadError, StateError
 from coin.networks import check_head, features_and_logits, head_name, pad_head
 from coin.networks.heads import padded_state, replace_head
 
 
+def plain(net, x):
+    return net.head(net.body(x))
+
+
 class Network(nn.Module):
-    """A body and a head, and what is made of both."""
+    """A body, a head, and a layer that runs beside it; `of` makes logits of them."""
 
-    def __init__(self, forward, head=None, bias=True):
+    def __init__(self, of=plain, head=None, beside=None, told=None):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
-        self.head = nn.Linear(16, 5, bias=bias) if head is None else head
-        self.of = forward
+        self.head = head or nn.Linear(16, 5)
+        self.beside = beside or nn.Identity()
+        self.of = of
+        self.head_name = told
 
     def forward(self, x):
+        self.latest = self.beside(self.body(x))
         return self.of(self, x)
-
-
-class Auxiliary(nn.Module):
-    """Its last registered Linear runs, and is not the one that gives the logits."""
-
-    def __init__(self, classes=5, told=None):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
-        self.head = nn.Linear(16, 5)
-        self.auxiliary = nn.Linear(16, classes)
-        if told is not None:
-            self.head_name = told
-
-    def forward(self, x):
-        features = self.body(x)
-        self.latest = self.auxiliary(features)
-        return self.head(features)
 
 
 class Cosine(nn.Linear):
@@ -75,27 +63,18 @@ class Alias(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         self.classifier = self.layers[2]
-        self.network = self.layers
 
     def forward(self, x):
         return self.classifier(self.layers[:2](x))
 
 
-def nested():
-    inner = nn.Sequential(nn.Linear(3, 4), nn.Dropout())
-    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), inner)
-
-
-def beside_a_norm():
-    model = nn.ModuleDict({"model": ForClassification()})
-    return nn.ModuleDict({"a": model, "norm": nn.LayerNorm(3)})
-
-
 HEADS = {
-    "the last Linear": (nested, "2.0"),
-    "a name that is told": (lambda: Auxiliary(told="head"), "head"),
-    "outside of the base model": (ForClassification, "score"),
-    "outside of a base model further down": (beside_a_norm, "a.model.score"),
+    "the last Linear": (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.ReLU()), "1"),
+    "a name that is told": (lambda: Network(beside=nn.Linear(16, 5), told="head"), "head"),
+    "outside of the base model": (
+        lambda: nn.ModuleDict({"a": ForClassification(), "norm": nn.LayerNorm(3)}),
+        "a.score",
+    ),
     "a base model alone": (BaseModel, "layer"),
     "the first of two names": (Alias, "layers.2"),
     "the network itself": (lambda: nn.Linear(2, 3), ""),
@@ -109,126 +88,89 @@ def test_the_head_is_found(case):
 
 
 NO_HEADS = {
-    "no Linear": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 1)),
-        "no Linear layer in Sequential; name the head by an attribute 'head_name'",
-    ),
-    "a name that is none": (
-        lambda: Auxiliary(told="hed"),
-        "found head_name 'hed', expected a layer of Auxiliary",
-    ),
-    "another kind": (
-        lambda: Auxiliary(told="body.1"),
-        "found a head 'body.1' of type Tanh in Auxiliary, expected a Linear layer",
-    ),
+    "no Linear layer in Conv2d; name the head by": lambda: nn.Conv2d(3, 4, 1),
+    "found head_name 'hed', expected a layer of Network": lambda: Network(told="hed"),
+    "found a head 'body.1' of type Tanh in Network, expected": lambda: Network(told="body.1"),
 }
 
 
-@pytest.mark.parametrize("case", NO_HEADS)
-def test_a_network_without_a_linear_head_is_refused(case):
-    build, message = NO_HEADS[case]
+@pytest.mark.parametrize("message", NO_HEADS)
+def test_a_network_without_a_linear_head_is_refused(message):
     with pytest.raises(StateError, match=message):
-        replace_head(build(), 3)
-
-
-def test_adapters_leave_a_head_of_two_names_alone():
-    """The head had adapters, and a loaded system refused them."""
-    network = Alias()
-    experts = [deepcopy(network), deepcopy(network)]
-    for expert in experts:
-        nn.init.normal_(expert.classifier.weight)
-    inputs = [torch.randn(30, 4)]
-    adapted = coin.fit_adapters(network, experts, [inputs, inputs], rank=1)
-    assert not any(name.startswith("layers.2.") for name in adapted.adapters[0].changes)
+        replace_head(NO_HEADS[message](), 3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_replaced_head_keeps_its_place_inputs_and_bias(bias):
-    network = nn.Sequential(
-        nn.Linear(5, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 1000, bias=bias))
-    )
+    inner = nn.Sequential(nn.ReLU(), nn.Linear(5, 1000, bias=bias))
+    network = nn.Sequential(nn.Linear(5, 5), inner)
     replace_head(network, 3)
     assert network(torch.zeros(2, 5)).shape == (2, 3)
-    assert (network[1][1].bias is not None) == bias
-    alias = Alias()
-    replace_head(alias, 7)
-    assert alias(torch.zeros(2, 4)).shape == (2, 7)
+    assert (inner[1].bias is not None) == bias
 
 
-def test_features_are_the_heads_input():
-    network = Auxiliary(told="head")
-    inputs = torch.randn(2, 6)
-    features, logits = features_and_logits(network, inputs)
-    torch.testing.assert_close(features, network.body(inputs))
-    torch.testing.assert_close(logits, network(inputs))
+def test_a_head_of_two_names_is_replaced_under_both():
+    network = Alias()
+    replace_head(network, 7)
+    assert network(torch.zeros(2, 4)).shape == (2, 7)
 
 
 UNREADABLE = {
-    "positions": (
-        lambda net, x: net.head(net.body(x))[:, -1],
+    r"reads inputs \[2, 5, 16\], expected one row a sample": (
+        lambda net, x: plain(net, x)[:, -1],
         torch.zeros(2, 5, 6),
-        r"reads inputs \[2, 5, 16\], expected one row a sample",
     ),
-    "two passes": (
-        lambda net, x: net.head(net.body(x)) + net.head(net.body(-x)),
+    "ran 2 times in one pass, expected once": (
+        lambda net, x: plain(net, x) + plain(net, -x),
         torch.zeros(1, 6),
-        "ran 2 times in one pass, expected once",
     ),
 }
 
 
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_a_head_without_one_input_a_sample_is_refused(case):
-    forward, inputs, message = UNREADABLE[case]
+@pytest.mark.parametrize("message", UNREADABLE)
+def test_a_head_without_one_input_a_sample_is_refused(message):
+    of, inputs = UNREADABLE[message]
     with pytest.raises(HeadError, match=message):
-        features_and_logits(Network(forward), inputs)
-
-
-def plain(net, x):
-    return net.head(net.body(x))
+        features_and_logits(Network(of), inputs)
 
 
 RIGHT = {
-    "linear": lambda: Network(plain),
-    "no bias": lambda: Network(plain, bias=False),
-    "auxiliary, told": lambda: Auxiliary(told="head"),
+    "linear": Network,
+    "no bias": lambda: Network(head=nn.Linear(16, 5, bias=False)),
+    "one beside, told": lambda: Network(beside=nn.Linear(16, 5), told="head"),
 }
 WRONG = {
     "temperature": lambda: Network(lambda net, x: plain(net, x) / 2),
-    "softmax": lambda: Network(lambda net, x: plain(net, x).softmax(1)),
-    "residual": lambda: Network(lambda net, x: plain(net, x) + x[:, :5]),
     "cosine": lambda: Network(lambda net, x: 8 * plain(net, x), Cosine(16, 5, bias=False)),
-    "auxiliary": Auxiliary,
-    "auxiliary of another width": lambda: Auxiliary(classes=4),
+    "one beside": lambda: Network(beside=nn.Linear(16, 5)),
+    "one beside of another width": lambda: Network(beside=nn.Linear(16, 4)),
 }
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@torch.no_grad()
-def run(build, dtype=torch.float32):
-    """Return a network with its features and logits of some inputs."""
+def made(build, dtype=torch.float32):
+    """Return a network and some inputs."""
     torch.manual_seed(0)
-    network = build().to(dtype).eval()
-    features, logits = features_and_logits(network, torch.randn(7, 6).to(dtype))
-    return network, features, logits
+    return build().to(dtype), torch.randn(7, 6).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", RIGHT)
-def test_logits_that_are_the_head_of_its_input_pass(case, dtype):
-    check_head(*run(RIGHT[case], dtype))
+def test_features_are_the_head_s_input_and_logits_what_it_makes_of_it(case, dtype):
+    network, inputs = made(RIGHT[case], dtype)
+    features, logits = features_and_logits(network, inputs)
+    torch.testing.assert_close(features, network.body(inputs))
+    torch.testing.assert_close(logits, network(inputs))
+    check_head(network, features, logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", WRONG)
 def test_logits_that_are_not_are_refused(case, dtype):
-    network, features, logits = run(WRONG[case], dtype)
-    found = re.escape(
-        f"the logits of {type(network).__name__} are not its head '{head_name(network)}'"
-    )
-    with pytest.raises(
-        HeadError, match=rf"{found} of .*difference.*attribute 'head_name', or leave"
-    ):
-        check_head(network, features, logits)
+    network, inputs = made(WRONG[case], dtype)
+    head = re.escape(f"the logits of Network are not its head '{head_name(network)}' of its input")
+    with pytest.raises(HeadError, match=rf"{head} .*difference.*'head_name', or leave"):
+        check_head(network, *features_and_logits(network, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -239,26 +181,27 @@ def test_rounding_passes_where_large_terms_cancel(dtype):
     with torch.no_grad():
         head.weight[:, 32:] = -head.weight[:, :32]
     half = 1000 * torch.randn(50, 32)
-    rest = half + torch.randn(50, 32)
-    inputs = torch.cat([half, rest], 1).to(dtype)
-    check_head(head, *features_and_logits(head, inputs))
-    with pytest.raises(StateError, match="difference"):
-        check_head(head, inputs, head(inputs) + 300)
+    inputs = torch.cat([half, half + torch.randn(50, 32)], 1).to(dtype)
+    logits = head(inputs)
+    check_head(head, inputs, logits)
+    with pytest.raises(HeadError, match="difference"):
+        check_head(head, inputs, logits + 300)
 
 
 def test_logits_of_autocast_pass_and_wrong_ones_do_not():
-    network, *_ = run(RIGHT["linear"])
+    network, inputs = made(Network)
     with torch.autocast("cpu", torch.bfloat16):
-        features, logits = features_and_logits(network, torch.randn(7, 6))
+        features, logits = features_and_logits(network, inputs)
     check_head(network, features, logits)
-    with pytest.raises(StateError, match="difference"):
+    with pytest.raises(HeadError, match="difference"):
         check_head(network, features, logits / 1.2)
 
 
 def test_logits_of_medium_precision_pass_where_it_is_set():
-    network, features, logits = run(RIGHT["linear"])
+    network, inputs = made(Network)
+    features, logits = features_and_logits(network, inputs)
     rounded = logits.bfloat16().float() + 0.01 * logits
-    with pytest.raises(StateError, match="difference"):
+    with pytest.raises(HeadError, match="difference"):
         check_head(network, features, rounded)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -268,17 +211,12 @@ def test_logits_of_medium_precision_pass_where_it_is_set():
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(
-    ("mean", "weight", "bias"),
-    [(False, [0.0, 0.0, 0.0], 0.0), (True, [8.0, 7.0, 9.5], 1.5)],
-    ids=["zeros", "the mean of its own"],
-)
-def test_a_head_s_state_is_padded(mean, weight, bias):
+def test_a_head_s_state_is_padded_with_the_mean_of_its_rows():
     own = torch.tensor([[7.0, 8.0, 9.0], [9.0, 6.0, 10.0]])
     state = {"fc.weight": own, "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
-    padded = padded_state(state, "fc", 4, mean=mean)
-    assert padded["fc.weight"].tolist() == [*own.tolist(), weight, weight]
-    assert padded["fc.bias"].tolist() == [1.0, 2.0, bias, bias]
+    padded = padded_state(state, "fc", 3, mean=True)
+    assert padded["fc.weight"].tolist() == [*own.tolist(), [8.0, 7.0, 9.5]]
+    assert padded["fc.bias"].tolist() == [1.0, 2.0, 1.5]
     assert padded["body"] is state["body"]
     assert padded_state(state, "fc", 2) is state
 
@@ -288,11 +226,10 @@ def test_a_head_of_other_outputs_has_the_first_rows_of_its_own_and_then_zeros(ou
     network = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).requires_grad_(False)
     padded = pad_head(network, outputs)
     x = torch.randn(6, 4)
-    expected = torch.zeros(6, outputs)
-    rows = min(3, outputs)
-    expected[:, :rows] = network(x)[:, :rows]
+    expected = F.pad(network(x), (0, outputs - 3))
     torch.testing.assert_close(padded(x), expected)
+    state = dict(padded_state(network.state_dict(), "1", outputs))
+    torch.testing.assert_close(state, dict(padded.state_dict()), rtol=0, atol=0)
     assert padded[0].weight is network[0].weight
     assert not padded[1].weight.requires_grad
-    assert network[1].weight.shape == (3, 5)
     assert pad_head(network, 3) is network
