@@ -259,7 +259,14 @@ def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = ["--launch.cluster=local", "--launch.workers=2"]
-    command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Coin]", *launch]
+    command = [
+        "run",
+        "-c",
+        str(config),
+        f"--output={tmp_path}",
+        "--methods=[{class_path: Coin}]",
+        *launch,
+    ]
     assert main(command) == 0
     place = "seed-0/statistics/letters.fisher.safetensors"
     expected, _ = load_state(finished / place)
