@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import coin.pipeline.steps.report
 from coin.cli import main
@@ -30,6 +33,19 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the reports, whose plots take longer than what the test is about."""
     monkeypatch.setattr(coin.pipeline.steps.report, "write_report", lambda folder: None)
+
+
+@pytest.fixture
+def write_tokenizer() -> Callable[[str, list[str]], None]:
+    """Return a function that writes a tokenizer of words, and of two special tokens before them."""
+
+    def write(path: str, words: list[str]) -> None:
+        places = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *words])}
+        tokenizer = Tokenizer(WordLevel(places, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.save(path)
+
+    return write
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What is said of experts that were trained elsewhere, and which tokenizer their texts get."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from coin.cli import main
 from coin.commands.run import read_experiment
 from coin.errors import CoinWarning
-from coin.networks.hub import _configuration
 
 SMALL = {
     "hidden_size": 16,
@@ -23,132 +20,120 @@ SMALL = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-AVERAGE = [{"class_path": "Average"}]
+RUN = ["run", "-c", "imported.yaml"]
 
 
 def write(document: dict[str, Any]) -> None:
-    _configuration.cache_clear()  # of another test's folder of the same name
-    Path("imported.yaml").write_text(
-        yaml.safe_dump({"name": "imported", "methods": AVERAGE, **document})
-    )
+    average = {"name": "imported", "methods": [{"class_path": "Average"}]}
+    Path("imported.yaml").write_text(yaml.safe_dump(average | document))
 
 
-@pytest.fixture
-def guessing_experts() -> None:
-    """Write an experiment with two experts that guess, near the base, whose classes are in another order."""
-    names = {place: f"digit {9 - place}" for place in range(10)}
+def test_guessing_and_distances_are_told_of_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {place: f"digit {9 - place}" for place in range(10)}  # in another order
     config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, id2label=names)
     torch.manual_seed(0)
     network = transformers.ViTForImageClassification(config)
-    for place in ("base", "one", "two"):
-        network.save_pretrained(place)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter += 0.001 * torch.randn_like(parameter)
+    network.save_pretrained("base")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.001 * torch.randn_like(parameter)
+    network.save_pretrained("near")
+    transformers.ViTForImageClassification(config).save_pretrained("other")
     tasks = {}
     for seed, name in enumerate(("one", "two")):
         options = {"max_train": 60, "max_test": 20, "split_seed": seed}
         tasks[name] = {"class_path": "Digits", "init_args": options}
+    checkpoints = {"one": f"hf/{tmp_path}/near", "two": f"hf/{tmp_path}/other"}
     write(
         {
-            "network": {"name": "hf/base", "image_size": 16, "weights": "pretrained"},
+            "network": {"name": f"hf/{tmp_path}/base", "image_size": 16, "weights": "pretrained"},
             "tasks": tasks,
-            "expert": {"checkpoints": {"one": "hf/one", "two": "hf/two"}},
+            "expert": {"checkpoints": checkpoints},
             "calibration": {"samples_per_task": 8},
         }
     )
-
-
-@pytest.mark.usefixtures("guessing_experts")
-def test_distances_and_guessing_are_told_of_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.warns(CoinWarning, match="found the expert 'one'") as warned:
-        assert main(["run", "-c", "imported.yaml", "--only=coded-average"]) == 0
-    first = str(warned[0].message)
-    assert "training samples (chance is 10.0%)" in first
-    assert "the task's classes are 0, 1, 2" in first
+    with pytest.warns(CoinWarning) as warned:
+        assert main([*RUN, "--only=coded-average"]) == 0
+    of_one, *_, of_two = [str(each.message) for each in warned]
+    guesses = r"the expert 'one' .* training samples \(chance is 10.0%\).* classes are 0, 1, 2"
+    assert re.search(guesses, of_one)
+    unrelated = r"'two' \d+% of its weights from the initialisation, as unrelated"
+    assert re.search(unrelated, of_two)
     lines = capsys.readouterr().err.splitlines()
-    of_one = [line for line in lines if line.startswith("expert one: ")]
-    accuracy = r"right on \d+\.\d% of \d+ training samples, images normalised with mean \[0\.4"
-    assert re.search(accuracy, of_one[0])
-    distance = re.search(r"its weights are (.*)% from the initialisation", of_one[1])
-    assert distance is not None
-    assert 0 < float(distance[1]) < 5
-
-
-@pytest.mark.usefixtures("guessing_experts")
-def test_an_expert_of_another_start_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(1)
-    config = transformers.ViTConfig.from_pretrained("one")
-    transformers.ViTForImageClassification(config).save_pretrained("two")
-    with pytest.warns(
-        CoinWarning, match=r"'two' \d+% of its weights from the initialisation, as unrelated"
-    ):
-        assert main(["run", "-c", "imported.yaml", "--only=two"]) == 0
-
-
-def write_tokenizer(path: str, count: int) -> None:
-    """Write a tokenizer of so many tokens: w0, w1, … and two special ones."""
-    words = {"[PAD]": 0, "[UNK]": 1}
-    for number in range(count - 2):
-        words[f"w{number}"] = number + 2
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(path)
+    accuracy, distance = [line for line in lines if line.startswith("expert one: ")]
+    normalised = r"right on \d+\.\d% of \d+ training samples, images normalised with mean \[0\.4"
+    assert re.search(normalised, accuracy)
+    found = re.search(r"its weights are (.*)% from the initialisation", distance)
+    assert found is not None
+    assert 0 < float(found[1]) < 5
 
 
 @pytest.fixture
-def texts() -> dict[str, Any]:
+def texts(tmp_path: Path) -> dict[str, Any]:
     """An experiment on a table of texts, for a network of Hugging Face's that reads them."""
     config = transformers.BertConfig(**SMALL, vocab_size=12, max_position_embeddings=8)
     transformers.BertForSequenceClassification(config).save_pretrained("bert")
     rows = [f"w{number % 9} w2,{'ab'[number % 2]}" for number in range(40)]
     Path("texts.csv").write_text("\n".join(["text,label", *rows]))
     task = {"class_path": "TextFile", "init_args": {"train": "texts.csv", "test": "texts.csv"}}
-    document = {
-        "network": {"name": "hf/bert", "image_size": 6, "weights": "pretrained"},
-        "tasks": {"one": task, "two": task},
-    }
-    write(document)
-    return document
+    network = {"name": f"hf/{tmp_path}/bert", "image_size": 6, "weights": "pretrained"}
+    return {"network": network, "tasks": {"one": task, "two": task}}
 
 
-@pytest.mark.usefixtures("texts")
-def test_texts_are_cut_by_the_tokenizer_of_their_network(tmp_path: Path) -> None:
-    write_tokenizer("bert/tokenizer.json", 11)
+WORDS = [f"w{number}" for number in range(28)]
+
+
+def test_texts_are_cut_by_the_tokenizer_of_their_network(
+    texts: dict[str, Any], write_tokenizer: Callable[..., None], tmp_path: Path
+) -> None:
+    write(texts)
+    write_tokenizer("bert/tokenizer.json", WORDS[:9])
     task: Any = read_experiment(["-c", "imported.yaml"])[0].tasks["one"]
     assert task.tokenizer == str(tmp_path / "bert/tokenizer.json")
     assert task.splits.train[:][0].max() == 10
 
 
-WITHOUT = "found no tokenizer.json of 'hf/bert', expected it for TextFile"
-OTHER = "found a task whose tokenizer has 30 tokens for the network 'hf/bert', expected 11; set"
-RUN = ["run", "-c", "imported.yaml"]
-FIT = [
-    "fit",
-    "--model.network=hf/bert",
-    "--model.image_size=6",
-    "--data=TextFile",
-    "--data.image_size=6",
-]
-FIT += ["--data.train=texts.csv", "--data.test=texts.csv", "--data.tokenizer=other.json"]
-FIT += ["--trainer.max_epochs=1"]
+OTHER = "found a task whose tokenizer has 30 tokens for the network 'hf/"
+SMALL_RESNET = "--network={name: small_resnet, weights: null}"
+DISTILLATION = "--methods=[{class_path: Distillation}]"
+FIT = """fit --model.network=hf/bert --model.image_size=6 --trainer.max_epochs=1 --data=TextFile
+    --data.image_size=6 --data.train=texts.csv --data.test=texts.csv --data.tokenizer=30.json"""
 MISTAKES = {
-    "no tokenizer": ({}, RUN, WITHOUT),
-    "another tokenizer": ({"tokenizer": "other.json"}, [*RUN, "--dry-run"], OTHER),
-    "another tokenizer to fit": ({"tokenizer": "other.json"}, FIT, OTHER),
+    "no tokenizer": (None, RUN, "found no tokenizer.json of 'hf/"),
+    "another tokenizer": ("30.json", [*RUN, "--dry-run"], OTHER),
+    "another tokenizer to fit": ("30.json", FIT.split(), OTHER),
+    "a network of images": (
+        "11.json",
+        [*RUN, SMALL_RESNET],
+        "found a task of texts for the network 'small_resnet', expected images",
+    ),
+    "a task of images": (
+        "11.json",
+        [*RUN, "--tasks.two={class_path: Digits}"],
+        "found a task of images for the network 'hf/",
+    ),
+    "an augmentation": (
+        "11.json",
+        [*RUN, DISTILLATION],
+        "found augmentation 'shift' for TextFile, whose samples are texts",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_texts_without_the_network_s_tokenizer_are_one_line(
-    case: str, texts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_texts_that_the_network_does_not_read_are_one_line(
+    case: str,
+    texts: dict[str, Any],
+    write_tokenizer: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options, command, expected = MISTAKES[case]
-    texts["tasks"]["one"]["init_args"] |= options
+    tokenizer, command, expected = MISTAKES[case]
+    for count in (11, 30):
+        write_tokenizer(f"{count}.json", WORDS[: count - 2])
+    texts["tasks"]["one"]["init_args"]["tokenizer"] = tokenizer
     write(texts)
-    write_tokenizer("other.json", 30)
-    if options:
-        write_tokenizer("bert/tokenizer.json", 11)
     assert main(command) == 2
     assert f"coin: error: {expected}" in capsys.readouterr().err
 
