@@ -19,30 +19,28 @@ def _refused(path: Path, target: Any) -> Path:
     raise AssertionError(f"a process that is not the first writes {target}")
 
 
+def _no_report(folder: Path) -> None:
+    """Leave out the plots, which would take most of the time."""
+
+
 def run(folder: Path, arguments: list[str]) -> None:
     """Run the command, note when every file was written, and run it again."""
     torch.set_num_threads(1)
-    coin.pipeline.steps.report.write_report = lambda *_: (
-        None
-    )  # its plots would take most of the time
+    coin.pipeline.steps.report.write_report = _no_report
     if os.environ["RANK"] != "0":
         Path.replace = _refused  # type: ignore[method-assign]
     assert main(arguments) == 0
     if is_rank_zero():
         times = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-        (folder / "first.json").write_text(
-            json.dumps({"processes": process_count(), "times": times})
-        )
+        noted = {"processes": process_count(), "times": times}
+        (folder / "first.json").write_text(json.dumps(noted))
     assert main(arguments) == 0
 
 
 def say_what_is_left() -> None:
     """Tell at the very end: gloo may abort where a process group is left to the interpreter."""
-    print(
-        "left in its process group"
-        if torch.distributed.is_initialized()
-        else "left its process group"
-    )
+    how = "left in" if torch.distributed.is_initialized() else "left"
+    print(f"{how} its process group")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,3 @@ def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(
     assert len(by_decoder) == 2 * 3
     for _, rows in by_decoder:
         assert set(zip(rows["erased"], rows["task"], strict=True)) == LOSSES
-    oracle = frame[frame["method"] == "oracle"]
-    assert len(oracle) == len(LOSSES)
-    assert (oracle[["nda", "agreement"]] == 1).all(axis=None)

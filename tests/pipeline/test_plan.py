@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_statistics_on_other_samples_have_files_of_their_own(read: Read) -> None
         "letters.fisher.safetensors": ["letters"],
         "letters.fisher-exact-pooled.safetensors": ["digits", "letters"],
     }
+
+
+LOGS = {
+    "base": ("tiny-base", "expert", "base"),
+    "expert-digits": ("tiny-seed-0-expert-digits", "expert", "digits"),
+    "coded-distillation": ("tiny-seed-0-distillation", "method", "distillation"),
+    "evaluate": ("tiny-seed-0-evaluate", "evaluate", "evaluate"),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_run_of_w_and_b_has_what_it_is_found_and_grouped_by(name: str, planned: Plan) -> None:
+    step: Any = planned("--wandb.tags=[mine]")[name]
+    called, kind, subject = LOGS[name]
+    assert (step.log.group, step.log.name, step.log.type) == ("tiny", called, kind)
+    assert step.log.tags == (subject, "small_resnet", "mine")
+    config = step.log.config
+    assert config["seed"] == (None if name == "base" else 0)
+    assert config["method" if kind == "method" else "task"] == subject
+    assert (config["num_experts"], config["samples_per_task"]) == (2, 24)
+    assert config["experiment"]["calibration"]["fisher_kind"] == "exact"  # a default, filled in
+    assert config["experiment"]["code"] == [[0.4, 0.6]]
 
 
 OWN = """
