@@ -139,6 +139,8 @@ class Shapes(coin.data.Digits):
     pass
 class Middle(coin.Average):
     pass
+def merged(experts, calibration):
+    return experts[0]
 """
 FILES = {
     "own_classes.py": OWN,
@@ -149,12 +151,14 @@ FILES = {
 NETWORK = "--network={name: own_classes.Net, image_size: 16}"
 TASK = "--tasks.digits={class_path: own_classes.Shapes}"
 METHOD = "--methods=[{class_path: own_classes.Middle}, {class_path: Coin}]"
+FUNCTION = "--methods=[{class_path: UserMethod, init_args: {function: own_classes.merged}}]"
 OF_TWO_METHODS = EVERY - MERGES | {"coded-average", "coded-coin"}
 AFTER_METHOD = {"coded-average", *RESULTS}
 EDITS = {
     "the class of a network": (NETWORK, "own_classes.py", "A = 1", OF_TWO_METHODS),
     "the class of a task": (TASK, "own_classes.py", "A = 1", AFTER_DIGITS & OF_TWO_METHODS),
     "the class of a method": (METHOD, "own_classes.py", "A = 1", AFTER_METHOD),
+    "a function": (FUNCTION, "own_classes.py", "A = 1", {"coded-merged", *RESULTS}),
     "what it imports": (METHOD, "parts/sizes.py", "A = 1", AFTER_METHOD),
     "the package of this": (METHOD, "parts/__init__.py", "A = 1", AFTER_METHOD),
     "another file": (METHOD, "aside.py", "A = 1", set()),
@@ -172,11 +176,16 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
     for name, text in FILES.items():
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(folder)
-    for module in ("own_classes", "parts", "parts.sizes"):  # of another case
-        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    def forget() -> None:
+        for module in ("own_classes", "parts", "parts.sizes"):
+            sys.modules.pop(module, None)
+
+    forget()  # another case
     before = planned(METHOD, option)
     assert changed(before, planned(METHOD, option)) == set()
     (folder / edited).write_text(f"{FILES[edited]}\n{edit}\n")
+    forget()
     assert changed(before, planned(METHOD, option)) == expected
 
 

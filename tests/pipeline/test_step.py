@@ -49,21 +49,20 @@ def write(folder: Path, name: str = "a", *parts: Write, **config: Any) -> Write:
 
 
 def test_a_key_follows_options_needs_files_and_version(tmp_path: Path) -> None:
-    one = tmp_path / "one"
-    copy = tmp_path / "copy"
-    two = tmp_path / "two"
-    for path, text in ((one, "1"), (copy, "1"), (two, "2")):
-        path.write_text(text)
+    for name, text in (("one", "1"), ("copy", "1"), ("two", "2")):
+        (tmp_path / name).write_text(text)
     part = write(tmp_path, "part", option="x")
-    key = write(tmp_path, "a", part, option="y", weights=one).key
-    assert write(tmp_path / "elsewhere", "a", part, option="y", weights=copy).key == key
-    config = {"option": "y", "weights": one}
+    other_part = write(tmp_path, "part", option="X")
+    config = {"option": "y", "weights": tmp_path / "one"}
+    copied = {"option": "y", "weights": tmp_path / "copy"}
+    key = write(tmp_path, "a", part, **config).key
+    assert write(tmp_path / "elsewhere", "a", part, **copied).key == key
     others = [
         NewerWrite(name="a", store=tmp_path, parts=(part,), config=config),
         write(tmp_path, "b", part, **config),
-        write(tmp_path, "a", part, option="z", weights=one),
-        write(tmp_path, "a", part, option="y", weights=two),
-        write(tmp_path, "a", write(tmp_path, "part", option="X"), **config),
+        write(tmp_path, "a", part, **config | {"option": "z"}),
+        write(tmp_path, "a", part, **config | {"weights": tmp_path / "two"}),
+        write(tmp_path, "a", other_part, **config),
         write(tmp_path, "a", **config),
     ]
     assert len({key, *(step.key for step in others)}) == 1 + len(others)
