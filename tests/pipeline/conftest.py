@@ -1,9 +1,7 @@
 """Every command runs in a folder of its own."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,12 +14,12 @@ from coin.cli import main
 
 
 @pytest.fixture(autouse=True)
-def own_folder(elsewhere: None) -> None:
+def own_folder(elsewhere):
     """See `elsewhere`."""
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
+def copied(finished, tmp_path):
     """A copy of the finished experiment with its steps, below `tmp_path`, that a test may change."""
     for name in (finished.name, ".steps"):
         left_out = shutil.ignore_patterns("wandb")
@@ -30,16 +28,16 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_reports(monkeypatch):
     """Leave out the reports, whose plots take longer than what the test is about."""
     monkeypatch.setattr(coin.pipeline.steps.report, "write_report", lambda folder: None)
 
 
 @pytest.fixture
-def write_tokenizer() -> Callable[[str, list[str]], None]:
+def write_tokenizer():
     """Return a function that writes a tokenizer of words, and of two special tokens before them."""
 
-    def write(path: str, words: list[str]) -> None:
+    def write(path, words):
         places = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *words])}
         tokenizer = Tokenizer(WordLevel(places, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()
@@ -49,7 +47,7 @@ def write_tokenizer() -> Callable[[str, list[str]], None]:
 
 
 @pytest.fixture
-def trained(finished: Path) -> dict[str, Any]:
+def trained(finished):
     """The sections that bring the finished experiment's experts along."""
     paths = {
         task: f"{finished}/seed-0/experts/{task}/expert.safetensors"
@@ -62,11 +60,17 @@ def trained(finished: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run_small(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(config, tmp_path):
+    """Return a function that runs the small experiment with options below `tmp_path`, and returns the status."""
+    return lambda *options: main(["run", "-c", str(config), f"--output={tmp_path}", *options])
+
+
+@pytest.fixture
+def run_small(config, tmp_path, monkeypatch):
     """Return a function that runs the small experiment with other sections, and returns its seed's folder."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
-    def run(*options: str, **sections: Any) -> Path:
+    def run(*options, **sections):
         document = yaml.safe_load(config.read_text()) | sections
         Path("options.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
         assert main(["run", "-c", "options.yaml", f"--output={tmp_path}", *options]) == 0

@@ -2,10 +2,9 @@
 
 import os
 import time
-from pathlib import Path
 
 
-def finish(file: Path, name: str) -> None:
+def finish(file, name):
     """Finish a step's folder, unless it is wrong, after ``JOB_SECONDS``; note what the job has been given."""
     folder = file.parent.parent / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,5 @@
 """Several coded models of an experiment."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from coin.coding import convex
@@ -20,15 +16,13 @@ LOSSES = {("a", "a"), ("b", "b"), ("c", "c")}
 LOSSES |= {("a+b", "a"), ("a+b", "b"), ("a+c", "a"), ("a+c", "c"), ("b+c", "b"), ("b+c", "c")}
 
 
-def glyphs(classes: str) -> dict[str, Any]:
+def glyphs(classes):
     options = {"classes": classes, "train_per_class": 30, "test_per_class": 9}
     return {"class_path": "Glyphs", "init_args": options}
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(
-    run_small: Callable[..., Path],
-) -> None:
+def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(run_small):
     tasks = {"a": glyphs("A-F"), "b": glyphs("G-L"), "c": glyphs("M-P")}
     expert = {"epochs": 1, "lr": 0.1, "batch_size": 32}
     seed = run_small(tasks=tasks, expert=expert, code=2, base=None, methods=METHODS)

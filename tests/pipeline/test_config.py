@@ -1,8 +1,6 @@
 """What the parts of an experiment file take, whether a parser has seen it or an override brings it."""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +9,7 @@ from coin.errors import CoinError, ConfigurationError
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig
 from coin.pipeline.options import result_options
 
-WRONG: list[tuple[dict[str, Any], str]] = [
+WRONG = [
     ({"augmentation": "crop-flip"}, "augmentation='crop-flip'.* none, crop, crop_flip, shift"),
     ({"weights": "bst"}, "weights='bst'.* last, best"),
     ({"weights": None}, "weights="),
@@ -27,18 +25,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "found"), WRONG)
-def test_values_of_an_override_are_checked(options: dict[str, Any], found: str) -> None:
+def test_values_of_an_override_are_checked(options, found):
     with pytest.raises(ConfigurationError, match=f"^found {found}"):
         replace(ExpertConfig(), **options)
 
 
-def test_strings_of_an_override_become_members() -> None:
+def test_strings_of_an_override_become_members():
     config = replace(ExpertConfig(), augmentation="crop_flip", weights="best")
     assert isinstance(config.weights, type(ExpertConfig().weights))
     assert isinstance(config.augmentation, type(ExpertConfig().augmentation))
 
 
-SECTIONS: dict[str, dict[str, Any]] = {
+SECTIONS = {
     "promise_samples=-1": {"promise_samples": -1},
     "promise_alpha=0.0": {"promise_alpha": 0.0},
     "promise_confidence=1": {"promise_confidence": 1},
@@ -48,12 +46,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("found", SECTIONS)
-def test_values_of_the_calibration_are_checked(found: str) -> None:
+def test_values_of_the_calibration_are_checked(found):
     with pytest.raises(ConfigurationError, match=f"^found {found}"):
         CalibrationConfig(**SECTIONS[found])
 
 
-def test_a_base_is_trained_or_read() -> None:
+def test_a_base_is_trained_or_read():
     with pytest.raises(ConfigurationError, match="found a base with both or neither"):
         BaseConfig()
 
@@ -74,9 +72,7 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("option", EXPERIMENTS)
-def test_options_that_do_not_fit_together_are_refused_before_anything_runs(
-    option: str, config: Path
-) -> None:
+def test_options_that_do_not_fit_together_are_refused_before_anything_runs(option, config):
     with pytest.raises(CoinError, match=EXPERIMENTS[option]):
         read_experiment(["-c", str(config), option])[0].check()
 
@@ -85,19 +81,17 @@ def test_options_that_do_not_fit_together_are_refused_before_anything_runs(
     ("option", "expected"),
     [("lr=0.5", 0.5), ("freeze_batchnorm=true", True), ("weight_decay=null", None)],
 )
-def test_overrides_of_the_command_line_are_plain_values(
-    option: str, expected: Any, config: Path
-) -> None:
+def test_overrides_of_the_command_line_are_plain_values(option, expected, config):
     override = f"--expert.overrides.letters.{option}"
     experiment, _ = read_experiment(["-c", str(config), override])
     found = experiment.config["expert"]["overrides"]["letters"]
     assert [*found.values()] == [expected]
 
 
-def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
+def test_a_run_leaves_the_options_that_repeat_it(config):
     method = "--methods=[{class_path: Coin, init_args: {damping: 0.1}}]"
     arguments = ["-c", str(config), "--expert.lr=0.5", method, "--code=[[0.25,0.75]]"]
-    left: dict[str, Any] = read_experiment(arguments)[0].of_seeds([7])
+    left = read_experiment(arguments)[0].of_seeds([7])
     assert left["seeds"] == [7]
     assert left["tasks"]["digits"]["init_args"]["image_size"] == 16  # what the network takes
     assert left["tasks"]["digits"]["class_path"] == "coin.data.Digits"
@@ -107,7 +101,7 @@ def test_a_run_leaves_the_options_that_repeat_it(config: Path) -> None:
     assert {"launch", "only", "dry_run"}.isdisjoint(left)
 
 
-def test_only_what_changes_a_result_is_in_a_key() -> None:
+def test_only_what_changes_a_result_is_in_a_key():
     same = {"precision": "bf16-mixed", "limit_test_batches": 3}
     processes = {"devices": 2, "strategy": "ddp"}
     without_effect = {"num_nodes": 1, "accelerator": "cpu", "profiler": "simple"}

@@ -1,25 +1,20 @@
 """``coin run`` at its limits: two calibration samples a task, experts that are no numbers."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from coin.cli import main
 from coin.files.safetensors import load_state
 from coin.reporting import read_results
 
-METHODS: list[Any] = [{"class_path": name} for name in ("Average", "Coin", "RegMean", "HeadFit")]
+METHODS = [{"class_path": name} for name in ("Average", "Coin", "RegMean", "HeadFit")]
 METHODS.append({"class_path": "Distillation", "init_args": {"steps": 3, "lr": 1e-3}})
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_reports")
-def test_two_samples_a_task_serve_every_method_and_decoder(
-    run_small: Callable[..., Path], trained: dict[str, Any]
-) -> None:
+def test_two_samples_a_task_serve_every_method_and_decoder(run_small, trained):
     seed = run_small(**trained, methods=METHODS, calibration={"samples_per_task": 2})
     coded = list((seed / "coded").glob("*.safetensors"))
     assert len(coded) == len(METHODS)
@@ -39,19 +34,12 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("expected", FAILURES)
-def test_an_expert_that_is_no_number_is_one_line(
-    expected: str,
-    config: Path,
-    write_experts: Callable[..., dict[str, str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_expert_that_is_no_number_is_one_line(expected, run, write_experts, tmp_path, capsys):
     (path,) = write_experts([10]).values()
     state, _ = load_state(Path(path))
     state["fc.bias"][0] = torch.nan
     torch.save(state, "nan.pt")
-    command = ["run", "-c", str(config), f"--output={tmp_path}", "--base=null", "--only=digits"]
-    assert main([*command, FAILURES[expected]]) == 2
+    assert run("--base=null", "--only=digits", FAILURES[expected]) == 2
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert last.startswith("coin: error: ")

@@ -1,9 +1,7 @@
 """What is said of experts that were trained elsewhere, and which tokenizer their texts get."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,14 +21,12 @@ SMALL = {
 RUN = ["run", "-c", "imported.yaml"]
 
 
-def write(document: dict[str, Any]) -> None:
+def write(document):
     average = {"name": "imported", "methods": [{"class_path": "Average"}]}
     Path("imported.yaml").write_text(yaml.safe_dump(average | document))
 
 
-def test_guessing_and_distances_are_told_of_folders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_guessing_and_distances_are_told_of_folders(tmp_path, capsys):
     names = {place: f"digit {9 - place}" for place in range(10)}  # in another order
     config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, id2label=names)
     torch.manual_seed(0)
@@ -71,7 +67,7 @@ def test_guessing_and_distances_are_told_of_folders(
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Any]:
+def texts(tmp_path):
     """An experiment on a table of texts, for a network of Hugging Face's that reads them."""
     config = transformers.BertConfig(**SMALL, vocab_size=12, max_position_embeddings=8)
     transformers.BertForSequenceClassification(config).save_pretrained("bert")
@@ -85,12 +81,10 @@ def texts(tmp_path: Path) -> dict[str, Any]:
 WORDS = [f"w{number}" for number in range(28)]
 
 
-def test_texts_are_cut_by_the_tokenizer_of_their_network(
-    texts: dict[str, Any], write_tokenizer: Callable[..., None], tmp_path: Path
-) -> None:
+def test_texts_are_cut_by_the_tokenizer_of_their_network(texts, write_tokenizer, tmp_path):
     write(texts)
     write_tokenizer("bert/tokenizer.json", WORDS[:9])
-    task: Any = read_experiment(["-c", "imported.yaml"])[0].tasks["one"]
+    task = read_experiment(["-c", "imported.yaml"])[0].tasks["one"]
     assert task.tokenizer == str(tmp_path / "bert/tokenizer.json")
     assert task.splits.train[:][0].max() == 10
 
@@ -123,12 +117,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_texts_that_the_network_does_not_read_are_one_line(
-    case: str,
-    texts: dict[str, Any],
-    write_tokenizer: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_texts_that_the_network_does_not_read_are_one_line(case, texts, write_tokenizer, capsys):
     tokenizer, command, expected = MISTAKES[case]
     for count in (11, 30):
         write_tokenizer(f"{count}.json", WORDS[: count - 2])
@@ -138,9 +127,7 @@ def test_texts_that_the_network_does_not_read_are_one_line(
     assert f"coin: error: {expected}" in capsys.readouterr().err
 
 
-def test_columns_are_checked_before_anything_is_fetched(
-    texts: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_are_checked_before_anything_is_fetched(texts, capsys):
     texts["tasks"]["one"]["init_args"]["label_column"] = "class"
     texts["network"]["name"] = "hf/some/id"
     texts["expert"] = {"checkpoints": {"two": "hf/other/id"}}

@@ -1,11 +1,8 @@
 """Every option of an experiment, each changed alone: what decides results is in a key, all else is not."""
 
-from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +10,7 @@ import yaml
 from coin.commands.run import read_experiment
 from coin.pipeline.plan import plan
 
-VALUES: dict[str, Any] = {
+VALUES = {
     "name": "small_vit",
     "augmentation": "crop",
     "weights": "best",
@@ -42,7 +39,7 @@ WITHOUT_EFFECT |= {f"tasks.{task}.init_args.image_size" for task in ("digits", "
 WITHOUT_EFFECT |= {f"base.task.init_args.{name}" for name in ("eval_batch_size", "test_per_class")}
 
 
-def other(name: str, value: Any) -> Any:
+def other(name, value):
     """Return another value of an option."""
     if name in VALUES:
         return VALUES[name]
@@ -58,9 +55,9 @@ def other(name: str, value: Any) -> Any:
     return ["other"]
 
 
-def leaves(config: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+def leaves(config, *path):
     """Yield the path of every option."""
-    places: Any = []
+    places = []
     if isinstance(config, dict) and path[-1:] != ("options",):
         places = config
     elif isinstance(config, list) and config and isinstance(config[0], dict):
@@ -86,7 +83,7 @@ SECTIONS += ["decoders", "replicas", "seeds", "output", "trainer", "wandb"]
 
 
 @pytest.fixture(scope="module")
-def resolved(config: Path) -> dict[str, Any]:
+def resolved(config):
     """The small experiment with promises and copies, all its options written out."""
     experiment, _ = read_experiment(["-c", str(config), *OPTIONS])
     found = experiment.of_seeds(experiment.seeds)
@@ -95,11 +92,11 @@ def resolved(config: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, str]]:
+def keys(tmp_path):
     """Return a function that returns the keys of an experiment's steps."""
     file = tmp_path / "x.yaml"
 
-    def planned(config: dict[str, Any]) -> dict[str, str]:
+    def planned(config):
         file.write_text(yaml.safe_dump(config, sort_keys=False))
         experiment, _ = read_experiment(["-c", str(file)])
         return {step.name: step.key for step in plan(experiment)}
@@ -108,9 +105,7 @@ def keys(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, str]]:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_option_changes_a_key_or_is_known_to_change_nothing(
-    section: str, resolved: dict[str, Any], keys: Callable[..., dict[str, str]]
-) -> None:
+def test_every_option_changes_a_key_or_is_known_to_change_nothing(section, resolved, keys):
     before = keys(resolved)
     for path in leaves(resolved[section], section):
         *places, name = path
@@ -123,9 +118,7 @@ def test_every_option_changes_a_key_or_is_known_to_change_nothing(
         assert (keys(config) == before) == (called in WITHOUT_EFFECT), called
 
 
-def test_the_order_of_tasks_is_in_the_keys_of_what_depends_on_it(
-    resolved: dict[str, Any], keys: Callable[..., dict[str, str]]
-) -> None:
+def test_the_order_of_tasks_is_in_the_keys_of_what_depends_on_it(resolved, keys):
     before = keys(resolved)
     after = keys({**resolved, "tasks": dict(reversed(resolved["tasks"].items()))})
     kept = {name for name, key in before.items() if after[name] == key}

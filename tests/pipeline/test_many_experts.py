@@ -1,12 +1,9 @@
 """Many experts merged from files, with few tensors alive."""
 
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-from torch import Tensor
 
 from coin.commands.merge import merge
 from coin.files.safetensors import StateFile
@@ -16,9 +13,7 @@ from coin.statistics import fisher_diagonal
 from coin.statistics.files import save_statistic
 
 
-def test_a_merge_of_six_experts_keeps_few_of_their_tensors(
-    write_experts: Callable[..., dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_of_six_experts_keeps_few_of_their_tensors(write_experts, tmp_path, monkeypatch):
     experts = {}
     fishers = {}
     for task, place in write_experts([3] * 6).items():
@@ -27,11 +22,11 @@ def test_a_merge_of_six_experts_keeps_few_of_their_tensors(
         fishers[task] = tmp_path / f"{task}.fisher.safetensors"
         fisher = fisher_diagonal(network, [torch.randn(5, 3, 16, 16)])
         save_statistic(fishers[task], fisher, network, data="own")
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    alive = weakref.WeakSet()
     counts = []
     read = StateFile.__getitem__
 
-    def counted(file: StateFile, name: str) -> Tensor:
+    def counted(file, name):
         tensor = read(file, name)
         alive.add(tensor)
         counts.append(len(alive))

@@ -1,9 +1,7 @@
 """The notebooks run from top to bottom on a finished experiment; stored outputs are those of the stored results."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -16,15 +14,15 @@ STORED = ("03_results",)
 """Notebooks that read nothing but what lies beside them: they show the same numbers on every machine."""
 
 
-def code_cells(notebook: Any) -> list[Any]:
+def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def has_picture(cells: Iterable[Any]) -> bool:
+def has_picture(cells):
     return any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
-def shown(notebook: Any) -> list[str]:
+def shown(notebook):
     """Return what the cells print and show, without warnings, pictures and the ids that pandas draws by chance."""
     found = []
     for cell in code_cells(notebook):
@@ -36,7 +34,7 @@ def shown(notebook: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(path, finished, monkeypatch):
     monkeypatch.setenv("COIN_RUN", str(finished))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
@@ -48,7 +46,7 @@ def test_notebook_runs(path: Path, finished: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_committed(path: Path) -> None:
+def test_outputs_are_committed(path):
     cells = code_cells(nbformat.read(path, as_version=4))
     kinds = [output.output_type for cell in cells for output in cell.outputs]
     assert kinds

@@ -1,13 +1,10 @@
 """``coin run`` of networks that people bring: of timm, of Hugging Face, a class and methods of their own."""
 
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import transformers
 from PIL import Image
@@ -17,7 +14,6 @@ from coin.reporting import read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 
-Run = Callable[..., Path]
 SHORT = {"steps": 3, "batch_size": 16, "lr": 1e-3, "augmentation": "none"}
 DISTILLATION = {"class_path": "Distillation", "init_args": SHORT}
 DIGITS = {"class_path": "Digits", "init_args": {"max_train": 80, "max_test": 40}}
@@ -29,17 +25,17 @@ TASKS = {"digits": DIGITS, "letters": LETTERS}
 
 
 @pytest.fixture(autouse=True)
-def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
+def workplace(monkeypatch):
     """Find the examples, and forget this test's folder after it: another's has a module of the same name."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
 
 
-def methods_of(*names: str) -> list[dict[str, Any]]:
+def methods_of(*names):
     return [{"class_path": name} for name in names]
 
 
-def measured(seed: Path, methods: int) -> pd.DataFrame:
+def measured(seed, methods):
     """Check that every method was measured with every decoder and made a network of its own; return their rows."""
     frame = read_results(seed)
     assert (frame[frame["method"] == "oracle"]["nda"] == 1).all()
@@ -52,7 +48,7 @@ def measured(seed: Path, methods: int) -> pd.DataFrame:
 
 
 RESNET = {"layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
-NETWORKS: dict[str, dict[str, Any]] = {
+NETWORKS = {
     "timm's ResNet50": {"name": "timm/resnet50", "image_size": 32, "options": RESNET},
     "Hugging Face's ResNet": {"name": "hf/model", "image_size": 32},
 }
@@ -61,7 +57,7 @@ CLOSED_FORMS = methods_of("Average", "Coin", "Refit")
 
 
 @pytest.mark.parametrize("case", NETWORKS)
-def test_image_classifiers_of_others(case: str, run_small: Run) -> None:
+def test_image_classifiers_of_others(case, run_small):
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     transformers.ResNetConfig(**sizes).save_pretrained("model")
     network = NETWORKS[case]
@@ -91,7 +87,7 @@ def merge(experts, calibration, share=0.5):
 """
 
 
-def test_a_class_and_folders_of_images_of_the_user_s_own(run_small: Run) -> None:
+def test_a_class_and_folders_of_images_of_the_user_s_own(run_small):
     Path("mine.py").write_text(MINE)  # in the working folder
     draw = np.random.default_rng(0)
     tasks = {}
@@ -108,7 +104,7 @@ def test_a_class_and_folders_of_images_of_the_user_s_own(run_small: Run) -> None
     measured(seed, 3)
 
 
-def test_vision_transformers_with_every_method(run_small: Run) -> None:
+def test_vision_transformers_with_every_method(run_small):
     adam = {"epochs": 1, "lr": 0.001, "optimizer": "AdamW"}
     base_task = {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}}
     methods = [*methods_of("RegMean", "HeadFit", "Base", "Refit"), DISTILLATION]
@@ -123,7 +119,7 @@ def test_vision_transformers_with_every_method(run_small: Run) -> None:
 JUDGED = {"good": "yes", "great": "yes", "bad": "no", "poor": "no"}
 
 
-def test_texts_end_to_end(run_small: Run, write_tokenizer: Callable[..., None]) -> None:
+def test_texts_end_to_end(run_small, write_tokenizer):
     words = [*JUDGED, "film", "meal", "was"]
     write_tokenizer("words.json", words)
     tasks = {}
@@ -155,7 +151,7 @@ def test_texts_end_to_end(run_small: Run, write_tokenizer: Callable[..., None]) 
     assert (rows["expert_accuracy"] > 0.9).all()
 
 
-def user(function: str, **options: Any) -> dict[str, Any]:
+def user(function, **options):
     return {"class_path": "UserMethod", "init_args": {"function": function, **options}}
 
 
@@ -169,7 +165,7 @@ OWN_METHODS = [
 ]
 
 
-def test_a_method_of_the_user_s_own_is_a_line(run_small: Run, trained: dict[str, Any]) -> None:
+def test_a_method_of_the_user_s_own_is_a_line(run_small, trained):
     Path("mine.py").write_text(MINE)
     seed = run_small(**trained, methods=OWN_METHODS, code=[[0.5, 0.5]])
     rows = read_results(seed).query("decoder == 'linear'").set_index(["method", "task"])

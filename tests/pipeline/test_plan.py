@@ -1,10 +1,7 @@
 """The plan of an experiment: which option is in which step's key, and where a person sees what steps make."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +10,10 @@ from coin.commands.run import read_experiment
 from coin.data import TaskData
 from coin.errors import CoinError, FileError
 from coin.networks import load_network
-from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import plan, publish
 from coin.pipeline.pool import Launch
 from coin.pipeline.run import execute, run_experiment
-from coin.pipeline.step import Step
 from coin.pipeline.steps.imported import place_config
-
-Read = Callable[..., Experiment]
-Plan = Callable[..., dict[str, Step]]
 
 BASE = {"base", "initial-10", "initial-6"}
 EXPERTS = {"expert-digits", "expert-letters"}
@@ -36,28 +28,28 @@ EVERY = BASE | AFTER_BASE
 
 
 @pytest.fixture
-def read(config: Path, tmp_path: Path) -> Read:
+def read(config, tmp_path):
     """Return a function that reads the small experiment with options."""
     usual = ["-c", str(config), f"--output={tmp_path}", "--replicas=[{bits: 3}]"]
     return lambda *options: read_experiment([*usual, *options])[0]
 
 
 @pytest.fixture
-def planned(read: Read) -> Plan:
+def planned(read):
     """Return a function that plans the small experiment with options: the steps by their names."""
     return lambda *options: {step.name: step for step in plan(read(*options))}
 
 
-def changed(before: dict[str, Step], after: dict[str, Step]) -> set[str]:
+def changed(before, after):
     """Return the names of steps of the later plan that the first one lacks."""
     known = {step.key for step in before.values()}
     return {name for name, step in after.items() if step.key not in known}
 
 
-def test_a_plan_has_every_step_after_what_it_needs(planned: Plan, tmp_path: Path) -> None:
+def test_a_plan_has_every_step_after_what_it_needs(planned, tmp_path):
     steps = planned()
     assert steps.keys() == EVERY
-    done: set[str] = set()
+    done = set()
     for step in steps.values():
         assert {need.key for need in step.needs} <= done
         done.add(step.key)
@@ -86,17 +78,17 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("option", CHANGES)
-def test_an_option_changes_the_keys_of_what_it_changes(option: str, planned: Plan) -> None:
+def test_an_option_changes_the_keys_of_what_it_changes(option, planned):
     assert changed(planned(), planned(option)) == CHANGES[option]
 
 
-def test_seeds_and_experiments_share_what_has_one_key(planned: Plan, read: Read) -> None:
+def test_seeds_and_experiments_share_what_has_one_key(planned, read):
     assert changed(planned("--name=p1"), planned("--name=p2", "--seeds=[1]")) == AFTER_BASE
     both = plan(read("--seeds=[0,1]"))
     assert len(both) == len(BASE) + 2 * len(AFTER_BASE) + 1  # and the report of both
 
 
-def test_statistics_on_other_samples_have_files_of_their_own(read: Read) -> None:
+def test_statistics_on_other_samples_have_files_of_their_own(read):
     pooled = "{class_path: Coin, init_args: {fisher_data: pooled, label: pooled}}"
     steps = plan(read(f"--methods=[{{class_path: Coin}}, {pooled}]"))
     fishers = [step for step in steps if step.name == "fisher-letters"]
@@ -115,8 +107,8 @@ LOGS = {
 
 
 @pytest.mark.parametrize("name", LOGS)
-def test_a_run_of_w_and_b_has_what_it_is_found_and_grouped_by(name: str, planned: Plan) -> None:
-    step: Any = planned("--wandb.tags=[mine]")[name]
+def test_a_run_of_w_and_b_has_what_it_is_found_and_grouped_by(name, planned):
+    step = planned("--wandb.tags=[mine]")[name]
     called, kind, subject = LOGS[name]
     assert (step.log.group, step.log.name, step.log.type) == ("tiny", called, kind)
     assert step.log.tags == (subject, "small_resnet", "mine")
@@ -168,8 +160,8 @@ EDITS = {
 
 @pytest.mark.parametrize("case", EDITS)
 def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
-    case: str, planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    case, planned, tmp_path, monkeypatch
+):
     option, edited, edit, expected = EDITS[case]
     folder = tmp_path / "code"
     (folder / "parts").mkdir(parents=True)
@@ -177,7 +169,7 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(folder)
 
-    def forget() -> None:
+    def forget():
         for module in ("own_classes", "parts", "parts.sizes"):
             sys.modules.pop(module, None)
 
@@ -189,8 +181,8 @@ def test_an_edited_class_of_the_user_s_changes_the_keys_of_what_it_makes(
     assert changed(before, planned(METHOD, option)) == expected
 
 
-def test_imported_experts_are_known_by_their_contents(planned: Plan, tmp_path: Path) -> None:
-    def with_expert(name: str, contents: str) -> dict[str, Step]:
+def test_imported_experts_are_known_by_their_contents(planned, tmp_path):
+    def with_expert(name, contents):
         path = tmp_path / name
         path.write_text(contents)
         return planned(f"--expert.checkpoints={{digits: {path}}}")
@@ -201,7 +193,7 @@ def test_imported_experts_are_known_by_their_contents(planned: Plan, tmp_path: P
     assert changed(first, with_expert("b.safetensors", "others")) == AFTER_DIGITS
 
 
-def test_a_folder_of_hugging_face_s_is_known_by_its_files(tmp_path: Path) -> None:
+def test_a_folder_of_hugging_face_s_is_known_by_its_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("weights")
     before = place_config(f"hf/{tmp_path}")
@@ -211,16 +203,14 @@ def test_a_folder_of_hugging_face_s_is_known_by_its_files(tmp_path: Path) -> Non
     assert place_config("hf/some/id") == {"place": "hf/some/id", "contents": {}, "files": []}
 
 
-def write(step: Step, **files: str) -> None:
+def write(step, **files):
     """Write the files of a step."""
     step.folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (step.folder / f"{name}.csv").write_text(text)
 
 
-def test_links_lead_to_the_latest_and_leave_what_was_made_before(
-    planned: Plan, tmp_path: Path
-) -> None:
+def test_links_lead_to_the_latest_and_leave_what_was_made_before(planned, tmp_path):
     place = tmp_path / "tiny/seed-0/experts/digits"
     first = planned()["expert-digits"]
     second = planned("--expert.lr=0.3")["expert-digits"]
@@ -237,10 +227,8 @@ def test_links_lead_to_the_latest_and_leave_what_was_made_before(
         second.publish()
 
 
-def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(
-    read: Read, tmp_path: Path
-) -> None:
-    def show(option: str, **files: str) -> None:
+def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(read, tmp_path):
+    def show(option, **files):
         experiment = read(option)
         steps = plan(experiment)
         (evaluation,) = (step for step in steps if step.name == "evaluate")
@@ -256,11 +244,9 @@ def test_a_seed_s_folder_shows_the_latest_evaluation_beside_what_somebody_wrote(
     assert shown == {"results.csv": "3", "mine.csv": "mine"}
 
 
-def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
-    read: Read, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(read, monkeypatch):
     loaded = set()
-    run: list[str] = []
+    run = []
     monkeypatch.setattr(TaskData, "load", lambda task: loaded.add(type(task).__name__))
     monkeypatch.setattr(TaskData, "prepare_data", lambda task: loaded.add(type(task).__name__))
     monkeypatch.setattr("coin.pipeline.run.execute", lambda step, _: run.append(step.name))
@@ -273,9 +259,7 @@ def test_a_part_of_an_experiment_reads_the_data_of_its_tasks_alone(
         run_experiment(read(), Launch(), lambda *_: None, only="nothing")
 
 
-def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
-    read: Read, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_too_few_samples_for_any_promise_are_told_of_at_the_start(read, recwarn):
     experiment = read()
     for samples in (0, 148, 149):
         experiment.calibration = replace(experiment.calibration, promise_samples=samples)
@@ -286,13 +270,13 @@ def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
 
 
 @pytest.mark.parametrize("option", ["samples_per_task", "promise_samples"])
-def test_too_few_samples_are_told_of_before_any_training(option: str, read: Read) -> None:
+def test_too_few_samples_are_told_of_before_any_training(option, read):
     experiment = read(f"--calibration.{option}=199")
     with pytest.raises(CoinError, match=r"found 199 .* samples of letters, expected at most"):
         experiment.check_data(["letters"])
 
 
-def test_experts_of_different_class_counts_start_from_one_body(planned: Plan) -> None:
+def test_experts_of_different_class_counts_start_from_one_body(planned):
     steps = planned("--base=null")
     states = {}
     for name in ("initial-10", "initial-6"):

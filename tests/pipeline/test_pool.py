@@ -3,16 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import cloudpickle
 import pytest
 
-from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.files.safetensors import load_state
 from coin.pipeline import pool
@@ -29,7 +26,7 @@ class Elsewhere(Step):
 
     parts: tuple[Step, ...] = ()
 
-    def run(self) -> None:
+    def run(self):
         raise NotImplementedError
 
 
@@ -37,7 +34,7 @@ class Here(Elsewhere):
     remote = False
 
 
-NEEDS: dict[str, list[str]] = {
+NEEDS = {
     "first": [],
     "a": ["first"],
     "wrong": ["first"],  # which fails
@@ -49,8 +46,8 @@ NEEDS: dict[str, list[str]] = {
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> dict[str, Step]:
-    steps: dict[str, Step] = {}
+def planned(tmp_path):
+    steps = {}
     for name, needs in NEEDS.items():
         kind = Here if name in ("first", "two") else Elsewhere
         parts = tuple(steps[need] for need in needs)
@@ -59,14 +56,14 @@ def planned(tmp_path: Path) -> dict[str, Step]:
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Any:
+def experiment(tmp_path):
     return SimpleNamespace(
         name="x", seeds=[0], folder=tmp_path / "x", trainer={}, of_seeds=lambda _: {}
     )
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def jobs(monkeypatch):
     """Six cores and two GPUs; jobs that find their function, without importing torch first."""
     monkeypatch.setattr("coin.pipeline.pool.cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -80,8 +77,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("jobs")
 def test_jobs_that_fail_stop_the_next_stage_and_each_has_its_share_of_the_machine(
-    planned: dict[str, Step], experiment: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+    planned, experiment, capsys
+):
     expected = r"3 of 5 steps are not done, the first of them wrong: job \d+: ValueError: the last word of wrong-"
     with pytest.raises(CoinError, match=expected):
         run_as_jobs(experiment, planned.values(), LOCAL, finish)
@@ -93,7 +90,7 @@ def test_jobs_that_fail_stop_the_next_stage_and_each_has_its_share_of_the_machin
     assert [line.partition(": ")[2] for line in lines] == ["a", "c", "wrong"]
 
 
-def is_alive(process: int) -> bool:
+def is_alive(process):
     try:
         return ") Z" not in Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:
@@ -102,16 +99,16 @@ def is_alive(process: int) -> bool:
 
 @pytest.mark.usefixtures("jobs")
 def test_jobs_of_this_machine_end_with_the_command_and_share_too_few_gpus(
-    planned: dict[str, Step], experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    planned, experiment, tmp_path, monkeypatch
+):
     monkeypatch.setenv("JOB_SECONDS", "600")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
 
-    def processes() -> list[int]:
+    def processes():
         texts = [path.read_text() for path in tmp_path.glob(".steps/*/process")]
         return [int(text) for text in texts if text]
 
-    def interrupted(_: object) -> None:
+    def interrupted(_):
         while len(processes()) < 2:
             time.sleep(0.1)
         raise KeyboardInterrupt
@@ -135,7 +132,7 @@ SLURM = {
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+def slurm(tmp_path, monkeypatch):
     """A cluster that runs nothing; a function that returns the scripts that were submitted to it."""
     folder = tmp_path / "slurm"
     (folder / "submitted").mkdir(parents=True)
@@ -145,7 +142,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
-    def submitted() -> list[str]:
+    def submitted():
         numbers = sorted((folder / "submitted").iterdir(), key=lambda path: int(path.name))
         return [path.read_text() for path in numbers]
 
@@ -153,8 +150,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
 
 
 def test_a_stage_is_an_array_after_the_earlier_ones_of_what_is_neither_done_nor_queued(
-    planned: dict[str, Step], experiment: Any, slurm: Callable[[], list[str]], tmp_path: Path
-) -> None:
+    planned, experiment, slurm, tmp_path
+):
     launch = Launch("slurm", 2, {"slurm_additional_parameters": {"account": "mine"}})
     expected = "5 of 5 steps are not done, the first of them a: job 1_0: cancelled or killed"
     with pytest.raises(CoinError, match=expected):
@@ -175,26 +172,19 @@ def test_a_stage_is_an_array_after_the_earlier_ones_of_what_is_neither_done_nor_
     assert "--dependency=afterok:1_1:3\n" in fourth
 
 
-def test_where_jobs_are_submitted_no_gpu_is_needed(
-    config: Path,
-    slurm: Callable[[], list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_jobs_are_submitted_no_gpu_is_needed(run, slurm, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    options = ["--launch.cluster=slurm", "--trainer={accelerator: gpu}"]
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
+    assert run("--launch.cluster=slurm", "--trainer={accelerator: gpu}") == 2
     assert "steps are not done, the first of them base: job 1: cancelled" in capsys.readouterr().err
     assert len(slurm()) > 3
 
 
-def test_what_submitit_requeues_is_the_same_job(tmp_path: Path) -> None:
+def test_what_submitit_requeues_is_the_same_job(tmp_path):
     job = Job(finish, tmp_path, ["a"])
     assert job.checkpoint().function == job
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED = [
     ({"workers": 0}, "workers=0"),
     ({"workers": 2}, "launch.workers=2 and no launch.cluster; set "),
     (
@@ -205,7 +195,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_a_section_that_means_nothing_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_section_that_means_nothing_is_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         Launch(**options)
 
@@ -214,9 +204,7 @@ def test_a_section_that_means_nothing_is_refused(options: dict[str, Any], messag
     ("running", "trainer"),
     [("2", {}), ("1", {"devices": 2}), ("1", {"num_nodes": 2}), ("1", {"devices": [0, 1]})],
 )
-def test_jobs_of_several_processes_are_refused(
-    running: str, trainer: dict[str, Any], experiment: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_of_several_processes_are_refused(running, trainer, experiment, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", running)
     experiment.trainer = trainer
     with pytest.raises(ConfigurationError, match="that share every training, and a launch section"):
@@ -224,9 +212,7 @@ def test_jobs_of_several_processes_are_refused(
 
 
 @pytest.mark.parametrize("devices", ["auto", 1, "1", [0], -1])
-def test_a_device_that_each_job_finds_is_no_several_processes(
-    devices: Any, experiment: Any
-) -> None:
+def test_a_device_that_each_job_finds_is_no_several_processes(devices, experiment):
     experiment.trainer = {"devices": devices}
     check_launch(experiment, LOCAL)
 
@@ -234,17 +220,14 @@ def test_a_device_that_each_job_finds_is_no_several_processes(
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_an_option_that_submitit_does_not_know_is_told_before_anything_runs(
-    more: list[str], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more]
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 2
+    more, run, tmp_path, capsys
+):
+    assert run("--launch.cluster=slurm", "--launch.slurm={timeout_mni: 9}", *more) == 2
     assert "cannot submit jobs with {'timeout_mni': 9}" in capsys.readouterr().err
     assert not (tmp_path / ".steps").exists()
 
 
-def test_what_is_not_installed_is_named(
-    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_is_named(experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="found no srun on this machine"):
         check_launch(experiment, Launch("slurm"))
@@ -256,18 +239,10 @@ def test_what_is_not_installed_is_named(
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_reports")
 def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
-    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launch = ["--launch.cluster=local", "--launch.workers=2"]
-    command = [
-        "run",
-        "-c",
-        str(config),
-        f"--output={tmp_path}",
-        "--methods=[{class_path: Coin}]",
-        *launch,
-    ]
-    assert main(command) == 0
+    finished, run, tmp_path, capsys
+):
+    launch = ["--launch.cluster=local", "--launch.workers=2", "--methods=[{class_path: Coin}]"]
+    assert run(*launch) == 0
     place = "seed-0/statistics/letters.fisher.safetensors"
     expected, _ = load_state(finished / place)
     found, _ = load_state(tmp_path / "tiny" / place)
@@ -278,5 +253,5 @@ def test_an_experiment_by_jobs_of_this_machine_is_that_of_one_process(
     assert submitted >= {"base", "expert-digits", "fisher-letters", "evaluate"}
     assert not [name for name in submitted if name.startswith(("initial", "report"))]
     capsys.readouterr()
-    assert main(command) == 0
+    assert run(*launch) == 0
     assert "job" not in capsys.readouterr().err

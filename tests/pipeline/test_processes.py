@@ -36,7 +36,7 @@ CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def results(folder: Path) -> pd.DataFrame:
+def results(folder):
     """Return the rows of the closed forms, but for their times."""
     frame = read_results(folder / "shared/seed-0")
     rows = frame[frame["method"] != "distillation"]
@@ -45,7 +45,7 @@ def results(folder: Path) -> pd.DataFrame:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_reports")
-def test_two_processes_run_an_experiment_together(tmp_path: Path) -> None:
+def test_two_processes_run_an_experiment_together(tmp_path):
     Path("shared.yaml").write_text(CONFIG)
     two = tmp_path / "two"
     trainer = "--trainer={accelerator: cpu, devices: 2, strategy: ddp}"
@@ -85,9 +85,7 @@ def test_two_processes_run_an_experiment_together(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(results(two), results(one), rtol=1e-4)
 
 
-def test_processes_without_a_trainer_for_them_are_refused(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_without_a_trainer_for_them_are_refused(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["run", "-c", str(config)]) == 2
+    assert run() == 2
     assert "found WORLD_SIZE=2 and a trainer section for one process" in capsys.readouterr().err

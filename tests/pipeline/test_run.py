@@ -4,9 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -36,7 +34,7 @@ EXPERTS = {"expert-digits", "expert-letters"}
 EVERY = {"base", "initial-10", "initial-6", *EXPERTS, *FISHERS, *MERGES, "evaluate", "report"}
 
 
-def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
+def test_results_hold_every_method_decoder_and_task(finished):
     frame = read_results(finished / "seed-0")
     expected = {("oracle", "linear"), ("none", "ridge"), ("none", "feature_ridge")}
     expected |= set(product(METHODS, ("linear", "ridge", "feature_ridge")))
@@ -51,7 +49,7 @@ def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
         assert set(rows["batchnorm"].map(requested_policy)) == {policy}
 
 
-def test_coded_models_and_experts_say_what_made_them(finished: Path) -> None:
+def test_coded_models_and_experts_say_what_made_them(finished):
     coin = load_provenance(finished / "seed-0/coded/coin.safetensors")
     assert (coin["code"], coin["row"], coin["samples_per_task"]) == ([[0.4, 0.6]], 0, 24)
     assert (coin["tasks"], coin["class_counts"]) == (["digits", "letters"], [10, 6])
@@ -65,47 +63,36 @@ def test_coded_models_and_experts_say_what_made_them(finished: Path) -> None:
     assert [*expert["sha256"].values()] == [sha256_of(finished / "base/initial-6.safetensors")]
 
 
-@pytest.fixture
-def run(config: Path, copied: Path) -> Callable[..., int]:
-    """Return a function that runs the small experiment with options, where a finished one lies."""
-    return lambda *options: main(["run", "-c", str(config), f"--output={copied.parent}", *options])
-
-
-def name_of(folder: str) -> str:
+def name_of(folder):
     """Return the name of the step with this folder."""
     return folder.rpartition("-")[0]
 
 
-def finished_steps(store: Path) -> list[str]:
+def finished_steps(store):
     """Return the names of the finished steps."""
     return sorted(name_of(path.parent.name) for path in store.glob("*/done.json"))
 
 
-def written(folder: Path) -> dict[Path, int]:
+def written(folder):
     """Return when every file below a folder was written, but for locks."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_one_step_runs_with_what_it_needs_and_nothing_else(
-    finished: Path, config: Path, tmp_path: Path
-) -> None:
-    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=fisher-letters"]
-    assert main(command) == 0
+def test_one_step_runs_with_what_it_needs_and_nothing_else(finished, run, tmp_path):
+    assert run("--only=fisher-letters") == 0
     expected = ["base", "expert-letters", "fisher-letters", "initial-10", "initial-6"]
     assert finished_steps(tmp_path / ".steps") == expected
     place = "seed-0/statistics/letters.fisher.safetensors"
     assert same_tensors(tmp_path / "tiny" / place, finished / place)
 
 
-def same_tensors(one: Path, other: Path) -> bool:
+def same_tensors(one, other):
     return fingerprint(load_state(one)[0]) == fingerprint(load_state(other)[0])
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_a_changed_option_makes_anew_what_depends_on_it_and_back_again_nothing(
-    copied: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_option_makes_anew_what_depends_on_it_and_back_again_nothing(copied, run, capsys):
     store = copied.parent / ".steps"
     option = "--calibration.samples_per_task=20"
     again = [*FISHERS, *MERGES, "evaluate", "report"]
@@ -132,10 +119,10 @@ def test_a_changed_option_makes_anew_what_depends_on_it_and_back_again_nothing(
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_what_was_just_run_is_shown_and_nothing_else(copied: Path, run: Callable[..., int]) -> None:
+def test_what_was_just_run_is_shown_and_nothing_else(copied, run):
     seed = copied / "seed-0"
 
-    def shown(room: str) -> set[str]:
+    def shown(room):
         return {path.stem for path in (seed / room).iterdir()}
 
     average = "--methods=[{class_path: Average}]"
@@ -152,17 +139,12 @@ def test_what_was_just_run_is_shown_and_nothing_else(copied: Path, run: Callable
 
 
 @pytest.mark.usefixtures("no_reports")
-def test_an_interrupted_change_leaves_what_is_shown_as_it_was(
-    copied: Path,
-    run: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def shown() -> dict[Path, Path]:
+def test_an_interrupted_change_leaves_what_is_shown_as_it_was(copied, run, capsys, monkeypatch):
+    def shown():
         links = {path: path.readlink() for path in copied.rglob("*") if path.is_symlink()}
         return {path: target for path, target in links.items() if ".steps" in target.parts}
 
-    def interrupt(_: object) -> None:
+    def interrupt(_):
         raise KeyboardInterrupt
 
     before = shown()
@@ -182,15 +164,13 @@ def test_an_interrupted_change_leaves_what_is_shown_as_it_was(
     assert shown().items() >= before.items()
 
 
-def same_numbers(one: Path, other: Path) -> None:
+def same_numbers(one, other):
     times = ["merge_seconds", "decoder_seconds"]
     expected = read_results(other).drop(columns=times)
     pd.testing.assert_frame_equal(read_results(one).drop(columns=times), expected, check_exact=True)
 
 
-def test_a_killed_run_of_a_folder_s_configuration_goes_on_to_the_same_files(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_of_a_folder_s_configuration_goes_on_to_the_same_files(finished, tmp_path):
     config = finished / "seed-0/config.yaml"
     command = ["run", "-c", str(config), f"--output={tmp_path}"]
     process = subprocess.Popen(

@@ -2,23 +2,21 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
-from torch import nn
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def study(monkeypatch):
     """The study, of the untouched expert, and of one whose last layer's answers are turned around."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
     from notebooks import silent_faults
 
-    def faults(expert: nn.Module, start: nn.Module) -> dict[str, nn.Module]:
+    def faults(expert, start):
         same, turned = (silent_faults.between(start, expert, 1.0) for _ in range(2))
         turned.fc.weight.neg_()
         return {"none": expert, "all the way": same, "turned": turned}
@@ -28,14 +26,14 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def rows(finished: Path, study: ModuleType) -> pd.DataFrame:
+def rows(finished, study):
     (seed,) = finished.glob("seed-*")
     rows = pd.DataFrame(study.measure(seed, "average", [4], 40))
     assert set(rows.method) == {"average", "none"}
     return rows[rows.method == "average"]
 
 
-def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows: pd.DataFrame) -> None:
+def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows):
     turned = rows[rows.fault == "turned"]
     assert set(turned.task) == set(rows.task)
     assert (turned.faulty_accuracy < turned.expert_accuracy).all()

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +26,7 @@ class Write(Step):
     parts: tuple["Write", ...] = ()
     work: Callable[[], None] = lambda: None
 
-    def run(self) -> None:
+    def run(self):
         self.work()
         parts = [part.output.read_text() for part in self.parts]
         self.output.write_text("".join([*parts, self.config.get("option", "")]))
@@ -44,11 +42,11 @@ class NewerWrite(Write):
 NewerWrite.__name__ = "Write"
 
 
-def write(folder: Path, name: str = "a", *parts: Write, **config: Any) -> Write:
+def write(folder, name="a", *parts, **config):
     return Write(name=name, store=folder / ".steps", parts=parts, config=config)
 
 
-def test_a_key_follows_options_needs_files_and_version(tmp_path: Path) -> None:
+def test_a_key_follows_options_needs_files_and_version(tmp_path):
     for name, text in (("one", "1"), ("copy", "1"), ("two", "2")):
         (tmp_path / name).write_text(text)
     part = write(tmp_path, "part", option="x")
@@ -68,9 +66,7 @@ def test_a_key_follows_options_needs_files_and_version(tmp_path: Path) -> None:
     assert len({key, *(step.key for step in others)}) == 1 + len(others)
 
 
-def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(tmp_path, capsys):
     first = write(tmp_path, "first", option="x")
     second = write(tmp_path, "second", option="y")
     both = write(tmp_path, "both", first, second, option="z")
@@ -87,9 +83,7 @@ def test_a_step_is_finished_once_and_its_folder_is_not_touched_again(
     assert capsys.readouterr().err.splitlines()[-1] == "both: up to date"
 
 
-def test_a_step_of_another_version_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_of_another_version_is_told_of(tmp_path, monkeypatch, capsys):
     made = write(tmp_path)
     execute(made, "made")
     current = versions()
@@ -100,8 +94,8 @@ def test_a_step_of_another_version_is_told_of(
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
-def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) -> None:
-    def fail() -> None:
+def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path):
+    def fail():
         (made.folder / "half").touch()
         (made.folder / ".out.0.tmp").touch()
         raise OSError("no space")
@@ -117,10 +111,10 @@ def test_what_fails_is_not_finished_and_goes_on_in_its_folder(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:waiting for a:coin.errors.CoinWarning")
-def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
-    runs: list[int] = []
+def test_two_commands_do_a_step_once(tmp_path):
+    runs = []
 
-    def work() -> None:
+    def work():
         runs.append(1)
         time.sleep(0.5)
 
@@ -131,22 +125,22 @@ def test_two_commands_do_a_step_once(tmp_path: Path) -> None:
     assert runs == [1]
 
 
-def test_a_folder_that_takes_no_lock_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_lock_is_one_line(tmp_path):
     (tmp_path / ".steps").touch()
     with pytest.raises(FileError, match=r"cannot lock .*: Not a directory; choose an output"):
         execute(write(tmp_path), "a")
 
 
-def draw(path: Path, value: int) -> None:
+def draw(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path)
 
 
-def test_test_images_are_in_no_key_of_a_training(tmp_path: Path) -> None:
+def test_test_images_are_in_no_key_of_a_training(tmp_path):
     for split, name in product(("train", "test"), ("a", "b")):
         draw(tmp_path / split / name / "0.png", 0)
 
-    def configs() -> list[Any]:
+    def configs():
         """Return what decides which samples are read without tests, and with them."""
         task = ImageFolder(str(tmp_path))
         return [task_config({}, task, with_tests=each) for each in (False, True)]
@@ -159,8 +153,8 @@ def test_test_images_are_in_no_key_of_a_training(tmp_path: Path) -> None:
     assert configs()[0] != training
 
 
-def test_where_a_downloaded_set_lies_changes_no_key() -> None:
-    def config(**options: Any) -> dict[str, Any]:
+def test_where_a_downloaded_set_lies_changes_no_key():
+    def config(**options):
         return task_config({"init_args": options}, MNIST(**options), with_tests=True)
 
     assert config() == config(root="elsewhere", download=False)

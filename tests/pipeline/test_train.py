@@ -1,17 +1,11 @@
 """One network's training as a step of an experiment, killed and started again."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from coin.callbacks import ExpertExport, Weights
 from coin.files.safetensors import load_state
 from coin.modules import Expert
-from coin.networks import NetworkConfig
 from coin.pipeline.config import ExpertConfig
 from coin.pipeline.steps.train import TrainNetwork
 from coin.tracking.runs import RunLog
@@ -22,12 +16,10 @@ class KilledError(Exception):
 
 
 @pytest.fixture
-def train(
-    tmp_path: Path, synthetic: Any, small_config: NetworkConfig
-) -> Callable[..., dict[str, Tensor]]:
+def train(tmp_path, synthetic, small_config):
     """Return a function that trains an expert for four epochs of four steps each."""
 
-    def run(folder: str, weights: Weights) -> dict[str, Tensor]:
+    def run(folder, weights):
         step = TrainNetwork(
             name="expert",
             store=tmp_path / folder,
@@ -53,25 +45,20 @@ KILLS = [
 
 @pytest.mark.parametrize(("weights", "last_step", "repeated"), KILLS)
 def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undisturbed_one_ends(
-    weights: Weights,
-    last_step: int,
-    repeated: range,
-    train: Callable[..., dict[str, Tensor]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    taken: list[int] = []
-    kills: list[int] = []
+    weights, last_step, repeated, train, tmp_path, monkeypatch
+):
+    taken = []
+    kills = []
     training_step = Expert.training_step
     on_train_end = ExpertExport.on_train_end
 
-    def noted(module: Expert, batch: Any, batch_idx: int) -> Any:
+    def noted(module, batch, batch_idx):
         if module.global_step in kills:
             raise KilledError
         taken.append(module.global_step)
         return training_step(module, batch, batch_idx)
 
-    def exported(export: ExpertExport, trainer: Any, module: Expert) -> None:
+    def exported(export, trainer, module):
         if module.global_step in kills:
             raise KilledError
         on_train_end(export, trainer, module)

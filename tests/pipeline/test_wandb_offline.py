@@ -1,9 +1,7 @@
 """What an experiment leaves for W&B, read back from its files alone, offline."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,13 +11,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(
-    finished: Path, read_wandb: Callable[[Path], list[dict[str, Any]]]
-) -> dict[str, dict[str, list[Any]]]:
+def runs(finished, read_wandb):
     """The records of the experiment's runs, by the names of the runs and the records' types."""
     found = {}
     for folder in finished.glob("*/wandb/offline-run-*"):
-        by_type: dict[str, list[Any]] = {}
+        by_type = {}
         for record in read_wandb(folder):
             kind = record["type"]
             by_type.setdefault(kind, []).append(record[kind])
@@ -36,7 +32,7 @@ CURVES = {
 }
 
 
-def test_every_training_has_a_run_with_curves_against_epochs(runs: dict[str, Any]) -> None:
+def test_every_training_has_a_run_with_curves_against_epochs(runs):
     assert runs.keys() == {*CURVES, "tiny-seed-0-evaluate"}
     for name, curves in CURVES.items():
         # By full names: of several patterns that fit, Lightning's * among them, W&B takes any.
@@ -46,9 +42,7 @@ def test_every_training_has_a_run_with_curves_against_epochs(runs: dict[str, Any
         assert set().union(*logged) >= {*curves, "epoch"}
 
 
-def test_the_evaluation_s_table_and_artifacts_are_in_the_seed_s_folder(
-    runs: dict[str, Any], finished: Path
-) -> None:
+def test_the_evaluation_s_table_and_artifacts_are_in_the_seed_s_folder(runs, finished):
     wandb = finished / "seed-0/wandb"
     (table,) = wandb.glob("offline-run-*/files/media/table/results_*.table.json")
     rows = json.loads(table.read_text(encoding="utf-8"))["data"]

@@ -4,11 +4,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,22 +22,20 @@ from coin.tracking.runs import RunLog
 from coin.tracking.settings import check_connection, run_environment
 from tests.reporting.conftest import measured
 
-Records = dict[str, list[Any]]
-
 
 @pytest.fixture
-def log(tmp_path: Path) -> RunLog:
+def log(tmp_path):
     return RunLog(tmp_path, "group", "method", "name", ("two", "x" * 100), {"lr": 0.1})
 
 
 @pytest.fixture
-def logged(tmp_path: Path, read_wandb: Any) -> Callable[[], list[Records]]:
+def logged(tmp_path, read_wandb):
     """Return a function that returns the records of every offline run, by their types."""
 
-    def read() -> list[Records]:
+    def read():
         runs = []
         for folder in tmp_path.glob("wandb/offline-run-*"):
-            found: Records = {}
+            found = {}
             for record in read_wandb(folder):
                 kind = record["type"]
                 found.setdefault(kind, []).append(record[kind])
@@ -50,13 +45,7 @@ def logged(tmp_path: Path, read_wandb: Any) -> Callable[[], list[Records]]:
     return read
 
 
-def test_a_run_has_the_user_s_project_and_tags(
-    log: RunLog,
-    logged: Callable[[], list[Records]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_has_the_user_s_project_and_tags(log, logged, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "one, two")
     with log.open(tmp_path / "step"):
@@ -69,9 +58,7 @@ def test_a_run_has_the_user_s_project_and_tags(
     assert started["config"]["update"]["lr"] == 0.1
 
 
-def test_what_failed_goes_on_in_its_run(
-    log: RunLog, logged: Callable[[], list[Records]], tmp_path: Path
-) -> None:
+def test_what_failed_goes_on_in_its_run(log, logged, tmp_path):
     with pytest.raises(KeyError), log.open(tmp_path / "step"):
         raise KeyError
     with log.open(tmp_path / "step"):
@@ -81,10 +68,8 @@ def test_what_failed_goes_on_in_its_run(
     assert len({run["run"][0]["run_id"] for run in runs}) == 1
 
 
-def test_a_run_that_w_and_b_does_not_take_is_a_warning(
-    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(**_: Any) -> None:
+def test_a_run_that_w_and_b_does_not_take_is_a_warning(log, tmp_path, monkeypatch):
+    def fail(**_):
         raise ConnectionError("gone")
 
     monkeypatch.setattr("coin.tracking.runs.WandbLogger", fail)
@@ -96,7 +81,7 @@ def test_a_run_that_w_and_b_does_not_take_is_a_warning(
 
 
 @pytest.fixture
-def evaluation() -> tuple[list[Any], dict[str, Any]]:
+def evaluation():
     """Rows and confusions of two tasks, lost alone and together, with compressed models and copies."""
     rows = measured(0)
     for row in list(rows):
@@ -110,18 +95,16 @@ def evaluation() -> tuple[list[Any], dict[str, Any]]:
     return rows, confusions
 
 
-def test_an_evaluation_reads_back_whole(
-    evaluation: Any, log: RunLog, logged: Callable[[], list[Records]], tmp_path: Path
-) -> None:
+def test_an_evaluation_reads_back_whole(evaluation, log, logged, tmp_path):
     rows, confusions = evaluation
     digits = [f"digit {number}" for number in range(10)]
     with log.open(tmp_path / "step") as loggers:
-        run: Any = loggers[1].experiment
+        run = loggers[1].experiment
         log_evaluation(run, rows, confusions, {"a": digits, "b": digits})
 
     (records,) = logged()
     assert len(records["history"]) == 1  # tables and pictures; numbers are the summary's
-    summary: dict[str, Any] = {}
+    summary = {}
     for record in records["summary"]:
         summary |= record.get("update", {})
     frame = pd.DataFrame([vars(row) for row in rows])
@@ -143,7 +126,7 @@ def test_an_evaluation_reads_back_whole(
 
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
 
-    def table(name: str) -> dict[str, Any]:
+    def table(name):
         (file,) = media.glob(f"table/{name}_*.table.json")
         return json.loads(file.read_text(encoding="utf-8"))
 
@@ -156,9 +139,7 @@ def test_an_evaluation_reads_back_whole(
     assert list(media.glob("images/nda_against_memory_*"))
 
 
-def test_the_environment_is_offline_unless_the_user_says_and_put_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_is_offline_unless_the_user_says_and_put_back(tmp_path, monkeypatch):
     folder = tmp_path / "seed-0"
     monkeypatch.setenv("WANDB_DIR", "/elsewhere")
     with run_environment(folder):
@@ -173,7 +154,7 @@ def test_the_environment_is_offline_unless_the_user_says_and_put_back(
 
 
 @pytest.mark.usefixtures("online")
-def test_online_without_a_server_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_without_a_server_is_one_line_of_advice(monkeypatch):
     check_connection("offline")
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
         taken.bind(("127.0.0.1", 0))
@@ -188,7 +169,7 @@ LOGGED = ["nda_mean_best", "confusion/a_table", "_step", "nda/replica-3bit/repli
 LOGGED += ["nda/none/linear", "nda/coin/linear", "nda/refit-4bit/ridge"]
 
 
-def test_a_workspace_has_bars_of_all_methods_of_a_decoder_beside_memory_and_tables() -> None:
+def test_a_workspace_has_bars_of_all_methods_of_a_decoder_beside_memory_and_tables():
     spec = workspace("me", "coin", LOGGED, group="quickstart")._to_model().spec
     section = spec.model_dump(by_alias=True, exclude_none=True)["section"]  # sent to W&B
     panels = {}
@@ -208,7 +189,7 @@ def test_a_workspace_has_bars_of_all_methods_of_a_decoder_beside_memory_and_tabl
     assert "quickstart" in str(runs["filters"])
 
 
-def test_without_an_evaluation_there_is_no_workspace() -> None:
+def test_without_an_evaluation_there_is_no_workspace():
     message = "found no run of an evaluation in 'me/coin', group 'g'"
     with pytest.raises(ConfigurationError, match=message):
         workspace("me", "coin", ["val/accuracy"], group="g")
@@ -223,9 +204,7 @@ MISTAKES = {
 
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("expected", MISTAKES)
-def test_a_dashboard_that_cannot_be_is_one_line(
-    expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dashboard_that_cannot_be_is_one_line(expected, monkeypatch, capsys):
     mode, missing = MISTAKES[expected]
     monkeypatch.setenv("WANDB_MODE", mode)
     for module in missing:
@@ -235,20 +214,18 @@ def test_a_dashboard_that_cannot_be_is_one_line(
     assert expected in line
 
 
-def test_a_server_s_runs_become_a_workspace_with_an_address(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_s_runs_become_a_workspace_with_an_address(monkeypatch, capsys):
     asked = []
     sent = []
 
     class Api:
         default_entity = "me"
 
-        def runs(self, path: str, filters: Any, order: str) -> list[SimpleNamespace]:
+        def runs(self, path, filters, order):
             asked.append((path, filters))
             return [SimpleNamespace(summary=dict.fromkeys(LOGGED, 0))]
 
-    def upsert(view: Any) -> dict[str, Any]:
+    def upsert(view):
         sent.append((view.entity, view.project, view.display_name))
         return {"upsertView": {"view": {"name": "nw-abc-v", "id": "1"}}}
 

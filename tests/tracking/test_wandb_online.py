@@ -1,7 +1,6 @@
 """Commands that are to log online and cannot, W&B's failure at the very end, and the loggers that ship."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import wandb
@@ -22,9 +21,7 @@ RUN = ["run", "--name=x", f"--tasks={TASKS}", "--methods=[{class_path: Average}]
 
 @pytest.mark.usefixtures("online", "elsewhere")
 @pytest.mark.parametrize("command", [RUN, FIT])
-def test_a_command_that_cannot_log_online_says_so_before_it_writes(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_cannot_log_online_says_so_before_it_writes(command, capsys):
     assert main(command) == 2
     expected = "coin: error: W&B is to work online, but there is no W&B API key; run `wandb login`"
     assert expected in capsys.readouterr().err
@@ -32,14 +29,9 @@ def test_a_command_that_cannot_log_online_says_so_before_it_writes(
 
 
 def test_results_stand_where_w_and_b_fails_at_the_very_end(
-    synthetic: Any,
-    write_experts: Any,
-    write_coded: Any,
-    make_trainer: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
+    synthetic, write_experts, write_coded, make_trainer, tmp_path, monkeypatch
+):
+    def broken(*_, **__):
         raise BrokenPipeError("the service is gone")
 
     experts = write_experts([3, 2])
@@ -63,7 +55,7 @@ SHORT = """--model.options={"width":4} --model.image_size=16 --data.image_size=1
 @pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", ["csv", "wandb"])
-def test_shipped_loggers_log_a_training_run(name: str, read_wandb: Any) -> None:
+def test_shipped_loggers_log_a_training_run(name, read_wandb):
     assert main([*FIT, "-c", str(CONFIGS / f"logger/{name}.yaml"), *SHORT.split()]) == 0
     if wandb.run is not None:
         wandb.run.finish()

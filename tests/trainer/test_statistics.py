@@ -1,8 +1,6 @@
 """The statistics that a Trainer computes: the pass of the function, over tasks, of checkpoints."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +12,12 @@ from coin.modules import Expert
 from coin.networks import load_network
 from coin.statistics import FisherKind, FisherOptions, fisher_sums
 from coin.statistics.files import open_statistic
-from coin.trainer import Trainer
 
-MakeTrainer = Callable[..., Trainer]
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 
 
 @pytest.fixture
-def tasks(synthetic: Any) -> Tasks:
+def tasks(synthetic):
     members = {"a": synthetic(key=1), "b": synthetic(key=2)}
     tasks = Tasks(members, 10, batch_size=8, seed=3)
     tasks.setup()
@@ -37,14 +33,8 @@ CASES = [
 
 @pytest.mark.parametrize(("samples", "kind", "draws"), CASES)
 def test_fisher_is_that_of_the_function_over_a_task_or_over_several(
-    samples: str,
-    kind: FisherKind,
-    draws: int | None,
-    tasks: Tasks,
-    synthetic: Any,
-    make_trainer: MakeTrainer,
-    tmp_path: Path,
-) -> None:
+    samples, kind, draws, tasks, synthetic, make_trainer, tmp_path
+):
     expert = Expert(**SMALL, num_classes=3, initial_seed=4).double()
     data = {"own": synthetic(seed=6), "pooled": tasks}[samples]
     members = {"task": data} if samples == "own" else tasks.tasks
@@ -66,10 +56,10 @@ def test_fisher_is_that_of_the_function_over_a_task_or_over_several(
 
 
 @pytest.fixture
-def fisher(synthetic: Any, make_trainer: MakeTrainer) -> Callable[..., None]:
+def fisher(synthetic, make_trainer):
     """Return a function that computes a statistic of an untrained expert or of a checkpoint."""
 
-    def compute(**options: Any) -> None:
+    def compute(**options):
         usual = {"model": Expert(**SMALL, num_classes=3), "datamodule": synthetic()}
         make_trainer().fisher(**usual | options)
 
@@ -77,12 +67,8 @@ def fisher(synthetic: Any, make_trainer: MakeTrainer) -> Callable[..., None]:
 
 
 def test_fisher_reads_both_kinds_of_checkpoint(
-    fisher: Callable[..., None],
-    write_experts: Callable[..., dict[str, str]],
-    synthetic: Any,
-    make_trainer: MakeTrainer,
-    tmp_path: Path,
-) -> None:
+    fisher, write_experts, synthetic, make_trainer, tmp_path
+):
     (path,) = write_experts([3]).values()
     state = load_network(Path(path)).network.state_dict()
     expert = Expert(**SMALL, num_classes=3)
@@ -99,7 +85,7 @@ def test_fisher_reads_both_kinds_of_checkpoint(
         file.unlink()
 
 
-MISTAKES: dict[str, dict[str, Any]] = {
+MISTAKES = {
     "found no file 'none.ckpt'": {"ckpt_path": "none.ckpt"},
     "found no file 'none.safetensors'": {"ckpt_path": "none.safetensors"},
     "other.ckpt' has no tensor .*of another architecture": {"ckpt_path": "other.ckpt"},
@@ -111,7 +97,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("message", MISTAKES)
-def test_what_fisher_cannot_use_is_named(message: str, fisher: Callable[..., None]) -> None:
+def test_what_fisher_cannot_use_is_named(message, fisher):
     torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, "other.ckpt")
     with pytest.raises(CoinError, match=message):
         fisher(**MISTAKES[message])

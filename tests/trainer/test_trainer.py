@@ -1,9 +1,6 @@
 """What an evaluation leaves, and which Trainer is made."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -12,26 +9,24 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.modules import Coded, DecodingEvaluator
 from coin.reporting import read_results
-from coin.trainer import Trainer, make_trainer as trainer_of_section
+from coin.trainer import make_trainer as trainer_of_section
 
 COLUMNS = ["method", "decoder", "task", "erased", "nda", "expert_accuracy", "code_row"]
 
 
 @pytest.fixture
-def model(write_experts: Any, write_coded: Any) -> DecodingEvaluator:
+def model(write_experts, write_coded):
     experts = write_experts([3, 2])
     return DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts))
 
 
 @pytest.fixture
-def tasks(synthetic: Any) -> Tasks:
+def tasks(synthetic):
     members = {"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}
     return Tasks(members, 21, seed=7)
 
 
-def test_evaluate_writes_the_numbers_it_returns(
-    model: DecodingEvaluator, tasks: Tasks, make_trainer: Callable[..., Trainer], tmp_path: Path
-) -> None:
+def test_evaluate_writes_the_numbers_it_returns(model, tasks, make_trainer, tmp_path):
     measured = make_trainer().evaluate(model, tasks, name="try", configuration={"x": [1]})
     frame = read_results(tmp_path / "run")
     assert len(frame) == 2 * (4 + 2 + 1)
@@ -50,34 +45,30 @@ def test_evaluate_writes_the_numbers_it_returns(
     assert system.files == (*model.experts.paths.values(), *model.coded_files)
 
 
-def test_lightning_does_not_requeue_a_job_of_slurm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lightning_does_not_requeue_a_job_of_slurm(tmp_path, monkeypatch):
     for name in ("NTASKS", "NTASKS_PER_NODE", "JOB_ID", "NNODES"):
         monkeypatch.setenv(f"SLURM_{name}", "1")
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     monkeypatch.setenv("SLURM_JOB_NAME", "coin")
-    trainer: Any = trainer_of_section(tmp_path, {"accelerator": "cpu", "strategy": "ddp"})
+    trainer = trainer_of_section(tmp_path, {"accelerator": "cpu", "strategy": "ddp"})
     environment = trainer.strategy.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
 
 
-SECTIONS: dict[str, dict[str, Any]] = {
+SECTIONS = {
     "the trainer section .*speed.* does not fit": {"speed": 3},
     "found precision 'bf16-true'.*use bf16-mixed": {"precision": "bf16-true"},
 }
 
 
 @pytest.mark.parametrize("message", SECTIONS)
-def test_a_section_that_does_not_fit_is_one_line(message: str, tmp_path: Path) -> None:
+def test_a_section_that_does_not_fit_is_one_line(message, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         trainer_of_section(tmp_path, SECTIONS[message])
 
 
-def test_evaluate_takes_tasks_alone(
-    model: DecodingEvaluator, synthetic: Any, make_trainer: Callable[..., Trainer]
-) -> None:
+def test_evaluate_takes_tasks_alone(model, synthetic, make_trainer):
     with pytest.raises(ConfigurationError, match="expected a DecodingEvaluator with Tasks"):
         make_trainer().evaluate(model, synthetic())
