@@ -30,12 +30,6 @@ def test_values_of_an_override_are_checked(options, found):
         replace(ExpertConfig(), **options)
 
 
-def test_strings_of_an_override_become_members():
-    config = replace(ExpertConfig(), augmentation="crop_flip", weights="best")
-    assert isinstance(config.weights, type(ExpertConfig().weights))
-    assert isinstance(config.augmentation, type(ExpertConfig().augmentation))
-
-
 SECTIONS = {
     "promise_samples=-1": {"promise_samples": -1},
     "promise_alpha=0.0": {"promise_alpha": 0.0},

@@ -79,14 +79,6 @@ def written(folder):
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_one_step_runs_with_what_it_needs_and_nothing_else(finished, run, tmp_path):
-    assert run("--only=fisher-letters") == 0
-    expected = ["base", "expert-letters", "fisher-letters", "initial-10", "initial-6"]
-    assert finished_steps(tmp_path / ".steps") == expected
-    place = "seed-0/statistics/letters.fisher.safetensors"
-    assert same_tensors(tmp_path / "tiny" / place, finished / place)
-
-
 def same_tensors(one, other):
     return fingerprint(load_state(one)[0]) == fingerprint(load_state(other)[0])
 
@@ -162,12 +154,6 @@ def test_an_interrupted_change_leaves_what_is_shown_as_it_was(copied, run, capsy
     assert "expected the folder of an experiment or of one seed" in capsys.readouterr().err
     assert run() == 0
     assert shown().items() >= before.items()
-
-
-def same_numbers(one, other):
-    times = ["merge_seconds", "decoder_seconds"]
-    expected = read_results(other).drop(columns=times)
-    pd.testing.assert_frame_equal(read_results(one).drop(columns=times), expected, check_exact=True)
 
 
 def test_a_killed_run_of_a_folder_s_configuration_goes_on_to_the_same_files(finished, tmp_path):

@@ -4,11 +4,9 @@ import json
 import os
 import socket
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import wandb
 import wandb_workspaces.workspaces.interface as interface
@@ -20,7 +18,7 @@ from coin.tracking.dashboard import workspace
 from coin.tracking.evaluation import log_evaluation
 from coin.tracking.runs import RunLog
 from coin.tracking.settings import check_connection, run_environment
-from tests.reporting.conftest import measured
+from tests.reporting.conftest import row
 
 
 @pytest.fixture
@@ -51,9 +49,12 @@ def test_a_run_has_the_user_s_project_and_tags(log, logged, tmp_path, monkeypatc
     with log.open(tmp_path / "step"):
         pass
     assert "WARNING" not in capfd.readouterr().err
-    ((started,),) = [run["run"] for run in logged()]
-    named = [started[name] for name in ("project", "run_group", "job_type", "display_name")]
-    assert named == ["theirs", "group", "method", "name"]
+    (records,) = logged()
+    (started,) = records["run"]
+    assert started["project"] == "theirs"
+    assert started["run_group"] == "group"
+    assert started["job_type"] == "method"
+    assert started["display_name"] == "name"
     assert set(started["tags"]) == {"one", "two", "x" * 64}
     assert started["config"]["update"]["lr"] == 0.1
 
@@ -63,9 +64,13 @@ def test_what_failed_goes_on_in_its_run(log, logged, tmp_path):
         raise KeyError
     with log.open(tmp_path / "step"):
         pass
-    runs = logged()
-    assert {run["exit"][0].get("exit_code", 0) for run in runs} == {0, 1}
-    assert len({run["run"][0]["run_id"] for run in runs}) == 1
+    ids = set()
+    codes = set()
+    for records in logged():
+        ids |= {started["run_id"] for started in records["run"]}
+        codes |= {ended.get("exit_code", 0) for ended in records["exit"]}
+    assert len(ids) == 1
+    assert codes == {0, 1}
 
 
 def test_a_run_that_w_and_b_does_not_take_is_a_warning(log, tmp_path, monkeypatch):
@@ -80,23 +85,37 @@ def test_a_run_that_w_and_b_does_not_take_is_a_warning(log, tmp_path, monkeypatc
         assert len(loggers) == 1  # of files
 
 
-@pytest.fixture
-def evaluation():
-    """Rows and confusions of two tasks, lost alone and together, with compressed models and copies."""
-    rows = measured(0)
-    for row in list(rows):
-        if row.method == "coin":
-            rows.append(replace(row, method="coin-4bit", nda=0.9))
-            rows.append(replace(row, method="both-lost", erased="a+b", nda=5.0))
-        if row.method == "none":
-            rows.append(replace(row, method="replica", decoder="replica", nda=0.99))
+def rows_of(task, worse):
+    """Return the rows of a task, lost alone and with the other one."""
+    return [
+        row(0.8 - worse, task),
+        row(0.9 - worse, task, method="coin-4bit", memory_mib=4.0, resident_mib=5.0),
+        row(0.5 - worse, task, method="none", decoder="ridge"),
+        row(0.95, task, method="replica", decoder="replica"),
+        row(1.0, task, method="oracle"),
+        row(5.0, task, erased="a+b"),
+    ]
+
+
+NDAS = {
+    "nda/coin/linear": 0.7,
+    "nda/coin-4bit/linear": 0.8,
+    "nda/none/ridge": 0.4,
+    "nda/replica/replica": 0.95,
+    "nda/oracle/linear": 1.0,
+}
+"""Means over tasks, each lost alone."""
+BEST = {
+    "nda_mean_best": 0.8,
+    "best_memory_mib": 4.0,
+    "best_resident_mib": 5.0,
+}
+
+
+def test_an_evaluation_reads_back_whole(log, logged, tmp_path):
+    rows = [*rows_of("a", 0.0), *rows_of("b", 0.2)]
     draw = np.random.default_rng(0)
-    confusions = {confusion_key(row): draw.integers(0, 9, (10, 10)) for row in rows}
-    return rows, confusions
-
-
-def test_an_evaluation_reads_back_whole(evaluation, log, logged, tmp_path):
-    rows, confusions = evaluation
+    confusions = {confusion_key(each): draw.integers(0, 9, (10, 10)) for each in rows}
     digits = [f"digit {number}" for number in range(10)]
     with log.open(tmp_path / "step") as loggers:
         run = loggers[1].experiment
@@ -107,22 +126,10 @@ def test_an_evaluation_reads_back_whole(evaluation, log, logged, tmp_path):
     summary = {}
     for record in records["summary"]:
         summary |= record.get("update", {})
-    frame = pd.DataFrame([vars(row) for row in rows])
-    alone = frame[frame["erased"] == frame["task"]]
-    means = alone.groupby(["method", "decoder"])["nda"].mean()
-    expected = {f"nda/{name}/{decoder}": nda for (name, decoder), nda in means.items()}
     ndas = {name: nda for name, nda in summary.items() if name.startswith("nda/")}
-    assert ndas == pytest.approx(expected, rel=1e-12)
-    coded = means.drop(["none", "oracle", "replica"])
-    method, decoder = coded.idxmax()
-    assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
-    best = alone[(alone["method"] == method) & (alone["decoder"] == decoder)]
-    bests = {
-        "nda_mean_best": coded.max(),
-        "best_memory_mib": best["memory_mib"].mean(),
-        "best_resident_mib": best["resident_mib"].mean(),
-    }
-    assert {name: summary[name] for name in bests} == pytest.approx(bests, rel=1e-12)
+    assert ndas == pytest.approx(NDAS, rel=1e-12)
+    assert (summary["best_method"], summary["best_decoder"]) == ("coin-4bit", "linear")
+    assert {name: summary[name] for name in BEST} == pytest.approx(BEST, rel=1e-12)
 
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
 
@@ -130,10 +137,9 @@ def test_an_evaluation_reads_back_whole(evaluation, log, logged, tmp_path):
         (file,) = media.glob(f"table/{name}_*.table.json")
         return json.loads(file.read_text(encoding="utf-8"))
 
-    assert table("results")["columns"] == list(frame)
+    assert table("results")["columns"] == list(vars(rows[0]))
     assert len(table("results")["data"]) == len(rows)
-    (place,) = best.index[best["task"] == "a"]
-    counts = confusions[confusion_key(rows[place])]
+    counts = confusions[confusion_key(rows[1])]  # the best method's
     cells = [[digits[i], digits[k], counts[i, k]] for i in range(10) for k in range(10)]
     assert table("confusion/a_table")["data"] == cells
     assert list(media.glob("images/nda_against_memory_*"))
