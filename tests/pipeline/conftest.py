@@ -49,14 +49,14 @@ def write_tokenizer():
 @pytest.fixture
 def trained(finished):
     """The sections that bring the finished experiment's experts along."""
-    paths = {
-        task: f"{finished}/seed-0/experts/{task}/expert.safetensors"
-        for task in ("digits", "letters")
-    }
-    return {
-        "expert": {"checkpoints": paths},
-        "base": {"checkpoint": f"{finished}/base/base.safetensors"},
-    }
+    experts = f"{finished}/seed-0/experts"
+    return f"""
+expert:
+  checkpoints:
+    digits: {experts}/digits/expert.safetensors
+    letters: {experts}/letters/expert.safetensors
+base: {{checkpoint: {finished}/base/base.safetensors}}
+"""
 
 
 @pytest.fixture
@@ -70,10 +70,10 @@ def run_small(config, tmp_path, monkeypatch):
     """Return a function that runs the small experiment with other sections, and returns its seed's folder."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
-    def run(*options, **sections):
-        document = yaml.safe_load(config.read_text()) | sections
+    def run(sections):
+        document = yaml.safe_load(config.read_text()) | yaml.safe_load(sections)
         Path("options.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-        assert main(["run", "-c", "options.yaml", f"--output={tmp_path}", *options]) == 0
-        return tmp_path / document["name"] / f"seed-{document['seeds'][0]}"
+        assert main(["run", "-c", "options.yaml", f"--output={tmp_path}"]) == 0
+        return tmp_path / "tiny/seed-0"
 
     return run

@@ -8,24 +8,25 @@ from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
 
-METHODS = [
-    {"class_path": "Average"},
-    {"class_path": "Distillation", "init_args": {"steps": 5, "batch_size": 16, "lr": 1e-3}},
-]
+SECTIONS = """
+tasks:
+  a: {class_path: Glyphs, init_args: {classes: A-F, train_per_class: 30, test_per_class: 9}}
+  b: {class_path: Glyphs, init_args: {classes: G-L, train_per_class: 30, test_per_class: 9}}
+  c: {class_path: Glyphs, init_args: {classes: M-P, train_per_class: 30, test_per_class: 9}}
+base: null
+expert: {epochs: 1, lr: 0.1, batch_size: 32}
+code: 2
+methods:
+  - {class_path: Average}
+  - {class_path: Distillation, init_args: {steps: 5, batch_size: 16, lr: 1.0e-3}}
+"""
 LOSSES = {("a", "a"), ("b", "b"), ("c", "c")}
 LOSSES |= {("a+b", "a"), ("a+b", "b"), ("a+c", "a"), ("a+c", "c"), ("b+c", "b"), ("b+c", "c")}
 
 
-def glyphs(classes):
-    options = {"classes": classes, "train_per_class": 30, "test_per_class": 9}
-    return {"class_path": "Glyphs", "init_args": options}
-
-
 @pytest.mark.usefixtures("no_reports")
 def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(run_small):
-    tasks = {"a": glyphs("A-F"), "b": glyphs("G-L"), "c": glyphs("M-P")}
-    expert = {"epochs": 1, "lr": 0.1, "batch_size": 32}
-    seed = run_small(tasks=tasks, expert=expert, code=2, base=None, methods=METHODS)
+    seed = run_small(SECTIONS)
     for method in ("average", "distillation"):
         for row in (0, 1):
             made = load_provenance(seed / f"coded/{method}.row-{row}.safetensors")

@@ -11,19 +11,14 @@ from coin.reporting import read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 
-REPLICAS = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}]
 COPIES = ["replica-8bit-delta", "replica-3bit-delta", "replica-3bit-int8base"]
-METHODS = [
-    {"class_path": "Refit", "init_args": {"compress": [{"bits": 8}, {"bits": 2}]}},
-    {"class_path": "Average", "init_args": {"adapters": {"rank": 2}, "compress": {"bits": 4}}},
-]
-
-
-@pytest.fixture
-def seed(run_small, trained):
-    """The folder of a seed with compressed copies, coded models and bodies."""
-    decoders = ["linear", "expert_head"]
-    return run_small(**trained, methods=METHODS, replicas=REPLICAS, decoders=decoders)
+COMPRESSED = """
+replicas: [{bits: 8}, {bits: 3}, {bits: 3, base_bits: 8}]
+methods:
+  - {class_path: Refit, init_args: {compress: [{bits: 8}, {bits: 2}]}}
+  - {class_path: Average, init_args: {adapters: {rank: 2}, compress: {bits: 4}}}
+decoders: [linear, expert_head]
+"""
 
 
 def check_copies(frame):
@@ -53,8 +48,9 @@ def check_coded(frame, seed):
 
 
 def test_compressed_networks_are_rows_of_the_results_and_files_that_outlive_the_store(
-    seed, tmp_path, capsys
+    run_small, trained, tmp_path, capsys
 ):
+    seed = run_small(trained + COMPRESSED)
     frame = read_results(seed)
     check_copies(frame)
     check_coded(frame, seed)
@@ -66,7 +62,7 @@ def test_compressed_networks_are_rows_of_the_results_and_files_that_outlive_the_
     shutil.copytree(seed.parent, tmp_path / "copied")
     (tmp_path / ".steps").rename(tmp_path / "gone")
     files = list(tmp_path.glob("copied/seed-*/replicas/*bit*.safetensors"))
-    assert len(files) == 2 * len(REPLICAS)
+    assert len(files) == 2 * len(COPIES)
     assert {load_network(path).num_classes for path in files} == {6, 10}
     assert len(Coded.from_run(tmp_path / "copied", "refit-2bit", "linear").files) == 3
 

@@ -8,22 +8,29 @@ import torch
 from coin.files.safetensors import load_state
 from coin.reporting import read_results
 
-METHODS = [{"class_path": name} for name in ("Average", "Coin", "RegMean", "HeadFit")]
-METHODS.append({"class_path": "Distillation", "init_args": {"steps": 3, "lr": 1e-3}})
+METHODS = """
+calibration: {samples_per_task: 2}
+methods:
+  - {class_path: Average}
+  - {class_path: Coin}
+  - {class_path: RegMean}
+  - {class_path: HeadFit}
+  - {class_path: Distillation, init_args: {steps: 3, lr: 1.0e-3}}
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_reports")
 def test_two_samples_a_task_serve_every_method_and_decoder(run_small, trained):
-    seed = run_small(**trained, methods=METHODS, calibration={"samples_per_task": 2})
+    seed = run_small(trained + METHODS)
     coded = list((seed / "coded").glob("*.safetensors"))
-    assert len(coded) == len(METHODS)
+    assert len(coded) == 5
     for path in coded:
         state, _ = load_state(path)
         assert all(bool(tensor.isfinite().all()) for tensor in state.values()), path.name
     frame = read_results(seed)
     assert frame["decoded_accuracy"].notna().all()
-    assert len(frame) == len(METHODS) * 3 * 2 + 2 * 2 + 2
+    assert len(frame) == 5 * 3 * 2 + 2 * 2 + 2
 
 
 FAILURES = {

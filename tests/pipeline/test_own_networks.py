@@ -14,25 +14,12 @@ from coin.reporting import read_results
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
 
-SHORT = {"steps": 3, "batch_size": 16, "lr": 1e-3, "augmentation": "none"}
-DISTILLATION = {"class_path": "Distillation", "init_args": SHORT}
-DIGITS = {"class_path": "Digits", "init_args": {"max_train": 80, "max_test": 40}}
-LETTERS = {
-    "class_path": "Glyphs",
-    "init_args": {"classes": "A-D", "train_per_class": 20, "test_per_class": 9},
-}
-TASKS = {"digits": DIGITS, "letters": LETTERS}
-
 
 @pytest.fixture(autouse=True)
 def workplace(monkeypatch):
     """Find the examples, and forget this test's folder after it: another's has a module of the same name."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-
-
-def methods_of(*names):
-    return [{"class_path": name} for name in names]
 
 
 def measured(seed, methods):
@@ -47,22 +34,32 @@ def measured(seed, methods):
     return rows
 
 
-RESNET = {"layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
+TASKS = """
+tasks:
+  digits: {class_path: Digits, init_args: {max_train: 80, max_test: 40}}
+  letters: {class_path: Glyphs, init_args: {classes: A-D, train_per_class: 20, test_per_class: 9}}
+"""
+IMAGES = """
+base: null
+expert: {epochs: 1, lr: 0.01, batch_size: 16}
+methods: [{class_path: Average}, {class_path: Coin}, {class_path: Refit}]
+"""
 NETWORKS = {
-    "timm's ResNet50": {"name": "timm/resnet50", "image_size": 32, "options": RESNET},
-    "Hugging Face's ResNet": {"name": "hf/model", "image_size": 32},
+    "timm's ResNet50": """
+network:
+  name: timm/resnet50
+  image_size: 32
+  options: {layers: [1, 1, 1, 1], channels: [4, 8, 12, 16]}
+""",
+    "Hugging Face's ResNet": "network: {name: hf/model, image_size: 32}",
 }
-EXPERT = {"epochs": 1, "lr": 0.01, "batch_size": 16}
-CLOSED_FORMS = methods_of("Average", "Coin", "Refit")
 
 
 @pytest.mark.parametrize("case", NETWORKS)
 def test_image_classifiers_of_others(case, run_small):
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     transformers.ResNetConfig(**sizes).save_pretrained("model")
-    network = NETWORKS[case]
-    seed = run_small(network=network, tasks=TASKS, base=None, expert=EXPERT, methods=CLOSED_FORMS)
-    measured(seed, 3)
+    measured(run_small(NETWORKS[case] + TASKS + IMAGES), 3)
 
 
 MINE = """
@@ -85,50 +82,78 @@ def merge(experts, calibration, share=0.5):
             tensor.mul_(share).add_((1 - share) * state[name])
     return first
 """
+OWN = """
+network: {name: mine.Small, image_size: 20, options: {width: 6}}
+tasks:
+  one: {class_path: ImageFolder, init_args: {root: one}}
+  two: {class_path: ImageFolder, init_args: {root: two}}
+"""
 
 
 def test_a_class_and_folders_of_images_of_the_user_s_own(run_small):
     Path("mine.py").write_text(MINE)  # in the working folder
     draw = np.random.default_rng(0)
-    tasks = {}
-    for task in ("one", "two"):
-        tasks[task] = {"class_path": "ImageFolder", "init_args": {"root": task}}
-        for split, label, number in product(("train", "test"), range(3), range(12)):
+    for task, split, label in product(("one", "two"), ("train", "test"), range(3)):
+        folder = Path(task, split, f"class{label}")
+        folder.mkdir(parents=True)
+        for number in range(12):
             pixels = draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)
             pixels[:, :, label] //= 4  # each class is dark in a colour
-            folder = Path(task, split, f"class{label}")
-            folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / f"{number}.png")
-    network = {"name": "mine.Small", "image_size": 20, "options": {"width": 6}}
-    seed = run_small(network=network, tasks=tasks, base=None, expert=EXPERT, methods=CLOSED_FORMS)
-    measured(seed, 3)
+    measured(run_small(OWN + IMAGES), 3)
+
+
+TRANSFORMERS = """
+network:
+  name: small_vit
+  image_size: 16
+  options: {patch_size: 8, depth: 2, heads: 2, width: 16, mlp_width: 24}
+base:
+  task: {class_path: Glyphs, init_args: {classes: K-N, train_samples: 80}}
+  epochs: 1
+  lr: 0.001
+  optimizer: AdamW
+expert: {epochs: 1, lr: 0.001, optimizer: AdamW}
+methods:
+  - {class_path: RegMean}
+  - {class_path: HeadFit}
+  - {class_path: Base}
+  - {class_path: Refit}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
+"""
 
 
 def test_vision_transformers_with_every_method(run_small):
-    adam = {"epochs": 1, "lr": 0.001, "optimizer": "AdamW"}
-    base_task = {"class_path": "Glyphs", "init_args": {"classes": "K-N", "train_samples": 80}}
-    methods = [*methods_of("RegMean", "HeadFit", "Base", "Refit"), DISTILLATION]
-    sizes = {"patch_size": 8, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
-    network = {"name": "small_vit", "image_size": 16, "options": sizes}
-    seed = run_small(
-        network=network, base={"task": base_task, **adam}, tasks=TASKS, expert=adam, methods=methods
-    )
-    assert set(measured(seed, 5)["batchnorm"]) == {""}  # no BatchNorm, so no policy for it
+    rows = measured(run_small(TASKS + TRANSFORMERS), 5)
+    assert set(rows["batchnorm"]) == {""}  # no BatchNorm, so no policy for it
 
 
 JUDGED = {"good": "yes", "great": "yes", "bad": "no", "poor": "no"}
+TEXTS = """
+network: {name: hf/bert}
+base: null
+tasks:
+  film:
+    class_path: TextFile
+    init_args: {train: film.csv, test: film.csv, max_tokens: 6, tokenizer: words.json}
+  meal:
+    class_path: TextFile
+    init_args: {train: meal.csv, test: meal.csv, max_tokens: 6, tokenizer: words.json}
+expert: {epochs: 12, lr: 0.01, optimizer: AdamW, batch_size: 16}
+methods:
+  - {class_path: Average}
+  - {class_path: RegMean}
+  - {class_path: HeadFit}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
+"""
 
 
 def test_texts_end_to_end(run_small, write_tokenizer):
     words = [*JUDGED, "film", "meal", "was"]
     write_tokenizer("words.json", words)
-    tasks = {}
     for subject in ("film", "meal"):
-        file = f"{subject}.csv"
         rows = [f"{subject} was {word},{label}" for word, label in JUDGED.items()]
-        Path(file).write_text("\n".join(["text,label", *rows * 10]))
-        options = {"train": file, "test": file, "max_tokens": 6, "tokenizer": "words.json"}
-        tasks[subject] = {"class_path": "TextFile", "init_args": options}
+        Path(f"{subject}.csv").write_text("\n".join(["text,label", *rows * 10]))
     bert = transformers.BertConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -138,36 +163,27 @@ def test_texts_end_to_end(run_small, write_tokenizer):
         max_position_embeddings=6,
     )
     bert.save_pretrained("bert")
-    seed = run_small(
-        network={"name": "hf/bert"},
-        base=None,
-        tasks=tasks,
-        expert={"epochs": 12, "lr": 0.01, "optimizer": "AdamW", "batch_size": 16},
-        methods=[*methods_of("Average", "RegMean", "HeadFit"), DISTILLATION],
-    )
-    rows = measured(seed, 4)
+    rows = measured(run_small(TEXTS), 4)
     residuals = rows.groupby("method")["residual"].mean()
     assert residuals["head_fit"] < residuals["average"]  # the test texts are the training texts
     assert (rows["expert_accuracy"] > 0.9).all()
 
 
-def user(function, **options):
-    return {"class_path": "UserMethod", "init_args": {"function": function, **options}}
-
-
-OWN_METHODS = [
-    {"class_path": "Average", "init_args": {"batchnorm": "average", "label": "average"}},
-    user("mine.merge"),
-    user("mine.merge", options={"share": 0.9}, label="tilted"),
-    user("notebooks.foreign_methods.dare"),
-    user("notebooks.foreign_methods.distil", options={"steps": 5}),
-    {"class_path": "notebooks.foreign_methods.TsvM"},
-]
+OWN_METHODS = """
+code: [[0.5, 0.5]]
+methods:
+  - {class_path: Average, init_args: {batchnorm: average, label: average}}
+  - {class_path: UserMethod, init_args: {function: mine.merge}}
+  - {class_path: UserMethod, init_args: {function: mine.merge, options: {share: 0.9}, label: tilted}}
+  - {class_path: UserMethod, init_args: {function: notebooks.foreign_methods.dare}}
+  - {class_path: UserMethod, init_args: {function: notebooks.foreign_methods.distil, options: {steps: 5}}}
+  - {class_path: notebooks.foreign_methods.TsvM}
+"""
 
 
 def test_a_method_of_the_user_s_own_is_a_line(run_small, trained):
     Path("mine.py").write_text(MINE)
-    seed = run_small(**trained, methods=OWN_METHODS, code=[[0.5, 0.5]])
+    seed = run_small(trained + OWN_METHODS)
     rows = read_results(seed).query("decoder == 'linear'").set_index(["method", "task"])
     methods = set(rows.index.get_level_values("method"))
     assert methods == {"oracle", "average", "merge", "tilted", "dare", "distil", "tsv_m"}
