@@ -31,15 +31,18 @@ def test_evaluate_writes_the_numbers_it_returns(model, tasks, make_trainer, tmp_
     frame = read_results(tmp_path / "run")
     assert len(frame) == 2 * (4 + 2 + 1)
     for (_, row), outcome in zip(frame.iterrows(), measured, strict=True):
-        assert row[COLUMNS].to_dict() == {name: outcome.columns[name] for name in COLUMNS}
+        expected = {name: outcome.columns[name] for name in COLUMNS}
+        assert row[COLUMNS].to_dict() == expected
     assert set(frame["experiment"]) == {"try"}
     assert set(frame["seed"]) == {7}
     # The coded models were made of 20 samples a task; what is not made of samples has the evaluation's number.
     samples = frame.groupby("method")["samples_per_task"].unique()
-    assert (samples["average"], samples["none"]) == (20, 21)
+    assert samples["average"] == 20
+    assert samples["none"] == 21
     assert frame.groupby("task")["chance"].first().to_list() == [1 / 3, 1 / 2]
     described = json.loads((tmp_path / "run/results.json").read_text())["configuration"]
-    assert (described["x"], described["tasks"]) == ([1], ["task0", "task1"])
+    assert described["x"] == [1]
+    assert described["tasks"] == ["task0", "task1"]
     assert described["code"] == [[0.5, 0.5]]
     system = Coded.from_run(tmp_path / "run", decoder="linear")
     assert system.files == (*model.experts.paths.values(), *model.coded_files)
