@@ -9,48 +9,47 @@ from nbclient import NotebookClient
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(Path(__file__).parents[2].glob("notebooks/*.ipynb"))
 STORED = ("03_results",)
 """Notebooks that read nothing but what lies beside them: they show the same numbers on every machine."""
 
 
-def said(notebook: nbformat.NotebookNode) -> list[str]:
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def has_picture(cells):
+    return any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+def shown(notebook):
     """Return what the cells print and show, without warnings, pictures and the ids that pandas draws by chance."""
-    outputs = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
-    outputs = [output for output in outputs if output.get("name") != "stderr"]
-    shown = [
-        output.get("text") or output.get("data", {}).get("text/html", "") for output in outputs
-    ]
-    return [re.sub(r"T_[0-9a-f]+", "T", text) for text in shown]
+    found = []
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if output.get("name") != "stderr":
+                text = output.get("text") or output.get("data", {}).get("text/html", "")
+                found.append(re.sub(r"T_[0-9a-f]+", "T", text))
+    return found
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, finished, monkeypatch):
     monkeypatch.setenv("COIN_RUN", str(finished))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    ).execute()
-    outputs = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    assert has_picture(code_cells(notebook))
     if path.stem in STORED:
-        assert said(notebook) == said(nbformat.read(path, as_version=4)), (
-            "run it again and commit what it shows"
-        )
+        stored = nbformat.read(path, as_version=4)
+        assert shown(notebook) == shown(stored), "run it again and commit what it shows"
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_outputs_are_committed(path: Path) -> None:
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_committed(path):
+    cells = code_cells(nbformat.read(path, as_version=4))
     kinds = [output.output_type for cell in cells for output in cell.outputs]
     assert kinds
     assert "error" not in kinds
     if path.stem not in STORED:  # the finding first
-        assert any("image/png" in output.get("data", {}) for output in cells[0].outputs)
+        assert has_picture(cells[:1])

@@ -9,13 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import coin.pipeline.steps.report
 from coin.cli import main
 from coin.reporting import read_results
 
-pytestmark = pytest.mark.slow
-
-SCRIPT = Path(__file__).parent / "run_in_processes.py"
+SCRIPT = str(Path(__file__).with_name("run_in_processes.py"))
 
 # Neither training samples nor calibration samples nor test samples can be halved.
 CONFIG = """
@@ -36,64 +33,59 @@ methods:
   - {class_path: Distillation, init_args: {steps: 3, batch_size: 8, learning_rates: [3.0e-4, 1.0e-3]}}
 """
 CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm: recalibrate}}, {class_path: RegMean}]"
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def test_two_processes_run_an_experiment_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        coin.pipeline.steps.report, "write_report", lambda *_: None
-    )  # as in the script
-    (tmp_path / "shared.yaml").write_text(CONFIG)
-    command = ["run", "-c", str(tmp_path / "shared.yaml"), f"--output={tmp_path / 'two'}"]
+def results(folder):
+    """Return the rows of the closed forms, but for their times."""
+    frame = read_results(folder / "shared/seed-0")
+    rows = frame[frame["method"] != "distillation"]
+    return rows.drop(columns=["merge_seconds", "decoder_seconds"]).reset_index(drop=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_reports")
+def test_two_processes_run_an_experiment_together(tmp_path):
+    Path("shared.yaml").write_text(CONFIG)
+    two = tmp_path / "two"
     trainer = "--trainer={accelerator: cpu, devices: 2, strategy: ddp}"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    command = ["run", "-c", "shared.yaml", f"--output={two}", trainer]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
-        [*launch, str(SCRIPT), str(tmp_path / "two"), *command, trainer],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-        capture_output=True, text=True, timeout=480, check=False,
-    )  # fmt: skip
+        [*LAUNCH, SCRIPT, str(two), *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("left its process group") == 2
-    folder = tmp_path / "two/shared"
-    first = json.loads((tmp_path / "two/first.json").read_text())
+    first = json.loads((two / "first.json").read_text())
     assert first["processes"] == 2
     assert done.stderr.count("seed 0: expert digits: training") == 1
     assert done.stderr.count("seed 0: expert digits: up to date") == 1
     assert {path: Path(path).stat().st_mtime_ns for path in first["times"]} == first["times"]
-    assert set(read_results(folder / "seed-0").method) >= {"distillation"}
+    assert "distillation" in set(read_results(two / "shared/seed-0")["method"])
 
     # From the same experts, one process comes to the same statistics, coded models and results.
-    experts = {
-        task: str(folder / f"seed-0/experts/{task}/expert.safetensors")
-        for task in ("digits", "letters")
-    }
-    given = [f"--expert.checkpoints={json.dumps(experts)}", f"--output={tmp_path / 'one'}"]
-    base = f"--base={{task: null, checkpoint: {folder}/base/base.safetensors}}"
-    assert (
-        main([*command, *given, base, f"--methods={CLOSED_FORMS}", "--trainer.accelerator=cpu"])
-        == 0
-    )
-    wanted = read_results(tmp_path / "one/shared/seed-0").drop(
-        columns=["merge_seconds", "decoder_seconds"]
-    )
-    found = read_results(folder / "seed-0").drop(columns=["merge_seconds", "decoder_seconds"])
-    found = found[~found.method.str.contains("distillation")].reset_index(drop=True)
+    one = tmp_path / "one"
+    place = f"{two}/shared/seed-0/experts/{{}}/expert.safetensors"
+    experts = {task: place.format(task) for task in ("digits", "letters")}
+    options = [
+        f"--output={one}",
+        f"--expert.checkpoints={json.dumps(experts)}",
+        f"--base={{task: null, checkpoint: {two}/shared/base/base.safetensors}}",
+        f"--methods={CLOSED_FORMS}",
+        "--trainer.accelerator=cpu",
+    ]
+    assert main(["run", "-c", "shared.yaml", *options]) == 0
     exact = ["expert_accuracy", "decoded_accuracy", "nda", "agreement"]
-    pd.testing.assert_frame_equal(found[exact], wanted[exact])
-    pd.testing.assert_frame_equal(found, wanted, rtol=1e-4)
+    pd.testing.assert_frame_equal(results(two)[exact], results(one)[exact])
+    pd.testing.assert_frame_equal(results(two), results(one), rtol=1e-4)
 
 
-def test_processes_without_a_trainer_for_them_are_refused(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_without_a_trainer_for_them_are_refused(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["run", "-c", str(config)]) == 2
+    assert run() == 2
     assert "found WORLD_SIZE=2 and a trainer section for one process" in capsys.readouterr().err

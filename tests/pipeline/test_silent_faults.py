@@ -1,44 +1,26 @@
 """The study of experts that answer wrongly, on a finished experiment."""
 
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pandas as pd
 import pytest
-from torch import nn
 
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+from notebooks import silent_faults
 
 
-@pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The study, of the untouched expert, and of one whose last layer's answers are turned around."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
-    from notebooks import silent_faults
+def faults(expert, start):
+    """Return the untouched expert, and one whose last layer's answers are turned around."""
+    same, turned = (silent_faults.between(start, expert, 1.0) for _ in range(2))
+    turned.fc.weight.neg_()
+    return {"none": expert, "all the way": same, "turned": turned}
 
-    def faults(expert: nn.Module, start: nn.Module) -> dict[str, nn.Module]:
-        same, turned = (silent_faults.between(start, expert, 1.0) for _ in range(2))
-        turned.fc.weight.neg_()
-        return {"none": expert, "all the way": same, "turned": turned}
 
+@pytest.mark.slow
+def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(finished, monkeypatch):
     monkeypatch.setattr(silent_faults, "faults", faults)
-    return silent_faults
-
-
-@pytest.fixture
-def rows(finished: Path, study: ModuleType) -> pd.DataFrame:
-    (seed,) = finished.glob("seed-*")
-    rows = pd.DataFrame(study.measure(seed, "average", [4], 40))
-    assert set(rows.method) == {"average", "none"}
-    return rows[rows.method == "average"]
-
-
-def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows: pd.DataFrame) -> None:
-    turned = rows[rows.fault == "turned"]
-    assert set(turned.task) == set(rows.task)
-    assert (turned.faulty_accuracy < turned.expert_accuracy).all()
-    assert (turned.oddness > 1.2 * turned.usual).all()
-    assert (turned.alarm > 0.5).all()
-    assert (turned.named > 0.5).all()
+    rows = pd.DataFrame(silent_faults.measure(finished / "seed-0", "average", [4], 40))
+    assert set(rows["method"]) == {"average", "none"}
+    turned = rows[(rows["method"] == "average") & (rows["fault"] == "turned")]
+    assert set(turned["task"]) == {"digits", "letters"}
+    assert (turned["faulty_accuracy"] < turned["expert_accuracy"]).all()
+    assert (turned["oddness"] > 1.2 * turned["usual"]).all()
+    assert (turned["alarm"] > 0.5).all()
+    assert (turned["named"] > 0.5).all()

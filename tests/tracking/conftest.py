@@ -1,15 +1,13 @@
 """W&B without the user's settings."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import wandb
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_environment(monkeypatch, tmp_path):
     for name in list(os.environ):
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
@@ -17,7 +15,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def online(monkeypatch):
     """Ask for online mode; W&B reads its environment once per process, so make it forget before and after."""
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "online")
