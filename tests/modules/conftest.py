@@ -21,8 +21,14 @@ PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
 
 
 @pytest.fixture
-def experts(write_experts: Callable[..., dict[str, str]]) -> dict[str, str]:
-    return write_experts(CLASSES)
+def experts(write_experts: Callable[..., dict[str, str]], tmp_path: Path) -> dict[str, str]:
+    """The experts' files, where a run has them."""
+    paths = {}
+    for task, path in write_experts(CLASSES).items():
+        place = tmp_path / "experts" / task / "expert.safetensors"
+        place.parent.mkdir()
+        paths[task] = str(Path(path).rename(place))
+    return paths
 
 
 @pytest.fixture
@@ -31,14 +37,21 @@ def coded(write_coded: Callable[..., list[str]], experts: dict[str, str]) -> lis
 
 
 @pytest.fixture
-def copies(experts: dict[str, str], tmp_path: Path) -> list[str]:
-    """The files of the experts' copies in 4 bits."""
-    paths = []
-    for task, path in experts.items():
-        copy = tmp_path / f"{task}-4bit"
-        compress_file(Path(path), copy, None, Compression(bits=4, base_bits=0))
-        paths.append(str(copy))
-    return paths
+def copy_of(tmp_path: Path) -> Callable[[str], str]:
+    """Return a function that writes a network's copy in 4 bits, and returns its file."""
+
+    def copy(path: str) -> str:
+        place = tmp_path / f"{Path(path).parent.name}-4bit"
+        compress_file(Path(path), place, None, Compression(bits=4, base_bits=0))
+        return str(place)
+
+    return copy
+
+
+@pytest.fixture
+def copies(experts: dict[str, str], copy_of: Callable[[str], str]) -> list[str]:
+    """The files of the experts' copies."""
+    return [copy_of(path) for path in experts.values()]
 
 
 @pytest.fixture
@@ -67,13 +80,20 @@ def measure_rows(measure: Callable[..., list[Measurement]]) -> Callable[..., lis
     return run
 
 
-def networks_of(paths: Any) -> list[nn.Module]:
-    """Return the networks of files."""
-    return [load_network(Path(path)).network for path in paths]
+@pytest.fixture
+def networks_of() -> Callable[[Any], list[nn.Module]]:
+    """Return a function that loads the networks of files."""
+
+    def load(paths: Any) -> list[nn.Module]:
+        return [load_network(Path(path)).network for path in paths]
+
+    return load
 
 
 @pytest.fixture
-def answers_to(experts: dict[str, str], coded: list[str]) -> Callable[[Any], Answers]:
+def answers_to(
+    experts: dict[str, str], coded: list[str], networks_of: Callable[..., list[nn.Module]]
+) -> Callable[[Any], Answers]:
     """Return a function that gives the answers of all experts and coded models to inputs."""
     networks = networks_of([*experts.values(), *coded])
 
