@@ -89,6 +89,7 @@ def network():
 def experts_on(place):
     """Return three experts near a start, and that start, on a device."""
     start = network()
+    torch.manual_seed(1)
     experts = [deepcopy(start) for _ in range(3)]
     for expert in experts:
         for parameter in expert.parameters():
