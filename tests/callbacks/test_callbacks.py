@@ -8,14 +8,14 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator
-from coin.errors import ConfigurationError, DataError, FileError
+from coin.errors import ConfigurationError, DataError, FileError, NumericalError
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 
-SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "lr": 0.05}
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def task(synthetic):
 def fit(tmp_path, task, make_trainer):
     """Return a function that trains with callbacks, and returns the expert and its best checkpoint."""
 
-    def run(*callbacks, epochs=2, monitor="train/loss"):
+    def run(*callbacks, epochs=2, monitor="train/loss", lr=0.05):
         # The highest training loss is the first epoch's, so that the best weights are not the last ones.
         saver = ModelCheckpoint(tmp_path / "checkpoints", monitor=monitor, mode="max")
         trainer = make_trainer(
             max_epochs=epochs, enable_checkpointing=True, callbacks=[saver, *callbacks]
         )
-        expert = Expert(**SMALL)
+        expert = Expert(**SMALL, lr=lr)
         trainer.fit(expert, datamodule=task)
         return expert, saver.best_model_path
 
@@ -99,41 +99,31 @@ class Started(Callback):
         self.training = True
 
 
+NO_BEST = "found no best checkpoint; add a ModelCh"
 UNWRITABLE = {
-    "no best weights": (
-        ExpertExport(weights="best"),
-        ConfigurationError,
-        "found no best checkpoint; add a ModelCh",
-    ),
-    "no best to estimate": (
-        FisherEstimator(8, weights="best"),
-        ConfigurationError,
-        "found no best checkpoint",
-    ),
+    "no best weights": (ConfigurationError, NO_BEST, ExpertExport(weights="best")),
+    "no best to estimate": (ConfigurationError, NO_BEST, FisherEstimator(8, weights="best")),
     "too many samples": (
-        FisherEstimator(1000),
         DataError,
         "1000 calibration samples of Synthetic, expected at most 32",
+        FisherEstimator(1000),
     ),
 }
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
 def test_what_could_not_be_written_is_refused_before_the_training(name, fit):
-    callback, error, message = UNWRITABLE[name]
+    error, message, callback = UNWRITABLE[name]
     started = Started()
     with pytest.raises(error, match=message):
         fit(callback, started, monitor=None)
     assert not started.training
 
 
-def test_training_that_diverged_leaves_no_file(tmp_path, task, make_trainer):
-    trainer = make_trainer(max_epochs=1, callbacks=[ExpertExport()])
-    expert = Expert(**{**SMALL, "lr": 1e30})
-    with pytest.raises(
-        ArithmeticError, match=r"training diverged: the weights for .* give a smaller rate"
-    ):
-        trainer.fit(expert, datamodule=task)
+def test_training_that_diverged_leaves_no_file(tmp_path, fit):
+    message = r"training diverged: the weights for .* give a smaller rate"
+    with pytest.raises(NumericalError, match=message):
+        fit(ExpertExport(), lr=1e30)
     assert not (tmp_path / "run" / "expert.safetensors").exists()
 
 
@@ -141,14 +131,11 @@ class Foreign(LightningModule):
     pass
 
 
-WRONG_PARTS = {  # the callback, and the number of processes
-    "another module": (ExpertExport(), 1, "found a Foreign, expected an Expert"),
-    "another module to estimate": (FisherEstimator(4), 1, "found a Foreign, expected an Expert"),
-    "more processes than samples": (
-        FisherEstimator(8),
-        9,
-        "found 8 calibration samples for 9 processes.*",
-    ),
+OF_FOREIGN = "found a Foreign, expected an Expert"
+WRONG_PARTS = {  # the number of processes
+    "another module": (ExpertExport(), 1, OF_FOREIGN),
+    "another module to estimate": (FisherEstimator(4), 1, OF_FOREIGN),
+    "too many processes": (FisherEstimator(8), 9, "found 8 calibration samples for 9 processes"),
 }
 
 
@@ -162,9 +149,8 @@ def test_other_modules_and_too_many_processes_are_refused(name, task):
 
 def test_data_without_calibration_samples_is_refused(task, make_trainer):
     trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(8)])
-    with pytest.raises(
-        ConfigurationError, match=r"found data of NoneType .*, expected a task of coin.data"
-    ):
+    message = r"found data of NoneType .*, expected a task of coin.data"
+    with pytest.raises(ConfigurationError, match=message):
         trainer.fit(Expert(**SMALL, num_classes=3), task.train_dataloader())
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from coin.coding import (
     Answers,
@@ -15,6 +16,7 @@ from coin.coding import (
     distinct_decoders,
     make_decoder,
 )
+from coin.coding.ridge import fit_blocks
 from coin.errors import ConfigurationError, DecodingError, NumericalError, StateError
 
 CODES = {
@@ -23,21 +25,28 @@ CODES = {
     "two rows": [[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]],
     "two rows of four": [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]],
 }
+TWO_ROWS = Code(CODES["two rows"])
 CLASSES = 4
 WIDTH = 5
 FITTED = ("ridge", "feature_ridge")
 
 
+class Drawn:
+    """Random tensors in float64."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+
 @pytest.fixture
 def heads():
     """The heads of four experts, the second with one class less."""
-    draw = torch.Generator().manual_seed(99)
-    made = []
-    for classes in (CLASSES, CLASSES - 1, CLASSES, CLASSES):
-        weight = torch.randn(classes, WIDTH, generator=draw, dtype=torch.float64)
-        bias = torch.randn(classes, generator=draw, dtype=torch.float64)
-        made.append((weight, bias))
-    return made
+    drawn = Drawn(99)
+    counts = (CLASSES, CLASSES - 1, CLASSES, CLASSES)
+    return [(drawn(classes, WIDTH), drawn(classes)) for classes in counts]
 
 
 @pytest.fixture
@@ -46,43 +55,53 @@ def answers_of(heads):
 
     def make(matrix, samples=60, seed=0):
         code = Code(matrix)
-        draw = torch.Generator().manual_seed(seed)
-        features = torch.randn(samples, WIDTH, generator=draw, dtype=torch.float64)
-        own = torch.zeros(code.num_experts, samples, CLASSES, dtype=torch.float64)
-        for logits, (weight, bias) in zip(own, heads, strict=False):
-            logits[:, : len(bias)] = features @ weight.T + bias
-        return Answers(
-            own, code.encode(own), [features] * code.num_experts, [features] * code.num_coded
-        )
+        features = Drawn(seed)(samples, WIDTH)
+        own = []
+        for weight, bias in heads[: code.num_experts]:
+            logits = features @ weight.T + bias
+            own.append(pad(logits, (0, CLASSES - len(bias))))
+        experts = torch.stack(own)
+        coded = code.encode(experts)
+        return Answers(experts, coded, [features] * len(experts), [features] * len(coded))
 
     return make
+
+
+def noisy(seed):
+    """Return answers of three experts and two coded models, noisy so that ridges matter, and unrelated features."""
+    drawn = Drawn(seed)
+    experts = drawn(3, 90, CLASSES)
+    coded = TWO_ROWS.encode(experts) + 0.3 * drawn(2, 90, CLASSES)
+    features = [drawn(90, WIDTH) for _ in range(5)]
+    return Answers(experts, coded, features[:3], features[3:])
 
 
 def lose(answers, erased):
     """Return the answers with NaN where lost experts would have answered, and without their features."""
     experts = answers.experts.clone()
-    experts[list(erased)] = torch.nan
     features = list(answers.expert_features)
     for expert in erased:
+        experts[expert] = torch.nan
         features[expert] = features[expert][:, :0]
     return replace(answers, experts=experts, expert_features=features)
 
 
 @pytest.mark.parametrize("matrix", CODES.values(), ids=CODES.keys())
-@pytest.mark.parametrize("kind", list(DecoderKind))
+@pytest.mark.parametrize("kind", DecoderKind)
 def test_exact_answers_are_decoded_for_every_loss_in_the_order_of_its_names(
     matrix, kind, answers_of, heads
 ):
+    tolerance = 1e-5 if kind in FITTED else 1e-10  # the least ridge of the grid is not zero
     code = Code(matrix)
-    # The least ridge of the grid is not zero.
-    close = {"rtol": 1e-5, "atol": 1e-5} if kind in FITTED else {"rtol": 1e-10, "atol": 1e-10}
+    calibration = answers_of(matrix)
     test = answers_of(matrix, samples=9, seed=1)
+    single = replace(test, experts=test.experts.float(), coded=test.coded.float())
     for erased in code.erasures():
-        backwards = erased[::-1]
-        decoder = make_decoder(kind, code, backwards, heads).fit(answers_of(matrix))
+        backwards = list(erased[::-1])
+        decoder = make_decoder(kind, code, backwards, heads).fit(calibration)
         decoded = decoder.decode(lose(test, backwards))
-        torch.testing.assert_close(decoded, test.experts[list(backwards)], **close)
-        single = replace(test, experts=test.experts.float(), coded=test.coded.float())
+        expected = test.experts[backwards]
+        torch.testing.assert_close(decoded, expected, rtol=tolerance, atol=tolerance)
         assert decoder.decode(single).dtype == torch.float32
 
 
@@ -90,81 +109,48 @@ def test_exact_answers_are_decoded_for_every_loss_in_the_order_of_its_names(
 def test_linear_is_least_squares_over_the_rows(matrix, answers_of):
     """For one row and one lost expert the paper's (f_c − Σ β_i f_i)/β_j."""
     answers = answers_of(matrix)
-    answers.coded.add_(torch.randn(answers.coded.shape, generator=torch.Generator().manual_seed(2)))
-    decoded = make_decoder("linear", Code(matrix), [0]).decode(answers)[0]
+    answers.coded.add_(Drawn(2)(*answers.coded.shape))
+    (decoded,) = make_decoder("linear", Code(matrix), [0]).decode(answers)
     rows = np.array(matrix)
     of_survivors = np.einsum("rn,nbc->rbc", rows[:, 1:], answers.experts[1:].numpy())
-    of_lost = (answers.coded.numpy() - of_survivors).reshape(len(rows), -1)
-    expected = np.linalg.lstsq(rows[:, :1], of_lost, rcond=None)[0]
-    np.testing.assert_allclose(decoded.numpy().reshape(1, -1), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.fixture
-def noisy(answers_of):
-    """Return a function that gives answers with noise in all of them, so that ridges matter."""
-
-    def make(seed, samples=90):
-        answers = answers_of(CODES["two rows"], samples, seed)
-        draw = torch.Generator().manual_seed(100 + seed)
-
-        def disturbed(tensor):
-            return tensor + 0.3 * torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-
-        return Answers(
-            disturbed(answers.experts),
-            disturbed(answers.coded),
-            [0.1 * disturbed(each) for each in answers.expert_features],
-            [0.1 * disturbed(each) for each in answers.coded_features],
-        )
-
-    return make
+    of_lost = answers.coded.numpy() - of_survivors
+    flat = of_lost.reshape(len(rows), -1)
+    expected, *_ = np.linalg.lstsq(rows[:, :1], flat, rcond=None)
+    np.testing.assert_allclose(decoded.flatten(), expected[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [0], []])
 @pytest.mark.parametrize("kind", FITTED)
-def test_a_regression_is_ridge_from_all_that_arrives(kind, rows, noisy):
-    """Of blocks divided by their deviation: all logits, and each network's features; each lost expert has a ridge."""
+def test_a_regression_is_ridge_from_all_that_arrives(kind, rows):
+    """All logits are a block, and each network's features; each lost expert has a ridge."""
     calibration = noisy(0).with_coded(rows)
     test = noisy(1).with_coded(rows)
-    decoder = make_decoder(kind, Code(CODES["two rows"]), [2, 0]).fit(calibration)
 
     def blocks(answers):
         logits = torch.cat([*answers.coded, answers.experts[1]], 1)
-        features = [*answers.coded_features, answers.expert_features[1]]
-        return [logits, *features] if kind == "feature_ridge" else [logits]
+        if kind == "ridge":
+            return [logits]
+        return [logits, *answers.coded_features, answers.expert_features[1]]
 
-    scaled = []
-    for block, new in zip(blocks(calibration), blocks(test), strict=True):
-        deviation = (block - block.mean(0)).square().mean().sqrt()
-        scaled.append(torch.cat([block - block.mean(0), new - block.mean(0)]) / deviation)
-    both = torch.cat(scaled, 1).numpy()
-    x, new = both[:90], both[90:]
-    squares = np.linalg.svd(x, compute_uv=False) ** 2
-    for place, expert in enumerate((2, 0)):
-        y = calibration.experts[expert].numpy()
-        predictions = {}
-        for ridge in squares[squares > 1e-20].mean() * 10.0 ** np.arange(-10, 2.25, 0.5):
-            inverse = np.linalg.inv(x.T @ x + ridge * np.eye(x.shape[1]))
-            hat = x @ inverse @ x.T + 1 / len(x)
-            residual = y - y.mean(0) - x @ inverse @ x.T @ (y - y.mean(0))
-            left_out = residual / (1 - np.diag(hat))[:, None]
-            predictions[(left_out**2).sum()] = new @ inverse @ x.T @ (y - y.mean(0)) + y.mean(0)
-        best = predictions[min(predictions)]
-        np.testing.assert_allclose(decoder.decode(test)[place].numpy(), best, rtol=1e-6, atol=1e-8)
+    decoder = make_decoder(kind, TWO_ROWS, [2, 0]).fit(calibration)
+    fit = fit_blocks(blocks(calibration), calibration.experts[[2, 0]])
+    expected = fit(torch.cat(blocks(test), 1))
+    first, second = decoder.decode(test)
+    torch.testing.assert_close(torch.cat([first, second], 1), expected)
     assert decoder.passes(len(rows)) == (3 + len(rows)) * 90
 
 
 def test_a_lost_expert_is_read_from_the_coded_model_that_weighs_it_most(answers_of, heads):
-    code = Code(CODES["two rows"])
     answers = answers_of(CODES["two rows"])
     features = [answers.coded_features[0], 10 + answers.coded_features[1]]
-    decoder = make_decoder("expert_head", code, [0, 1, 2], heads)
-    decoded = decoder.decode(replace(answers, coded_features=features))
+    answers = replace(answers, coded_features=features)
+    decoder = make_decoder("expert_head", TWO_ROWS, [0, 1, 2], heads)
+    decoded = decoder.decode(answers)
     for expert, row in enumerate([1, 0, 0]):  # the first of equals
         weight, bias = heads[expert]
         expected = features[row] @ weight.T + bias
         torch.testing.assert_close(decoded[expert, :, : len(bias)], expected)
-    assert not decoded[1, :, CLASSES - 1 :].any()
+    assert not decoded[1, :, CLASSES - 1].any()
     silent = replace(answers, coded_features=[features[0][:, :0], features[1]])
     assert decoder.decode(silent)[1:, :, : CLASSES - 1].isnan().all()
 
@@ -180,98 +166,81 @@ COSTS = {
 
 @pytest.mark.parametrize("kind", COSTS)
 def test_what_a_decoder_reads_and_costs(kind, answers_of, heads):
-    code = Code(CODES["two rows"])
-    decoder = make_decoder(kind, code, [0], heads).fit(answers_of(CODES["two rows"]))
-    servers, forwards, losses, numbers = COSTS[kind]
-    assert decoder.servers(2) == servers
-    assert decoder.kind.forwards(3, 2) == forwards
-    assert decoder.kind.losses(3, 2) == losses
-    assert decoder.nbytes == 8 * numbers
+    decoder = make_decoder(kind, TWO_ROWS, [0], heads).fit(answers_of(CODES["two rows"]))
+    costs = (decoder.kind.forwards(3, 2), decoder.kind.losses(3, 2), decoder.nbytes / 8)
+    assert (decoder.servers(2), *costs) == COSTS[kind]
     assert decoder.decodes([0])
     assert not decoder.decodes([1])
-    several = make_decoder(kind, code, [2, 0], heads)
+    several = make_decoder(kind, TWO_ROWS, [2, 0], heads)
     assert several.decodes([0, 2])
     assert several.decodes([0]) == (kind == "expert_head")
 
 
 @pytest.mark.parametrize("kind", [*FITTED, "expert_head"])
-def test_a_decoder_with_the_tensors_of_another_answers_to_the_last_bit(kind, noisy, heads):
-    decoder = make_decoder(kind, Code(CODES["two rows"]), [2, 0], heads).fit(noisy(0))
-    tensors = {name: tensor.clone() for name, tensor in decoder.tensors.items()}
-    again = Decoder(decoder.kind, decoder.code, decoder.erased, tensors)
+def test_a_decoder_with_the_tensors_of_another_answers_to_the_last_bit(kind, heads):
+    decoder = make_decoder(kind, TWO_ROWS, [2, 0], heads).fit(noisy(0))
+    again = Decoder(decoder.kind, decoder.code, decoder.erased, decoder.tensors)
     assert torch.equal(again.decode(noisy(1)), decoder.decode(noisy(1)))
 
 
-MISUSE = {
-    "past the code": (
-        lambda a: make_decoder("linear", a.code, [0, 1]),
+THREE = Code(CODES["three"])
+
+
+def fitted(answers):
+    return make_decoder("ridge", THREE, [0]).fit(answers)
+
+
+MISUSE = {  # by message the error, and what is done with answers of three experts and a coded model
+    "loss of experts 0, 1 with 1": (
         DecodingError,
-        "loss of experts 0, 1 with 1",
+        lambda answers: make_decoder("linear", THREE, [0, 1]),
     ),
-    "an unknown kind": (
-        lambda a: make_decoder("cubic", a.code, [0]),
+    "found decoder='cubic'": (
         ConfigurationError,
-        "found decoder='cubic'",
+        lambda answers: make_decoder("cubic", THREE, [0]),
     ),
-    "not fitted": (
-        lambda a: make_decoder("ridge", a.code, [0]).decode(a.whole),
+    "yet; call fit": (
         DecodingError,
-        "yet; call fit",
+        lambda answers: make_decoder("ridge", THREE, [0]).decode(answers),
     ),
-    "no heads": (
-        lambda a: make_decoder("expert_head", a.code, [0]).decode(a.whole),
+    "make it with the lost experts' heads": (
         DecodingError,
-        "make it with the lost experts' heads",
+        lambda answers: make_decoder("expert_head", THREE, [0]).decode(answers),
     ),
-    "no features": (
-        lambda a: make_decoder("feature_ridge", a.code, [0]).fit(a.logits_alone),
+    "found answers without features": (
         DecodingError,
-        "found answers without features",
+        lambda answers: make_decoder("feature_ridge", THREE, [0]).fit(
+            Answers(answers.experts, answers.coded)
+        ),
     ),
-    "nothing arrives": (
-        lambda a: make_decoder("ridge", a.code, [0, 1, 2]).fit(a.whole.with_coded([])),
+    "no survivor is read and no coded model answers; lose fewer": (
         DecodingError,
-        "no survivor is read and no coded model answers; lose fewer",
+        lambda answers: make_decoder("ridge", THREE, [0, 1, 2]).fit(answers.with_coded([])),
     ),
-    "other experts": (
-        lambda a: a.fitted.decode(a.of_two),
+    "answers of 2 experts, the decoder is for 3; keep the lost ones' places": (
         DecodingError,
-        "answers of 2 experts, the decoder is for 3; keep the lost ones' places",
+        lambda answers: fitted(answers).decode(Answers(answers.experts[:2], answers.coded)),
     ),
-    "other servers": (
-        lambda a: a.fitted.decode(a.whole.with_coded([])),
+    "found answers of 8 numbers, expected 12, as fitted; fit it on answers of the same servers": (
         DecodingError,
-        "found answers of 8 numbers, expected 12, as fitted; fit it on answers of the same servers",
+        lambda answers: fitted(answers).decode(answers.with_coded([])),
     ),
-    "one sample": (
-        lambda a: a.fitted.fit(a.whole.select(slice(0, 1))),
+    "found 1 calibration samples": (
         NumericalError,
-        "found 1 calibration samples",
+        lambda answers: fitted(answers.select(slice(0, 1))),
     ),
-    "NaN": (
-        lambda a: a.fitted.fit(lose(a.whole, [1])),
+    "calibration is not finite: tensor 'inputs'": (
         StateError,
-        "calibration is not finite: tensor 'inputs'",
+        lambda answers: fitted(lose(answers, [1])),
     ),
 }
 
 
-class Parts:
-    """What the misuses are made of."""
-
-    def __init__(self, answers_of):
-        self.code = Code(CODES["three"])
-        self.whole = answers_of(CODES["three"])
-        self.logits_alone = Answers(self.whole.experts, self.whole.coded)
-        self.of_two = answers_of(CODES["two"])
-        self.fitted = make_decoder("ridge", self.code, [0]).fit(self.whole)
-
-
-@pytest.mark.parametrize("name", MISUSE)
-def test_misuse_is_one_clear_error(name, answers_of):
-    misuse, error, message = MISUSE[name]
+@pytest.mark.parametrize("message", MISUSE)
+def test_misuse_is_one_clear_error(message, answers_of):
+    error, misuse = MISUSE[message]
     with pytest.raises(error, match=message):
-        misuse(Parts(answers_of))
+        misuse(answers_of(CODES["three"]))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -287,53 +256,43 @@ def test_answers_of_servers_are_padded_and_silent_ones_are_nan():
     found = Answers.of_servers([(features, logits), None, (features, logits[:, :2])], 2)
     assert torch.equal(found.experts[0], logits)
     assert found.experts[1].isnan().all()
-    assert torch.equal(found.coded[0, :, :2], logits[:, :2])
-    assert not found.coded[0, :, 2].any()
-    assert [list(each.shape) for each in found.expert_features] == [[4, 6], [4, 0]]
+    assert torch.equal(found.coded[0], pad(logits[:, :2], (0, 1)))
+    assert [each.shape for each in found.expert_features] == [(4, 6), (4, 0)]
     assert torch.equal(found.coded_features[0], features)
     without = Answers.of_servers([(features[:, :0], logits)] * 3, 2)
     assert (without.expert_features, without.coded_features) == ([], [])
 
 
-def test_answers_are_split_and_joined(answers_of):
-    answers = replace(answers_of(CODES["two rows"], 7), tasks=torch.arange(7) % 3)
-    joined = Answers.concatenate([answers.select(slice(0, 3)), answers.select(torch.arange(3, 7))])
-    for name, whole in vars(answers).items():
-        torch.testing.assert_close(vars(joined)[name], whole, rtol=0, atol=0)
+def test_answers_are_split_and_joined():
+    answers = replace(noisy(0), tasks=torch.arange(90) % 3)
+    first = answers.select(slice(0, 30))
+    others = answers.select(torch.arange(30, 90))
+    joined = Answers.concatenate([first, others])
+    torch.testing.assert_close(vars(joined), vars(answers), rtol=0, atol=0)
     assert joined.with_coded([1]).num_coded == 1
     assert joined.with_coded([]).coded_features == []
+    with pytest.raises(DecodingError, match="found the tasks of 1 of 2 batches"):
+        Answers.concatenate([first, replace(others, tasks=None)])
 
 
 WRONG_PARTS = {
-    "tasks": ({"tasks": torch.zeros(5)}, r"found tasks \[5\], expected \[60\]"),
-    "features": (
-        {"coded_features": []},
-        r"features of \(3, 0\) .*expected those of all \(3, 1\), or none",
-    ),
-    "logits": ({"coded": torch.zeros(1, 4, CLASSES)}, r"expected \[N, B, C\], \[R, B, C\]"),
+    r"found tasks \[5\], expected \[60\]": {"tasks": torch.zeros(5)},
+    r"features of \(3, 0\) .*expected those of all \(3, 1\), or none": {"coded_features": []},
+    r"expected \[N, B, C\], \[R, B, C\]": {"coded": torch.zeros(1, 4, CLASSES)},
 }
 
 
-@pytest.mark.parametrize("name", WRONG_PARTS)
-def test_answers_whose_parts_do_not_fit_are_refused(name, answers_of):
-    change, message = WRONG_PARTS[name]
+@pytest.mark.parametrize("message", WRONG_PARTS)
+def test_answers_whose_parts_do_not_fit_are_refused(message, answers_of):
     with pytest.raises(DecodingError, match=message):
-        replace(answers_of(CODES["three"]), **change)
+        replace(answers_of(CODES["three"]), **WRONG_PARTS[message])
 
 
 def test_a_list_of_decoders_has_each_once():
     kinds = distinct_decoders(["ridge", "linear"])
     assert kinds == [DecoderKind.ridge, DecoderKind.linear]
-    assert (
-        type(kinds[0].name) is str
-    )  # a column of names in W&B's tables takes no enum beside strings
+    # A column of names in W&B's tables takes no enum beside strings.
+    assert type(kinds[0].name) is str
     for wrong in (["ridge", DecoderKind.ridge], []):
         with pytest.raises(ConfigurationError, match="expected at least one and each once"):
             distinct_decoders(wrong)
-
-
-def test_batches_of_known_and_of_unknown_tasks_are_not_joined():
-    known = Answers(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4), tasks=torch.tensor([0, 1, 1]))
-    unknown = Answers(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
-    with pytest.raises(DecodingError, match="found the tasks of 1 of 2 batches"):
-        Answers.concatenate([known, unknown])

@@ -11,46 +11,40 @@ from coin.errors import ConfigurationError, DataError, DecodingError
 
 @pytest.mark.parametrize(("alpha", "needed"), [(0.05, 59), (0.02, 149), (0.01, 299)])
 def test_so_many_samples_without_an_error_are_just_enough(alpha, needed):
-    scores = torch.linspace(0, 1, needed)
-    right = torch.zeros(needed, dtype=torch.bool)
-    enough = promised_threshold(scores, right, alpha)
-    assert vars(enough) == {
-        "threshold": 1.0,
-        "alpha": alpha,
-        "confidence": 0.95,
-        "coverage": 1.0,
-        "samples": needed,
-        "needed": needed,
-    }
     what = f"at most {alpha} of the accepted answers differ, at 0.95 confidence"
+    scores = torch.linspace(0, 1, needed)
+    differs = torch.zeros(needed, dtype=torch.bool)
+    enough = promised_threshold(scores, differs, alpha)
+    assert (enough.threshold, enough.coverage) == (1, 1)
+    assert (enough.alpha, enough.confidence) == (alpha, 0.95)
+    assert (enough.samples, enough.needed) == (needed, needed)
     assert str(enough) == f"{what}: 100.0% are accepted, of a score up to 1"
-    fewer = promised_threshold(scores[1:], right[1:], alpha)
-    assert (fewer.threshold, fewer.coverage) == (None, 0.0)
-    assert (
-        str(fewer)
-        == f"cannot promise that {what}: found {needed - 1} samples, expected at least {needed}"
-    )
-    wrong = scores == 0
-    found = promised_threshold(scores, wrong, alpha)
-    assert found.threshold is None
-    assert str(found) == f"cannot promise that {what}: too many of the {needed} of lowest score do"
+    fewer = promised_threshold(scores[1:], differs[1:], alpha)
+    assert (fewer.threshold, fewer.coverage) == (None, 0)
+    found = f"found {needed - 1} samples, expected at least {needed}"
+    assert str(fewer) == f"cannot promise that {what}: {found}"
+    differs[0] = True
+    wrong = promised_threshold(scores, differs, alpha)
+    assert wrong.threshold is None
+    assert str(wrong) == f"cannot promise that {what}: too many of the {needed} of lowest score do"
 
 
 def test_the_bound_is_that_of_clopper_and_pearson():
     """Whatever is accepted passes SciPy's own exact interval, and more would not have."""
-    draw = torch.Generator().manual_seed(0)
-    scores = torch.rand(500, generator=draw, dtype=torch.float64)
-    differs = torch.rand(500, generator=draw, dtype=torch.float64) < scores**4
-    found = promised_threshold(scores, differs, 0.05, 0.9)
+    draw = np.random.default_rng(0)
+    scores = draw.random(500)
+    differs = draw.random(500) < scores**4
+    found = promised_threshold(torch.from_numpy(scores), torch.from_numpy(differs), 0.05, 0.9)
 
     def bound(threshold):
         accepted = scores <= threshold
-        test = binomtest(int(differs[accepted].sum()), int(accepted.sum()), alternative="less")
+        test = binomtest(differs[accepted].sum(), accepted.sum(), alternative="less")
         return test.proportion_ci(0.9, method="exact").high
 
-    next_step = scores.sort().values[round(500 * found.coverage) + 12]  # of the 40 that are tried
+    number = round(500 * found.coverage)
+    next_step = np.sort(scores)[number + 12]  # of the 40 that are tried
     assert bound(found.threshold) <= 0.05 < bound(next_step)
-    assert found.coverage == float((scores <= found.threshold).double().mean())
+    assert found.coverage == (scores <= found.threshold).mean()
 
 
 RATES = {  # of answers that differ, by the score, for α
@@ -100,35 +94,18 @@ def test_a_score_that_is_nan_is_not_accepted():
 
 
 REFUSED = {
-    "no error at all": (
-        {"alpha": 0.0},
-        ConfigurationError,
-        "alpha=0.0, expected a number above 0 and below 1",
-    ),
-    "every error": (
-        {"alpha": 1.0},
-        ConfigurationError,
-        "alpha=1.0, expected a number above 0 and below 1",
-    ),
-    "certainty": (
-        {"alpha": 0.1, "confidence": 1.0},
-        ConfigurationError,
-        "confidence=1.0, expected a number",
-    ),
-    "lengths": (
-        {"alpha": 0.1, "scores": torch.rand(3)},
-        DataError,
-        r"found scores \[3\] and differences \[5\]",
-    ),
+    "alpha=0.0, expected a number above 0 and below 1": (ConfigurationError, 5, 0.0, 0.95),
+    "alpha=1.0, expected a number above 0 and below 1": (ConfigurationError, 5, 1.0, 0.95),
+    "confidence=1.0, expected a number": (ConfigurationError, 5, 0.1, 1.0),
+    r"found scores \[3\] and differences \[5\]": (DataError, 3, 0.1, 0.95),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_nobody_can_promise_is_refused(name):
-    options, error, message = REFUSED[name]
-    five = {"scores": torch.rand(5), "differs": torch.zeros(5, dtype=torch.bool)}
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_nobody_can_promise_is_refused(message):
+    error, scores, alpha, confidence = REFUSED[message]
     with pytest.raises(error, match=message):
-        promised_threshold(**(five | options))
+        promised_threshold(torch.rand(scores), torch.zeros(5), alpha, confidence)
 
 
 @pytest.fixture
@@ -137,11 +114,9 @@ def answers():
     draw = torch.Generator().manual_seed(1)
     own = 2 * torch.randn(3, 900, 4, generator=draw, dtype=torch.float64)
     tasks = torch.arange(900) % 3
-    noise = torch.where(tasks == 0, 0.22, 0.02)[:, None]
-    coded = uniform(3).encode(own) + noise * torch.randn(
-        1, 900, 4, generator=draw, dtype=torch.float64
-    )
-    return Answers(own, coded, tasks=tasks)
+    noise = torch.randn(1, 900, 4, generator=draw, dtype=torch.float64)
+    noise *= torch.where(tasks == 0, 0.22, 0.02)[:, None]
+    return Answers(own, uniform(3).encode(own) + noise, tasks=tasks)
 
 
 @pytest.mark.parametrize("expert", range(3))
@@ -150,7 +125,7 @@ def test_every_lost_expert_is_promised_for_on_its_own_task(expert, answers):
     with pytest.raises(DecodingError, match="has promised nothing; call accept with new inputs"):
         decoder.accepted(expert, torch.zeros(2))
     found = decoder.accept(answers, 0.05)[expert]
-    decoded = decoder.decode(answers)[0]
+    (decoded,) = decoder.decode(answers)
     scores = answer_score(decoded)
     differs = decoded.argmax(1) != answers.experts[expert].argmax(1)
     is_own = answers.tasks == expert
@@ -173,7 +148,5 @@ def test_the_score_is_one_less_the_largest_probability():
     torch.testing.assert_close(answer_score(odds.log()), expected, rtol=1e-6, atol=0)
     not_finite = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
     assert answer_score(not_finite).tolist() == [1.0, 1.0, 1.0]
-    with pytest.raises(
-        DataError, match=r"found logits \[2, 1\], expected at least two classes to score"
-    ):
+    with pytest.raises(DataError, match=r"found logits \[2, 1\], expected at least two classes"):
         answer_score(torch.ones(2, 1))

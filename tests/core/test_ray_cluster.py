@@ -11,21 +11,14 @@ from coin.core.ray_cluster import set_ray_variables
 from coin.errors import ConfigurationError
 
 
-def test_a_cluster_of_our_own_asks_for_a_token_and_a_running_one_decides_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in (
-        "RAY_USAGE_STATS_ENABLED",
-        "RAY_worker_niceness",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
-    ):
-        monkeypatch.setenv(name, "0")  # which are left as they are
+def test_a_cluster_of_our_own_asks_for_a_token_and_a_running_one_decides_itself(monkeypatch):
+    for name in ("USAGE_STATS_ENABLED", "worker_niceness", "ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(f"RAY_{name}", "0")  # which are left as they are
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     set_ray_variables("10.0.0.1:6379")
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
-    with pytest.raises(
-        ConfigurationError, match=r"found RAY_AUTH_MODE=disabled, expected token: .*; unset it"
-    ):
+    message = r"found RAY_AUTH_MODE=disabled, expected token: .*; unset it"
+    with pytest.raises(ConfigurationError, match=message):
         set_ray_variables(None)
     monkeypatch.delenv("RAY_AUTH_MODE")
     set_ray_variables(None)
@@ -69,7 +62,7 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_what_comes_without_credentials_to_a_replica_is_refused() -> None:
+def test_what_comes_without_credentials_to_a_replica_is_refused():
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
     pytest.importorskip("psutil")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

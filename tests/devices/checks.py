@@ -8,6 +8,7 @@ import pretend
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import coin
 from coin.cli import main
@@ -23,10 +24,8 @@ from coin.statistics.statistic import statistic_sums
 torch.set_num_threads(1)
 DEVICE = pretend.register()
 SMALLEST = Path(__file__).parents[2] / "configs" / "experiment" / "smallest.yaml"
-CLOSE = {
-    "rtol": 1e-4,
-    "atol": 1e-5,
-}  # the same operations on the same processor: only the order of sums may differ
+# The same operations on the same processor: only the order of sums may differ.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 NEXT_CODE = {"rtol": 1e-3, "atol": 1e-3}  # in 8 bits one code may be the next one
 CODE = coin.uniform(3)
 METHODS = {
@@ -41,26 +40,25 @@ METHODS = {
     "user": UserMethod(lambda experts, calibration, initial: deepcopy(experts[0])),
     "distillation": coin.Distillation(lr=0.01, steps=2),
 }
-QUICK = (
-    "coin",
-    "refit, adapters",
-    "coin without float64",
-)  # where merges run on the CPU, and the rest as it is
+# Where merges run on the device, where they run on the CPU, and where the body is rounded.
+QUICK = ("coin", "coin without float64", "refit, adapters")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in QUICK]
 
 
 @pytest.fixture
-def on(monkeypatch):
-    """Return a function that runs another on the CPU and on the device, and gives both results and what has run."""
+def same(monkeypatch):
+    """Return a function that compares another's results on the CPU and on the device, and gives the files that ran."""
 
-    def run(function, *, float64=True):
+    def run(function, *, float64=True, **tolerance):
         own = function(torch.device("cpu"))
         if not float64:
             monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"mps", pretend.NAME})
         delta._table.cache_clear()  # whose tables are of the device as it was
         with pretend.running(float64=float64) as seen:
             here = function(DEVICE)
-        return own, here, seen
+            here = tree_map_only(torch.Tensor, torch.Tensor.cpu, here)
+        torch.testing.assert_close(here, own, **(tolerance or CLOSE))
+        return seen
 
     return run
 
@@ -76,8 +74,8 @@ class Shift(nn.Module):
         return x + self.by
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
+def network():
+    torch.manual_seed(0)
     made = nn.Sequential(
         nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(),
@@ -105,69 +103,61 @@ INPUTS = [[batch] for batch in IMAGES.split(12)]  # on the CPU, wherever the exp
 
 def answers(net, place, **options):
     with torch.no_grad():
-        return net(IMAGES[:4].to(place), **options).cpu()
+        return net(IMAGES[:4].to(place), **options)
 
 
-def merged(name, place):
-    experts, start = experts_on(place)
-    calibration = [
-        [first[:5].to(place), first[5:]] for (first,) in INPUTS
-    ]  # batches may lie on both
-    torch.manual_seed(0)
-    made = coin.merge_networks(METHODS[name], experts, CODE, calibration=calibration, initial=start)
-    assert {tensor.device.type for tensor in (*made[0].parameters(), *made[0].buffers())} == {
-        torch.device(place).type
-    }
-    return made[0]
+def devices_of(net):
+    return {tensor.device.type for tensor in (*net.parameters(), *net.buffers())}
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_methods_merge_where_the_experts_are(name, on):
+def test_methods_merge_where_the_experts_are(name, same):
     method, _, without = name.partition(" without ")
+    is_adapted = "adapters" in name
 
     def merge(place):
-        options = {"experts": 1} if "adapters" in name else {}
-        return answers(merged(method, place), place, **options)
+        experts, initial = experts_on(place)
+        # Batches may lie on both.
+        calibration = [[first[:5].to(place), first[5:]] for (first,) in INPUTS]
+        torch.manual_seed(0)
+        (made,) = coin.merge_networks(
+            METHODS[method], experts, CODE, calibration=calibration, initial=initial
+        )
+        assert devices_of(made) == {place.type}
+        return answers(made, place, **({"experts": 1} if is_adapted else {}))
 
-    own, here, seen = on(merge, float64=not without)
-    torch.testing.assert_close(here, own, **(NEXT_CODE if "adapters" in name else CLOSE))
+    seen = same(merge, float64=not without, **(NEXT_CODE if is_adapted else CLOSE))
     assert ("merging/experts.py" in seen) == (not without)  # else merges run on the CPU
 
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("categorical", "monte_carlo")]
 
 
-def statistic(kind, place):
-    (expert, *_), _ = experts_on(place)
-    if kind == "gram":
-        return coin.gram_sums(expert, INPUTS[0]).mean()
-    options = FisherOptions(kind, 2 if kind == "monte_carlo" else None)
-    return statistic_sums(expert, INPUTS[0], options).mean()
-
-
 @pytest.mark.parametrize("float64", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["exact", "gram", *SLOW_KINDS])
-def test_statistics(kind, float64, on):
-    own, here, _ = on(lambda place: statistic(kind, place), float64=float64)
-    for name, tensor in own.items():
-        assert here[name].device == DEVICE
-        torch.testing.assert_close(here[name].cpu(), tensor, **CLOSE)
+def test_statistics(kind, float64, same):
+    def statistic(place):
+        (expert, *_), _ = experts_on(place)
+        options = None  # Gram matrices
+        if kind != "gram":
+            options = FisherOptions(kind, 2 if kind == "monte_carlo" else None)
+        found = statistic_sums(expert, INPUTS[0], options).mean()
+        assert {tensor.device.type for tensor in found.values()} == {place.type}
+        return dict(found)
+
+    same(statistic, float64=float64)
 
 
 @pytest.mark.slow
-def test_statistics_of_the_cpu_serve_experts_on_the_device(on):
-    grams = [
-        coin.gram_sums(each, batches).mean()
-        for each, batches in zip(experts_on("cpu")[0], INPUTS, strict=True)
-    ]
+def test_statistics_of_the_cpu_serve_experts_on_the_device(same):
+    experts, _ = experts_on("cpu")
+    grams = [coin.gram_sums(experts[place], INPUTS[place]).mean() for place in range(3)]
 
     def merge(place):
-        return answers(
-            coin.merge_networks(coin.RegMean(), experts_on(place)[0], CODE, grams=grams)[0], place
-        )
+        (made,) = coin.merge_networks(coin.RegMean(), experts_on(place)[0], CODE, grams=grams)
+        return answers(made, place)
 
-    own, here, _ = on(merge)
-    torch.testing.assert_close(here, own, **CLOSE)
+    same(merge)
 
 
 DECODINGS = [("ridge", False)]
@@ -177,26 +167,24 @@ DECODINGS += [
 
 
 @pytest.mark.parametrize(("decoder", "float64"), DECODINGS)
-def test_coded_systems_answer_decode_and_are_saved(decoder, float64, on, tmp_path):
+def test_coded_systems_answer_decode_and_are_saved(decoder, float64, same, tmp_path):
+    labels = torch.arange(12) % 4
+    tests = [[(batch, labels)] for (batch,) in INPUTS]
+
     def decoded(place):
         experts, start = experts_on(place)
         system = coin.Coded(CODE, experts, [start]).fit_decoder([IMAGES], [1], decoder)
-        labels = torch.arange(12) % 4
-        tests = [[(batch, labels)] for (batch,) in INPUTS]
         table = coin.evaluate(system, tests, decoders=[decoder], calibration=INPUTS)
-        path = tmp_path / "system.safetensors"
-        system.save(path)
-        again = coin.Coded.load(path, experts)
+        system.save(tmp_path / "system.safetensors")
+        again = coin.Coded.load(tmp_path / "system.safetensors", experts)
         batch = IMAGES[:4].to(place)
-        accuracies = torch.tensor(table["decoded_accuracy"].to_numpy(dtype=float))
-        return [system.decode(batch).cpu(), again.decode(batch).cpu(), accuracies]
+        return [system.decode(batch), again.decode(batch), table["decoded_accuracy"].tolist()]
 
-    own, here, _ = on(decoded, float64=float64)
-    torch.testing.assert_close(here, own, **CLOSE)
+    same(decoded, float64=float64)
 
 
 @pytest.mark.parametrize("float64", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bodies_move_and_answer_packed(float64, on):
+def test_bodies_move_and_answer_packed(float64, same):
     experts, start = experts_on("cpu")
     adapters = coin.fit_adapters(start, experts, INPUTS, rank=2).adapters
     packed = coin.compress(start, None, bits=3, base_bits=0).packed()
@@ -206,50 +194,46 @@ def test_bodies_move_and_answer_packed(float64, on):
         for body in (start, packed):
             here = deepcopy(coin.Adapted(body, adapters)).to(place)
             plain = here.network(1)
-            found += [answers(here, place, experts=1), answers(plain, place)]
+            assert devices_of(plain) == {place.type}
+            found.append(answers(here, place, experts=1))
+            found.append(answers(plain, place))
             found.append(answers(here, place, experts=torch.tensor([0, 2, 1, 2])))
-            assert {tensor.device for tensor in plain.parameters()} == {
-                next(here.parameters()).device
-            }
         return found
 
-    own, here, _ = on(every, float64=float64)
-    torch.testing.assert_close(here, own, **CLOSE)
+    same(every, float64=float64)
 
 
 @pytest.mark.slow
-def test_compressed_bodies_answer_where_the_experts_are(on):
+def test_compressed_bodies_answer_where_the_experts_are(same):
+    method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4})
+
     def decoded(place):
         experts, _ = experts_on(place)
-        method = coin.Refit(adapters={"rank": 2}, compress={"bits": 4})
         merged = coin.merge_networks(method, experts, CODE, calibration=INPUTS)
         system = coin.Coded(CODE, experts, merged.compressed["refit+rank2-4bit"])
         system.fit_decoder([IMAGES], [0, 1, 2], "expert_head")
-        return system.decode(IMAGES[:4].to(place), [1]).cpu()
+        return system.decode(IMAGES[:4].to(place), [1])
 
-    own, here, _ = on(decoded)
-    torch.testing.assert_close(here, own, **CLOSE)
+    same(decoded)
 
 
-def test_rounding_is_the_same_bytes(on):
+def test_rounding_is_the_same_bytes(same):
     def rounded(place):
         experts, start = experts_on(place)
         made = coin.compress(experts[0], start, bits=3).rounded
         return {name: (each.levels, each.scale) for name, each in made.items()}
 
-    own, here, _ = on(rounded)
-    torch.testing.assert_close(here, own, rtol=0, atol=0)
+    same(rounded, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("float64", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_batchnorms_are_recalibrated(float64, on):
+def test_batchnorms_are_recalibrated(float64, same):
     def recalibrated(place):
         net = network().to(place)
         assert coin.recalibrate(net, INPUTS[0]) == 12
-        return net[1].running_var.cpu()
+        return net[1].running_var
 
-    own, here, _ = on(recalibrated, float64=float64)
-    torch.testing.assert_close(here, own, **CLOSE)
+    same(recalibrated, float64=float64)
 
 
 def test_a_metric_on_the_cpu_counts_answers_of_the_device():
@@ -266,7 +250,7 @@ def test_held_networks_move_to_the_device():
         cache.networks([0])
         cache.move(DEVICE)
         for held in cache.networks([0, 1]).values():
-            assert {tensor.device for tensor in held.parameters()} == {DEVICE}
+            assert devices_of(held) == {pretend.NAME}
 
 
 def test_files_of_the_package_alone_are_blamed():
@@ -289,26 +273,29 @@ methods:
   - {class_path: Distillation, init_args: {lr: 1.0e-3, steps: 2}}
 decoders: [expert_head]
 """
-NUMBERS = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "memory_mib", "resident_mib"]
+COLUMNS = [
+    "method", "decoder", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "memory_mib", "resident_mib",
+]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("float64", [True, False])
-def test_a_run_is_the_same(float64, on, tmp_path, monkeypatch):
+def test_a_run_is_the_same(float64, same, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     (tmp_path / "methods.yaml").write_text(RUN)
+    tables = []
 
     def run(place):
         command = ["run", "-c", str(SMALLEST), "-c", str(tmp_path / "methods.yaml")]
         options = [f"--output={tmp_path / place.type}", f"--trainer.accelerator={place.type}"]
         assert main([*command, *options]) == 0
-        return read_results(tmp_path / place.type / "smallest" / "seed-0")
+        rows = read_results(tmp_path / place.type / "smallest" / "seed-0")
+        # Attention has another kernel on the device, and Adam's first steps make much of last bits.
+        rows = rows[rows["method"] != "distillation"]
+        tables.append(rows[COLUMNS])
+        return rows["residual"].dropna().tolist()
 
-    own, here, seen = on(run, float64=float64)
-    pd.testing.assert_frame_equal(own[["method", "decoder"]], here[["method", "decoder"]])
-    # Attention has another kernel on the device, and Adam's first steps make much of last bits.
-    own, here = (rows[rows["method"] != "distillation"] for rows in (own, here))
-    pd.testing.assert_frame_equal(own[NUMBERS], here[NUMBERS], rtol=1e-6)
-    pd.testing.assert_series_equal(own["residual"], here["residual"], **CLOSE)
+    seen = same(run, float64=float64)
+    pd.testing.assert_frame_equal(*tables, rtol=1e-6)
     assert {"modules/expert.py", "modules/distillation.py", "coding/answers.py"} <= seen
     assert ("merging/units.py" in seen) == float64  # else merges run on the CPU

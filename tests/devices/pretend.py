@@ -29,6 +29,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import coin
 
@@ -99,99 +100,74 @@ class PretendTensor(Tensor):
     def __reduce_ex__(self, protocol):
         return self.inner.detach().__reduce_ex__(protocol)
 
-    def __repr__(self, **options):
-        return f"PretendTensor({self.inner!r})"
-
 
 def _run(function, args, kwargs):
     """Check an operation, count it, and run it on the tensors inside."""
-    flat = []
-    _mapped(flat.append, (args, kwargs))
-    tensors = [each for each in flat if isinstance(each, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
     ours = [each for each in tensors if isinstance(each, PretendTensor)]
-    others = [each for each in tensors if not isinstance(each, PretendTensor)]
     asked = kwargs.get("device")
     if not ours and not _is_ours(asked):
-        _check_generators(flat, CPU)
+        _check_generators(leaves, "cpu")
         return function(*args, **kwargs)
 
     is_factory = asked is not None and len(tensors) <= 1
-    if others and function not in _COPIES and not is_factory:
+    if len(ours) < len(tensors) and function not in _COPIES and not is_factory:
         raise RuntimeError(f"{ANOTHER} ({function})")
-    target = _target(function, args, asked)
-    _check_generators(flat, torch.device(NAME))
+    _check_generators(leaves, NAME)
+    target = NAME if asked is None else torch.device(asked).type
+    if function is aten.copy_.default:
+        target = args[0].device.type
     if target == NAME and not _has_float64:
-        _check_types(function, flat, kwargs)
+        _check_types(function, leaves, kwargs)
     if function is aten._fused_sdp_choice.default:
         return 0  # the plain kernels
     if target == NAME and function not in _COPIES and not function.is_view:
         _blame()
 
-    wrapper_of = {id(each.inner): each for each in ours}
-
-    def inside(each):
-        if isinstance(each, PretendTensor):
-            return each.inner
-        return CPU if isinstance(each, torch.device) and _is_ours(each) else each
-
-    inner_args, inner_kwargs = _mapped(inside, (args, kwargs))
+    inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
     if "pin_memory" in inner_kwargs:
         inner_kwargs["pin_memory"] = False
     found = function(*inner_args, **inner_kwargs)
-    if function in (aten.is_set_to.default, aten.equal.default):
+    if target != NAME:
         return found
+    wrapper_of = {id(each.inner): each for each in ours}
 
     def wrapped(tensor):
-        if not isinstance(tensor, Tensor):
-            return tensor
-        if id(tensor) in wrapper_of and not (target == "cpu" and function is aten._to_copy.default):
-            return wrapper_of[id(tensor)]  # changed in place
-        if target != NAME:
-            return (
-                tensor.clone() if id(tensor) in wrapper_of else tensor
-            )  # what goes to the CPU shares no memory
+        if id(tensor) in wrapper_of:  # changed in place
+            return wrapper_of[id(tensor)]
         with torch.inference_mode(False):  # an inference tensor could not be detached
             return PretendTensor(tensor)
 
-    return _mapped(wrapped, found)
+    return tree_map_only(Tensor, wrapped, found)
 
 
-def _mapped(function, value):
-    """Return lists, tuples and dictionaries with a function's results in the place of what they hold."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(function, each) for each in value])
-    if isinstance(value, dict):
-        return {name: _mapped(function, each) for name, each in value.items()}
-    return function(value)
+def _inside(value):
+    """Return the CPU tensor of a tensor of the device, and the CPU for the device."""
+    if isinstance(value, PretendTensor):
+        return value.inner
+    if isinstance(value, torch.device) and value.type == NAME:
+        return CPU
+    return value
 
 
 def _is_ours(device):
     return device is not None and torch.device(device).type == NAME
 
 
-def _target(function, args, asked):
-    """Return the type of the device of what comes out."""
-    if asked is not None:
-        return torch.device(asked).type
-    if function in (aten._to_copy.default, aten.copy_.default):
-        return args[0].device.type
-    return NAME
+def _check_generators(leaves, device):
+    for each in leaves:
+        if isinstance(each, torch.Generator) and each.device.type != device:
+            found = f"found '{each.device.type}'"
+            raise RuntimeError(f"Expected a '{device}' device type for generator but {found}")
 
 
-def _check_generators(flat, device):
-    for each in flat:
-        if isinstance(each, torch.Generator) and each.device.type != device.type:
-            raise RuntimeError(
-                f"Expected a '{device.type}' device type for generator but found '{each.device.type}'"
-            )
-
-
-def _check_types(function, flat, kwargs):
+def _check_types(function, leaves, kwargs):
     """Raise what MPS raises for float64."""
     wide = (torch.float64, torch.complex128)
-    is_wide = any(each in wide for each in flat if isinstance(each, torch.dtype))
+    is_wide = any(each in wide for each in leaves if isinstance(each, torch.dtype))
     if function is aten._to_copy.default and kwargs.get("dtype") is None:
-        is_wide = any(each.dtype in wide for each in flat if isinstance(each, Tensor))
+        is_wide = any(each.dtype in wide for each in leaves if isinstance(each, Tensor))
     if is_wide:
         raise TypeError(
             "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
