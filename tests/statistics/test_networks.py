@@ -286,7 +286,8 @@ def test_tokens_are_dispatched_by_products_with_a_choice(choose, seed):
         rows = x.flatten(0, 1)
         chosen = choose(gate(rows))  # [B·T, 2]
         place = chosen * chosen.cumsum(0) - 1  # where a row stands in its expert's queue
-        slots = (place[..., None] == torch.arange(len(rows))).to(rows)  # [B·T, 2, slots]
+        off = place[..., None] - torch.arange(len(rows))
+        slots = (1 - off.abs()).relu()  # one-hot, [B·T, 2, slots]
         sent = torch.einsum("res,rd->esd", slots, rows)
         made = torch.stack([layer(sent[0]), other(sent[1])])
         return torch.einsum("res,esd->rd", slots, made.tanh()).view(len(x), -1)
