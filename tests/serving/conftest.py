@@ -62,9 +62,9 @@ def now():
     return asyncio.get_running_loop().time()
 
 
-def body(data, name="images", datatype="BYTES", **more):
+def body(data, name="images", shape=None, **more):
     """A request of the Open Inference Protocol."""
-    given = {"name": name, "datatype": datatype, "shape": [len(data)], "data": data}
+    given = {"name": name, "datatype": "BYTES", "shape": shape or [len(data)], "data": data}
     return {"inputs": [given], **more}
 
 

@@ -58,9 +58,8 @@ class Schedule:
         self.trouble = draw.choice((0.0, 0.1, 0.4))  # the share of requests that fail
         self.dies = {name: draw.uniform(0, 10) for name in self.servers if draw.random() < 0.15}
         self.cancelled = 0.2  # the share of queries that are cancelled
-        self.refused = (
-            set()
-        )  # the servers that ever refused what would wait too long, or were tried by another
+        # The servers that ever refused what would wait too long, or were tried by another.
+        self.refused = set()
 
     def fails(self, name):
         """Whether a request fails that a server gets now."""
@@ -72,13 +71,11 @@ class Schedule:
 
     def queries(self):
         count = self.it.code.num_experts
-        wants = [[expert] for expert in range(count)] + [list(range(count))]
+        wants = [*[[expert] for expert in range(count)], list(range(count))]
         made = []
         for number in range(self.draw.randint(1, 8)):
-            rows = [
-                [float(number), self.draw.uniform(-1, 1)]
-                for _ in range(self.draw.choice((1, 1, 3)))
-            ]
+            size = self.draw.choice((1, 1, 3))
+            rows = [[float(number), self.draw.uniform(-1, 1)] for _ in range(size)]
             is_cancelled = self.draw.random() < self.cancelled
             cancel_after = self.draw.uniform(0, 4) if is_cancelled else None
             made.append(Query(torch.tensor(rows).double(), self.draw.choice(wants), cancel_after))

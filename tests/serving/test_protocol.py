@@ -37,15 +37,16 @@ PETS = System(
 )
 
 
-def read(content, size=32, **limits):
-    """The images of a request, given as it is sent."""
-    _, images = parse(content, "pets", replace(PETS, image_size=size), Limits(**limits))
+def read(request, size=32, **limits):
+    """The images of a request."""
+    sent = json.dumps(request).encode()
+    _, images = parse(sent, "pets", replace(PETS, image_size=size), Limits(**limits))
     return images
 
 
 def read_files(*files, **options):
     texts = [base64.b64encode(file).decode() for file in files]
-    return read(json.dumps(body(texts)).encode(), **options)
+    return read(body(texts), **options)
 
 
 def noise(*shape):
@@ -73,30 +74,22 @@ def test_large_images_become_what_training_would_have_seen(tmp_path, shape, form
     assert torch.equal(found, to_square(Image.open(path), 24)[None])
 
 
-def head_of_png(width, height):
-    """The head of a file of this size, which is all that is read of it."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def enormous():
+    """The head of a file of 400 million pixels, which is all that is read of it."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     return PNG[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + PNG[33:]
 
 
 PNG = encoded(noise(8, 8, 3))
-JPEG = encoded(noise(60, 60, 3), "JPEG")
 NO_IMAGES = {
     "text": ([b"hello"], "no whole image", 400),
-    "nothing": ([b""], "no whole image", 400),
     "gif": ([encoded(noise(8, 8), "GIF")], "no whole image", 400),
-    "half": ([JPEG[:400]], "no whole image", 400),
-    "without an end": ([JPEG[:-200]], "no whole image", 400),
+    "half": ([encoded(noise(60, 60, 3), "JPEG")[:-200]], "no whole image", 400),
     "16 bits": ([encoded(np.zeros((4, 4), np.uint16))], "8 bits a channel", 400),
     "two sizes": ([PNG, encoded(noise(9, 9))], "different sizes", 400),
-    "large": ([encoded(noise(64, 64))], "4096 pixels, expected at most 4000", 413),
     "large together": ([encoded(noise(50, 50))] * 2, "5000 pixels, expected at most 4000", 413),
     "many": ([PNG] * 3, "found 3 images, expected at most 2", 413),
-    "enormous": (
-        [head_of_png(20_000, 20_000)],
-        r"no whole image \(Image size \(400000000 pixels\)",
-        400,
-    ),
+    "enormous": ([enormous()], r"no whole image \(Image size \(400000000 pixels\)", 400),
 }
 
 
@@ -111,51 +104,29 @@ def test_what_is_no_image_or_too_large_is_refused(name):
 # Requests.
 
 ONE = [base64.b64encode(PNG).decode()]
-LABEL = {"name": "label"}
-VALID = json.dumps(body(ONE)).encode()
-WRONG = {  # what is sent, as bytes or as JSON
-    "no JSON": (b"{", "wrong at the body"),
-    "no text": (b"\xff\xfe\xfd", "wrong at the body"),
-    "a binary tail": (
-        VALID + b"...",
-        r"wrong at the body .* expected plain JSON \(binary_data=False\)",
-    ),
-    "deep": (b"[" * 100_000, "wrong at the body"),
-    "half a letter": (b'{"id": "\\ud800", "inputs": []}', "wrong at the body"),
+WRONG = {
     "no inputs": ({}, "wrong at inputs"),
     "input": (body(ONE, "words"), "wrong at inputs.0.name"),
-    "datatype": (body(ONE, datatype="FP32"), "wrong at inputs.0.datatype"),
-    "number": (body([7]), "wrong at inputs.0.data.0"),
-    "matrix": (VALID.replace(b"[1]", b"[1, 1]"), "wrong at inputs.0.shape"),
-    "text as shape": (VALID.replace(b"[1]", b'["1"]'), "wrong at inputs.0.shape.0"),
-    "rows": (VALID.replace(b"[1]", b"[2]"), "one a row"),
+    "text as shape": (body(ONE, shape=["1"]), "wrong at inputs.0.shape.0"),
+    "rows": (body(ONE, shape=[2]), "one a row"),
     "none": (body([]), "found 0 images"),
     "base64": (body(["%%"]), "no whole image"),
-    "too many outputs": (
-        body(ONE, outputs=[LABEL] * 1001),
-        "wrong at outputs .* at most 1000 items",
-    ),
-    "output": (
-        body(ONE, outputs=[{"name": "logits"}]),
-        "expected some of probabilities, class, label, score",
-    ),
+    "output": (body(ONE, outputs=[{"name": "logits"}]), "expected some of probabilities, class"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_the_metadata_does_not_offer_is_refused(name):
-    content, message = WRONG[name]
-    if not isinstance(content, bytes):
-        content = json.dumps(content).encode()
+    request, message = WRONG[name]
     with pytest.raises(DataError, match=message):
-        read(content)
+        read(request)
 
 
 def test_a_query_for_300000_outputs_is_refused_before_they_are_read():
-    content = json.dumps(body(ONE, outputs=[LABEL] * 300_000)).encode()
+    request = body(ONE, outputs=[{"name": "label"}] * 300_000)
     began = time.process_time()
-    with pytest.raises(DataError, match="wrong at outputs"):
-        read(content)
+    with pytest.raises(DataError, match=r"wrong at outputs .*at most 1000 items"):
+        read(request)
     assert time.process_time() - began < 1.0  # it took 5.6 seconds
 
 
@@ -170,9 +141,9 @@ def responded(system, model, answers, outputs=()):
     """A response as it is sent, and the data of its outputs by name."""
     request = body([], id="7", outputs=[{"name": name} for name in outputs])
     asked = InferRequest.model_validate_json(json.dumps(request))
-    sent = json.dumps(response(system, model, asked, answers, 0.5), allow_nan=False)
-    found = json.loads(sent)
-    return found, {output["name"]: output["data"] for output in found["outputs"]}
+    found = response(system, model, asked, answers, 0.5)
+    sent = json.loads(json.dumps(found, allow_nan=False))
+    return sent, {output["name"]: output["data"] for output in sent["outputs"]}
 
 
 def test_a_response_leaves_out_padded_outputs():
@@ -193,20 +164,15 @@ def test_a_response_says_who_answered_and_has_the_outputs_that_were_asked_for():
     assert found["outputs"][0]["parameters"] == {"decoded": False, "answered_by": "expert-cars"}
 
 
-def test_without_a_promise_nothing_is_said_of_one():
-    names = [output["name"] for output in metadata(PETS, "pets")["outputs"]]
-    _, data = responded(PETS, "pets", [DECODED])
-    assert names == list(data) == ["probabilities", "class", "label", "score"]
-
-
 def test_what_the_promise_covers_is_told():
     decoder = make_decoder("linear", CODE, [0])
     decoder.promises = {0: Promise(0.5, 0.02, 0.95, 1.0, 9, 9)}
     promising = replace(PETS, decoders={(0,): decoder})
     about = metadata(promising, "all")
     assert about["outputs"][4] == {"name": "pets.accepted", "datatype": "BOOL", "shape": [-1]}
-    parameters = about["parameters"]
-    assert (parameters["promise.alpha"], parameters["promise.confidence"]) == ("0.02", "0.95")
+    classes = {"pets.classes": "cat,dog", "cars.classes": "old,new,none"}
+    promise = {"promise.alpha": "0.02", "promise.confidence": "0.95"}
+    assert about["parameters"] == classes | promise
     for answer, expected in ((DECODED, [False]), (OWN, [True])):
         _, data = responded(promising, "pets", [answer])
         assert data["accepted"] == expected
@@ -241,13 +207,12 @@ def test_logits_are_padded_and_features_are_sent_where_a_decoder_reads_them(path
 def test_replies_to_requests_that_run_together_are_told_apart(path):
     servers = {Path(name): NetworkServer(path, 5, features=True) for name in ("one", "other")}
     images = stored(3, 1, 12, 12)
-    asked = [
-        ("one", images[:1]),
-        ("one", stored(2, 3, 16, 16)),
-        ("one", images[1:]),
-        ("other", images),
+    requests = [
+        Request(Path("one"), 0, images[:1]),
+        Request(Path("one"), 0, stored(2, 3, 16, 16)),
+        Request(Path("one"), 0, images[1:]),
+        Request(Path("other"), 0, images),
     ]
-    requests = [Request(Path(name), 0, own) for name, own in asked]
     replies = run_together(servers.__getitem__, requests)
     for request, found in zip(requests, replies, strict=True):
         expected = servers[request.path](request.images)
@@ -255,13 +220,8 @@ def test_replies_to_requests_that_run_together_are_told_apart(path):
 
 
 def test_networks_for_texts_are_refused(tmp_path):
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    BertConfig(**sizes, vocab_size=20).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertConfig(**sizes, intermediate_size=8, vocab_size=20).save_pretrained(tmp_path / "bert")
     config = NetworkConfig(f"hf/{tmp_path}/bert", 6)
     path = tmp_path / "text.safetensors"
     save_network(path, build_network(config, 3), config, 3, {})

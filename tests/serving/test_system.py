@@ -10,7 +10,6 @@ from coin.serving.system import System
 from tests.serving.conftest import LinearSystem
 
 CODE = Code([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
-CODED = ["coded-0", "coded-1"]
 SUFFICE = [  # policy, expert, servers, and whether they make up for it
     ("coded_hedged", 1, "a c coded-0", True),
     ("coded_hedged", 1, "a coded-0 coded-1", True),
@@ -29,20 +28,6 @@ SUFFICE = [  # policy, expert, servers, and whether they make up for it
 def test_which_servers_suffice(policy, expert, servers, expected):
     stand_ins = StandIns(PolicyKind(policy), ["a", "b", "c"], CODE)
     assert stand_ins.suffice(expert, servers.split()) == expected
-
-
-STARTED = {
-    "coded_hedged": CODED,
-    "standin": CODED,
-    "replica": ["replica-0", "replica-1"],
-    "uncoded": [],
-}
-
-
-@pytest.mark.parametrize("policy", STARTED)
-def test_which_servers_there_are(policy):
-    stand_ins = StandIns(PolicyKind(policy), ["a", "b", "c"], CODE)
-    assert stand_ins.servers == ["a", "b", "c", *STARTED[policy]]
 
 
 @pytest.mark.parametrize(
@@ -82,19 +67,17 @@ def test_the_decoder_of_the_missing_experts_decodes(biased):
     assert not found.accepted.any()  # nothing was promised
 
 
-def test_without_a_coded_model_the_code_decodes(biased):
+@pytest.mark.parametrize(
+    ("lost", "rows", "present"), [(["e1", "coded-1"], [0], [0, 2]), (["e0", "e1"], [0, 1], [2])]
+)
+def test_without_a_decoder_or_all_coded_models_the_code_decodes(biased, lost, rows, present):
     system, replies, answers = biased
-    found = system.decode(1, without(replies, "e1", "coded-1"))
-    (expected,) = decode_linear(CODE.matrix[[0]], answers.coded[[0]], answers.experts[[0, 2]], (1,))
-    torch.testing.assert_close(found.logits, expected)
-
-
-def test_without_a_decoder_the_code_decodes(biased):
-    system, replies, answers = biased
-    arrived = without(replies, "e0", "e1")
-    expected = decode_linear(CODE.matrix, answers.coded, answers.experts[[2]], (0, 1))
-    for expert in (0, 1):
-        torch.testing.assert_close(system.decode(expert, arrived).logits, expected[expert])
+    missing = tuple(expert for expert in range(3) if expert not in present)
+    coded = answers.coded[rows]
+    expected = decode_linear(CODE.matrix[rows], coded, answers.experts[present], missing)
+    for expert, logits in zip(missing, expected, strict=True):
+        found = system.decode(expert, without(replies, *lost))
+        torch.testing.assert_close(found.logits, logits)
 
 
 def test_what_is_promised_is_told(biased):

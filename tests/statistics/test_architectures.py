@@ -1,9 +1,11 @@
 """The Fisher diagonal of whole architectures, in float64 per tensor, against one backward per sample and output."""
 
+from functools import partial
+
 import pytest
 import torch
-import torchvision
 from dense import CLASSES, fisher_by_autograd
+from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
@@ -11,39 +13,37 @@ from torchvision.models.vision_transformer import VisionTransformer
 from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, fisher_sums
 
-ARCHITECTURES = {  # the side of images, and the network
-    "resnet18": (32, lambda: torchvision.models.resnet18(num_classes=CLASSES)),
-    "resnet50": (32, lambda: torchvision.models.resnet50(num_classes=CLASSES)),
-    "mobilenet_v3_small": (32, lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES)),
-    "efficientnet_b0": (32, lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES)),
-    "convnext_tiny": (32, lambda: torchvision.models.convnext_tiny(num_classes=CLASSES)),
-    "vit": (32, lambda: VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES)),
-    "small_vit": (32, lambda: SmallViT(CLASSES, 32, 8, depth=2, heads=2, width=16, mlp_width=32)),
-    "swin": (32, lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES)),
-    "swin of several windows": (
-        64,
-        lambda: SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=CLASSES),
-    ),
-    "resnet of larger maps": (64, lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)),
+SMALL = {  # in small: the side of images, the class and its arguments
+    "vit": (32, VisionTransformer, 32, 8, 2, 2, 16, 32),
+    "small_vit": (32, partial(SmallViT, depth=2, heads=2, width=16, mlp_width=32)),
+    "swin": (32, SwinTransformer, [4, 4], 16, [2, 2], [2, 2], [4, 4]),
+    "swin of several windows": (64, SwinTransformer, [4, 4], 8, [2], [2], [4, 4]),
+    "resnet of larger maps": (64, ResNet, BasicBlock, [1, 1, 1, 1]),
 }
-SLOW = {"resnet50", "efficientnet_b0", "convnext_tiny"}
-MARKED = [
-    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ARCHITECTURES
+SLOW = ["resnet50", "efficientnet_b0", "convnext_tiny"]
+ARCHITECTURES = [
+    *SMALL,
+    "resnet18",
+    "mobilenet_v3_small",
+    *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW],
 ]
 
 
 def network_of(name, samples):
     """An architecture with random numbers in every tensor, and images: fresh ones are zero or one in places."""
-    torch.manual_seed(1)
-    side, make = ARCHITECTURES[name]
-    network = make().double().eval()
+    if name in SMALL:
+        side, make, *arguments = SMALL[name]
+        network = make(*arguments, num_classes=CLASSES)
+    else:
+        side = 32
+        network = get_model(name, num_classes=CLASSES)
     for parameter in network.parameters():
-        if parameter.ndim == 1 or parameter.flatten(1).std() < 1e-3:
+        if parameter.std() < 1e-3:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    for name, buffer in network.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
             buffer += 0.1 * torch.rand_like(buffer)
-    return network, torch.randn(samples, 3, side, side).double()
+    return network.double().eval(), torch.randn(samples, 3, side, side).double()
 
 
 def assert_equal_per_tensor(found, expected):
@@ -54,7 +54,7 @@ def assert_equal_per_tensor(found, expected):
         assert error <= 1e-10 * value.abs().max(), name
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_autograd(name):
     network, inputs = network_of(name, 3)
     expected = fisher_by_autograd(network, inputs)
@@ -71,4 +71,4 @@ def test_memory_and_batch_sizes_do_not_change_the_numbers():
     assert sizes.count(1) >= 7  # one sample at a time
     assert tight.count == whole.count == 7
     assert tight.passes == whole.passes == 7 * (1 + 2 * CLASSES)
-    assert_equal_per_tensor(dict(tight.values), dict(whole.values))
+    assert_equal_per_tensor(tight.values, whole.values)

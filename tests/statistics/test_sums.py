@@ -16,9 +16,7 @@ from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
 
 def network_and_inputs():
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(144, 3)
-    )
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     return network, torch.randn(7, 3, 8, 8)
 
 
@@ -53,25 +51,18 @@ def test_two_processes_equal_one(tmp_path):
         assert (count, passes) == (7, expected.passes)
         for name, value in expected.values.items():
             assert (values[name] - value).norm() <= 1e-6 * value.norm(), name
-    assert {name: value.tolist() for name, value in uneven[0].items()} == {
-        "a": [1, 1],
-        "b": [3, 3],
-        "c": [2, 2],
-    }
+    found = {name: value.tolist() for name, value in uneven[0].items()}
+    assert found == {"a": [1, 1], "b": [3, 3], "c": [2, 2]}
 
 
 def test_the_mean_divides_by_the_count():
-    assert Sums({"a": torch.tensor([6.0, 4.0])}, 4, 12.0).mean()["a"].tolist() == [1.5, 1.0]
+    sums = Sums({"a": torch.tensor([6.0, 4.0])}, 4, 12.0)
+    assert reduce_sums(sums).mean()["a"].tolist() == [1.5, 1.0]
     with pytest.raises(StateError, match="found 0 calibration samples"):
         Sums({}, 0, 0.0).mean()
 
 
-def test_one_process_has_all():
-    sums = Sums({"a": torch.ones(2)}, 1, 1.0)
-    assert reduce_sums(sums) is sums
-
-
-@pytest.mark.parametrize(("n", "world"), [(7, 2), (3, 3), (6, 3)])
+@pytest.mark.parametrize(("n", "world"), [(7, 2), (3, 3)])
 def test_shards_are_a_partition(n, world):
     taken = [list(shard(n, rank, world)) for rank in range(world)]
     sizes = [len(places) for places in taken]
