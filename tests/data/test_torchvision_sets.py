@@ -41,7 +41,8 @@ def no_network(monkeypatch):
 def write_mnist_like(folder, prefixes=("train", "t10k"), first=0, classes=10):
     """Write an image of each class to train and to test on in MNIST's format, and return the images."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = torch.randint(256, (2, classes, 1, 28, 28), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, classes, 1, 28, 28), generator=draw, dtype=torch.uint8)
     labels = torch.arange(first, first + classes, dtype=torch.uint8)
     for prefix, of_split in zip(prefixes, images, strict=True):
         header = struct.pack(">HBBIII", 0, 8, 3, classes, 28, 28)
