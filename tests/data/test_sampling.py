@@ -24,10 +24,3 @@ def test_every_prefix_of_a_stratified_order_is_in_proportion(stop):
     counts = LABELS[order[:stop]].bincount(minlength=4)
     proportion = COUNTS * stop / 70
     assert (counts - proportion).abs().max() <= 1
-
-
-def test_a_stratified_order_is_a_shuffle_by_the_generator():
-    order = stratified_order(LABELS, make_generator(0))
-    assert sorted(order.tolist()) == list(range(70))
-    assert torch.equal(order, stratified_order(LABELS, make_generator(0)))
-    assert not torch.equal(order, stratified_order(LABELS, make_generator(1)))
