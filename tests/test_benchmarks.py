@@ -1,11 +1,11 @@
 """Each benchmark in its smallest form: what it measures is what it says. Times are not held to anything here."""
 
+import gc
 import json
 import math
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,13 +16,13 @@ BENCHMARKS = Path(__file__).parents[1] / "notebooks/benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch):
+def benchmark(monkeypatch):
     """Return a function that returns the names that a benchmark's file defines."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return lambda name: runpy.run_path(str(BENCHMARKS / f"{name}.py"))
 
 
-def test_the_ways_to_the_fisher_agree(benchmark) -> None:
+def test_the_ways_to_the_fisher_agree(benchmark):
     fisher = benchmark("fisher")
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 10))
     network.double()
@@ -34,7 +34,7 @@ def test_the_ways_to_the_fisher_agree(benchmark) -> None:
     assert fisher["seconds_of"](ways, images, 1).keys() == {"limit", "coin"}
 
 
-def test_the_timed_body_answers_as_its_network(benchmark) -> None:
+def test_the_timed_body_answers_as_its_network(benchmark):
     bodies = benchmark("bodies")
     network = bodies["network_of"]("small_resnet", 16)
     images = torch.randn(2, 3, 16, 16)
@@ -45,15 +45,16 @@ def test_the_timed_body_answers_as_its_network(benchmark) -> None:
     assert rows["mixed"].iloc[-1] > 0
 
 
-def test_an_event_is_measured_from_its_answers(benchmark) -> None:
+def test_an_event_is_measured_from_its_answers(benchmark):
     failover = benchmark("failover")
 
-    def answered(sent: float, seconds: float, **given: Any) -> object:
-        usual = {"place": 0, "status": 200, "is_exact": True}
-        return failover["Answered"](rows=[0], sent=sent, ended=sent + seconds, **(usual | given))
+    def answered(sent, seconds, place=0, status=200):
+        is_exact = status == 200
+        ended = sent + seconds
+        return failover["Answered"](place, [0], sent, ended, status, is_exact=is_exact)
 
     before = [answered(sent, 0.1) for sent in (0.0, 1.0, 2.0)]
-    lost = answered(10.0, 0.2, status=503, is_exact=False)
+    lost = answered(10.0, 0.2, status=503)
     late = answered(10.5, 0.5)
     in_time = [answered(11.0 + sent, 0.1) for sent in range(failover["IN_TIME"])]
     other = answered(10.1, 0.1, place=1)
@@ -74,9 +75,16 @@ def test_an_event_is_measured_from_its_answers(benchmark) -> None:
     assert row == pytest.approx(expected)
 
 
-def test_the_gpus_steps_run_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def frozen_heap():
+    """Garbage collections, one before each step of a benchmark, pass over what all imports have made."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen_heap")
+def test_the_gpus_steps_run_on_a_cpu(monkeypatch, capsys):
     sizes = ["--networks", "small_resnet", "--device", "cpu", "--side", "16", "--repeats", "1"]
     script = str(BENCHMARKS / "gpu.py")
     monkeypatch.setattr(sys, "argv", [script, *sizes])

@@ -14,7 +14,7 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 """Packages whose module has another name."""
 
 
-def imported() -> set[str]:
+def imported():
     """Return the top-level modules that the package imports, of other packages."""
     found = set()
     for path in (ROOT / "coin").rglob("*.py"):
@@ -23,7 +23,7 @@ def imported() -> set[str]:
     return found - sys.stdlib_module_names - {"coin"}
 
 
-def asked() -> set[str]:
+def asked():
     """Return the modules of the packages that coin and its extras ask for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -34,6 +34,6 @@ def asked() -> set[str]:
     return {MODULES.get(package, package.replace("-", "_")) for package in packages}
 
 
-def test_every_package_that_is_imported_is_asked_for() -> None:
+def test_every_package_that_is_imported_is_asked_for():
     assert {"torch", "jsonargparse", "PIL"} < imported()
     assert imported() <= asked() | {"starlette"}  # of fastapi, which asks for it

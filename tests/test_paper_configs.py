@@ -4,24 +4,14 @@ from dataclasses import replace
 from functools import partialmethod
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from coin import data
 from coin.commands.run import read_experiment
-from coin.data import (
-    CIFAR10,
-    GTSRB,
-    KMNIST,
-    MNIST,
-    STL10,
-    SVHN,
-    FashionMNIST,
-    Samples,
-    Source,
-    TextFile,
-)
+from coin.data import Samples, Source, TextFile
 from coin.data.tasks import Tasks
 from coin.modules import Expert
 
@@ -33,30 +23,29 @@ PAIRS = sorted(path for path in BASE.parent.glob("*.yaml") if path != BASE)
 FILES = [*sorted((ROOT / "experiment/beyond").glob("*.yaml")), *PAIRS]
 NAMES = ("mnist", "fashionmnist", "kmnist", "svhn", "cifar10", "gtsrb", "stl10")
 
-# Channels, side, training and test images as torchvision has them; GTSRB is resized when it is read.
-REAL: dict[type, tuple[int, int | None, int, int, int]] = {
-    MNIST: (1, 28, 60_000, 10_000, 10),
-    FashionMNIST: (1, 28, 60_000, 10_000, 10),
-    KMNIST: (1, 28, 60_000, 10_000, 10),
-    SVHN: (3, 32, 73_257, 26_032, 10),
-    CIFAR10: (3, 32, 50_000, 10_000, 10),
-    GTSRB: (3, None, 26_640, 12_630, 43),
-    STL10: (3, 96, 5_000, 8_000, 10),
+# Channels, side, training and test images and classes as torchvision has them; GTSRB is resized when it is read.
+REAL = {
+    data.MNIST: (1, 28, 60_000, 10_000, 10),
+    data.FashionMNIST: (1, 28, 60_000, 10_000, 10),
+    data.KMNIST: (1, 28, 60_000, 10_000, 10),
+    data.SVHN: (3, 32, 73_257, 26_032, 10),
+    data.CIFAR10: (3, 32, 50_000, 10_000, 10),
+    data.GTSRB: (3, None, 26_640, 12_630, 43),
+    data.STL10: (3, 96, 5_000, 8_000, 10),
 }
 
 
-def one_image(task: Any, sizes: tuple[int, int | None, int, int, int]) -> Source:
+def one_image(task, sizes):
     """Return one image many times."""
-    channels, side, train, test, classes = sizes
+    channels, side, *counts, classes = sizes
     length = side or task.image_size
     image = torch.randint(256, (channels, length, length), dtype=torch.uint8)
-    splits = [
-        Samples.of(image.expand(n, -1, -1, -1), torch.arange(n) % classes) for n in (train, test)
-    ]
-    return Source(*splits)
+    train, test = (image.expand(count, -1, -1, -1) for count in counts)
+    labels = torch.arange(len(train)) % classes
+    return Source(Samples.of(train, labels), Samples.of(test, labels[: len(test)]))
 
 
-def texts(task: TextFile) -> Source:
+def texts(task):
     """Return tokens of as many texts as a domain has, in 15 classes."""
     tokens = torch.randint(1, 1000, (1_500, task.max_tokens))
     samples = Samples.of(tokens, torch.arange(1_500) % 15)
@@ -64,49 +53,49 @@ def texts(task: TextFile) -> Source:
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(packaged_encoder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_ins(packaged_encoder, monkeypatch):
     """Nothing is downloaded: every set holds one image of the real shape many times, under the real labels."""
     for kind, sizes in REAL.items():
         monkeypatch.setattr(kind, "load", partialmethod(one_image, sizes))
         monkeypatch.setattr(kind, "prepare_data", lambda self: None)
-
     monkeypatch.setattr(TextFile, "load", texts)
     monkeypatch.setattr(TextFile, "classes", tuple(map(str, range(15))))
 
 
-def options_of(path: Path) -> list[str]:
+def options_of(path):
     """Return the options with which a file is run: a pair's lies over what all pairs share."""
-    return [*(["-c", str(BASE)] if path in PAIRS else []), "-c", str(path)]
+    under = ["-c", str(BASE)] if path in PAIRS else []
+    return [*under, "-c", str(path)]
 
 
-def test_every_pair_of_sets_has_a_file_that_says_how_to_run_it() -> None:
-    assert {path.stem for path in PAIRS} == {
-        f"{first}-{second}" for first, second in combinations(NAMES, 2)
-    }
+def test_every_pair_of_sets_has_a_file_that_says_how_to_run_it():
+    pairs = {f"{first}-{second}" for first, second in combinations(NAMES, 2)}
+    assert {path.stem for path in PAIRS} == pairs
     for path in PAIRS:
         command = " ".join(["coin run", *options_of(path)]).replace(f"{ROOT.parent}/", "")
         assert f"#   {command}\n" in path.read_text()
 
 
-def file_name(path: Path) -> str:
+def file_name(path):
     return f"{path.parent.name}/{path.stem}"
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=file_name)
-def test_a_pair_is_what_the_paper_measures(path: Path) -> None:
+def test_a_pair_is_what_the_paper_measures(path):
     experiment, _ = read_experiment(options_of(path))
     most = 4500 if "stl10" in path.stem else 7000
     labels = ["average", "coin", "regmean", "distillation", f"distillation-{most}"]
     assert [method.label for method in experiment.methods] == labels
     assert experiment.methods[-1].samples_per_task == most
     assert len(experiment.seeds) == 5
-    assert (experiment.expert.batch_size, experiment.network.weights) == (128, "IMAGENET1K_V2")
+    assert experiment.expert.batch_size == 128
+    assert experiment.network.weights == "IMAGENET1K_V2"
     for task in path.stem.split("-"):
         assert experiment.expert.of(task).epochs == (30 if task == "stl10" else 5)
 
 
 @pytest.mark.parametrize("path", FILES, ids=file_name)
-def test_tasks_networks_and_samples_fit_together(path: Path) -> None:
+def test_tasks_networks_and_samples_fit_together(path):
     experiment, _ = read_experiment(options_of(path))
     assert experiment.name.endswith(path.stem)
     assert experiment.seeds[:3] == [0, 1, 2]
@@ -131,13 +120,12 @@ NETWORKS = ["eight-experts", "convnext_tiny", "vit_b_16", "vit-small", "text", "
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_one_batch_through_the_real_network(name: str) -> None:
+def test_one_batch_through_the_real_network(name):
     (path,) = (path for path in FILES if path.stem == name)
     classes = 43 if path in PAIRS else 15
-    experiment = read_experiment(options_of(path))[0]
-    config = replace(
-        experiment.network, weights=None
-    )  # they are not here, and their names were checked when parsed
+    experiment, _ = read_experiment(options_of(path))
+    # The weights are not here, and their names were checked when parsed.
+    config = replace(experiment.network, weights=None)
     expert = Expert(config.name, config.image_size, options=config.options, num_classes=classes)
     task = next(iter(experiment.tasks.values()))
     task.setup()
@@ -145,5 +133,5 @@ def test_one_batch_through_the_real_network(name: str) -> None:
     inputs, labels = task.on_after_batch_transfer((images[:2], labels[:2]), 0)
     logits = expert(inputs)
     assert logits.shape == (2, classes)
-    torch.nn.functional.cross_entropy(logits, labels).backward()
+    F.cross_entropy(logits, labels).backward()
     assert all(parameter.grad is not None for parameter in expert.parameters())

@@ -3,7 +3,6 @@
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,9 +20,7 @@ WEIGHTS = st.lists(st.floats(-1, 2), max_size=3)
 
 @FEW
 @given(st.lists(WEIGHTS, max_size=3))
-def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(
-    rows: list[list[float]],
-) -> None:
+def test_a_code_is_convex_and_decodes_what_it_promises_or_is_refused(rows):
     try:
         code = Code(rows)
     except (ConfigurationError, DecodingError):
@@ -46,7 +43,7 @@ JSON = st.recursive(
 
 @FEW
 @given(LAYOUTS, st.dictionaries(st.text(max_size=5), JSON, max_size=3))
-def test_a_state_reads_back_bit_for_bit(layout: dict[str, Any], made: dict[str, Any]) -> None:
+def test_a_state_reads_back_bit_for_bit(layout, made):
     assume("__metadata__" not in layout)
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -71,7 +68,7 @@ ROWS = st.builds(Row, **{column: VALUES[TYPES[column]] for column in COLUMNS})
 
 @settings(FEW, max_examples=15)
 @given(st.lists(ROWS, min_size=1, max_size=4))
-def test_results_read_back_as_they_were_written(rows: list[Row]) -> None:
+def test_results_read_back_as_they_were_written(rows):
     with tempfile.TemporaryDirectory() as folder:
         write_results(Path(folder), rows, {})
         found = read_results(Path(folder))

@@ -1,5 +1,4 @@
 import os
-from typing import Any
 
 import pytest
 
@@ -14,9 +13,7 @@ from coin.__main__ import tune_process
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_what_the_user_has_set_stands(
-    given: dict[str, str], expected: dict[str, str], monkeypatch: Any
-) -> None:
+def test_what_the_user_has_set_stands(given, expected, monkeypatch):
     monkeypatch.setattr(os, "environ", {"MALLOC_MMAP_MAX_": "65536", **given})
     tune_process()
     assert os.environ == {"MALLOC_MMAP_MAX_": "65536", **expected}

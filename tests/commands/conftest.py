@@ -1,19 +1,17 @@
 """Every command runs in a folder of its own."""
 
-from pathlib import Path
-
 import pytest
 
 from coin.cli import main
 
 
 @pytest.fixture(autouse=True)
-def own_folder(elsewhere: None) -> None:
+def own_folder(elsewhere):
     """See `elsewhere`."""
 
 
 @pytest.fixture(scope="session")
-def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(finished, config, tmp_path_factory):
     """The experiment, evaluated with the decoder that reads no survivor beside one that does."""
     output = tmp_path_factory.mktemp("alone")
     decoders = "[linear, expert_head]"

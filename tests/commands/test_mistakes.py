@@ -6,9 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from coin.callbacks import ExpertExport
 from coin.cli import main, take_signals
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.modules import Expert
-from coin.networks import NetworkConfig, build_network, head_name, save_network
+from coin.networks import build_network, head_name, save_network
 
 EXPERIMENT = """
 name: small
@@ -38,16 +36,16 @@ MISTAKES = yaml.safe_load(Path(__file__).with_name("mistakes.yaml").read_text(en
 
 
 @pytest.fixture(autouse=True)
-def experiment(own_folder: None) -> None:
+def experiment(own_folder):
     """Write the experiment's file."""
     Path("small.yaml").write_text(EXPERIMENT)
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(capsys):
     """Return a function that returns the line that a command ends with; it has written nothing, unless `writes`."""
 
-    def refuse(arguments: list[str], writes: bool = False) -> str:
+    def refuse(arguments, writes=False):
         capsys.readouterr()
         before = set(Path().rglob("*"))
         assert main(arguments) == 2
@@ -63,11 +61,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def wrong_files() -> None:
+def wrong_files():
     """Write the files that the commands name: no weights of a network, or those of another one."""
-    torch.save(torch.nn.Conv2d(3, 4, 3).state_dict(), "other.pt")
-    torch.save(torch.nn.Conv2d(3, 4, 3), "whole.pt")
-    torch.save(torch.nn.Linear(2, 2).state_dict(), "a.pth")
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    torch.save(convolution.state_dict(), "other.pt")
+    torch.save(convolution.state_dict(), "a.pth")
+    torch.save(convolution, "whole.pt")
     Path("page.pt").write_text("<!DOCTYPE html>")
     Path("text.pt").write_text("no checkpoint")
     Path("hf_folder").mkdir()
@@ -77,9 +76,7 @@ def wrong_files() -> None:
 @pytest.mark.usefixtures("wrong_files")
 @pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_before_anything_is_trained(
-    name: str, refused: Callable[..., str]
-) -> None:
+def test_a_mistake_is_one_line_before_anything_is_trained(name, refused):
     case = MISTAKES[name]
     if "replaces" in case:
         old, new = case["replaces"]
@@ -90,71 +87,57 @@ def test_a_mistake_is_one_line_before_anything_is_trained(
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_a_package_that_is_missing_is_one_line(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_missing_is_one_line(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     line = refused([*RUN, "--network={name: timm/resnet18, options: {}}"])
     assert "timm" in line
     assert "pip install" in line
 
 
-def test_a_full_disk_is_one_line(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def throw(error):
+    raise error
 
-    monkeypatch.setattr(Path, "write_text", full)
+
+def test_a_full_disk_is_one_line(refused, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: throw(full))
     assert "No space left on device; free the space" in refused(RUN, writes=True)
     assert not list(Path().rglob(".*.tmp"))
 
 
-def test_imported_experts_are_different_ones(
-    refused: Callable[..., str], write_experts: Any
-) -> None:
+def test_imported_experts_are_different_ones(refused, write_experts):
     (expert,) = write_experts([10]).values()
     twice = json.dumps({"digits": expert, "letters": expert})
     line = refused([*RUN, f"--expert.checkpoints={twice}"])
     assert "found one expert for the tasks 'digits' and 'letters'" in line
 
 
-def test_an_imported_expert_is_compared_with_the_initialisation(
-    small_config: NetworkConfig,
-    capsys: pytest.CaptureFixture[str],
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    base = build_network(small_config, 10, seed=5)
-    save_network(Path("base.safetensors"), base, small_config, 10, {})
+def test_an_imported_expert_is_compared_with_the_initialisation(small_config, recwarn, capsys):
+    network = build_network(small_config, 10, seed=5)
+    save_network(Path("base.safetensors"), network, small_config, 10, {})
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            if not name.startswith(head_name(base)):
+        for name, parameter in network.named_parameters():
+            if not name.startswith(head_name(network)):
                 parameter.mul_(1.01)
-    save_network(Path("expert.safetensors"), base, small_config, 10, {})
+    save_network(Path("expert.safetensors"), network, small_config, 10, {})
     command = [*TRAIN, "--expert.checkpoints={digits: expert.safetensors}"]
-    for base_option, is_told in (
-        ([], True),
-        (["--base.checkpoint=base.safetensors", "--name=based"], False),
-    ):
-        recwarn.clear()
-        assert main([*command, *base_option]) == 0  # without a base it would be random weights
-        told = [
-            str(each.message)
-            for each in recwarn
-            if "of its weights from the initialisation" in str(each.message)
-        ]
-        assert len(told) == is_told
+    told = "of its weights from the initialisation"
+    assert main(command) == 0  # without a base it is random weights
+    assert [told in str(each.message) for each in recwarn].count(True) == 1
+    recwarn.clear()
+    assert main([*command, "--base.checkpoint=base.safetensors", "--name=based"]) == 0
+    assert [told in str(each.message) for each in recwarn].count(True) == 0
     assert "expert digits: its weights are" in capsys.readouterr().err
 
 
-def with_context() -> KeyError:
+def with_context():
     """Return a defect's error that came up while a mistake of the user's was handled."""
     error = KeyError("y")
     error.__context__ = FileError("found no file 'x', expected it")
     return error
 
 
-DEFECTS: dict[str, BaseException] = {
+DEFECTS = {
     "an error": ValueError("x"),
     "an error within": with_context(),
     "out of memory": RuntimeError("not enough memory"),
@@ -167,57 +150,56 @@ DEFECTS: dict[str, BaseException] = {
 
 
 @pytest.fixture
-def ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+def ends_with(monkeypatch):
     """Return a function that has ``coin run`` call another one."""
 
-    def patch(function: Callable[[], Any]) -> None:
+    def patch(function):
         monkeypatch.setattr("coin.commands.run.main", lambda _: function())
 
     return patch
 
 
-def throw(error: BaseException) -> None:
-    raise error
-
-
 @pytest.mark.parametrize("name", DEFECTS)
-def test_what_is_no_mistake_keeps_its_traceback(name: str, ends_with: Any, capsys: Any) -> None:
+def test_what_is_no_mistake_keeps_its_traceback(name, ends_with, capsys):
     ends_with(lambda: throw(DEFECTS[name]))
     with pytest.raises(type(DEFECTS[name])):
         main(RUN)
     assert capsys.readouterr().err == ""
 
 
-def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    Path("owntasks.py").write_text(
-        "from coin.data import Digits\n\nclass Broken(Digits):\n    def __init__(self) -> None:\n        {}['x']\n"
-    )
+BROKEN = """
+from coin.data import Digits
+
+class Broken(Digits):
+    def __init__(self) -> None:
+        {}["x"]
+"""
+
+
+def test_a_defect_in_a_constructor_of_the_users_keeps_its_traceback(monkeypatch):
+    Path("owntasks.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(Path().absolute())
     with pytest.raises(KeyError, match="x"):
         main([*RUN, "--tasks.digits={class_path: owntasks.Broken}"])
 
 
-def test_messages_and_warnings_are_one_line_whatever_they_quote(ends_with: Any) -> None:
-    assert (
-        str(ConfigurationError("found key 'a\n\nb', expected c")) == "found key 'a b', expected c"
-    )
+def test_messages_and_warnings_are_one_line_whatever_they_quote(ends_with):
+    error = ConfigurationError("found key 'a\n\nb', expected c")
+    assert str(error) == "found key 'a b', expected c"
     assert str(FileError(2, "No such\nfile", "x")) == "[Errno 2] No such file: 'x'"
-    shown = []
 
-    def warn() -> None:
-        shown.append(warnings.formatwarning("one\nline", CoinWarning, "file.py", 1))
-        shown.append(warnings.formatwarning("one\nline", UserWarning, "file.py", 1))
+    def warn():
+        own = warnings.formatwarning("one\nline", CoinWarning, "file.py", 1)
+        assert own == "coin: warning: one line\n"
+        other = warnings.formatwarning("one\nline", UserWarning, "file.py", 1)
+        assert other.startswith("file.py:1: UserWarning")
 
     ends_with(warn)
     assert main(RUN) == 0
-    assert shown[0] == "coin: warning: one line\n"
-    assert shown[1].startswith("file.py:1: UserWarning")
 
 
 @pytest.fixture
-def killed_after_training(monkeypatch: pytest.MonkeyPatch) -> Path:
+def killed_after_training(monkeypatch):
     """An expert's last checkpoint, whose training was killed before the expert was written."""
     with monkeypatch.context() as patch:
         patch.setattr(ExpertExport, "on_train_end", lambda *_: throw(KeyError("killed")))
@@ -228,8 +210,8 @@ def killed_after_training(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_truncated_checkpoint_is_moved_away_and_the_training_begins_anew(
-    killed_after_training: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    killed_after_training, capsys
+):
     content = killed_after_training.read_bytes()
     killed_after_training.unlink()  # it may be mapped
     killed_after_training.write_bytes(content[: len(content) // 2])
@@ -239,9 +221,7 @@ def test_a_truncated_checkpoint_is_moved_away_and_the_training_begins_anew(
     assert "moved it to" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_kept(
-    killed_after_training: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(killed_after_training, monkeypatch):
     before = killed_after_training.read_bytes()
     message = "unable to mmap 13 bytes: Cannot allocate memory"
     monkeypatch.setattr(torch, "load", lambda *_, **__: throw(RuntimeError(message)))
@@ -259,35 +239,31 @@ OVER = """
 tasks: {a: {class_path: MNIST5k}}
 methods: [{class_path: RegMean}]
 """
+REPLACED = ["--methods=[{class_path: RegMean}]", "--tasks={a: {class_path: MNIST5k}}"]
 
 
 @pytest.mark.parametrize(
-    ("options", "most", "damping"),
+    ("options", "most", "is_damped"),
     [
-        (["-c", "over.yaml"], None, None),
-        (
-            ["--methods", "[{class_path: RegMean}]", "--tasks={a: {class_path: MNIST5k}}"],
-            None,
-            None,
-        ),
-        (["--tasks.a.init_args.max_train=9"], 9, 5),
+        (["-c", "over.yaml"], None, False),
+        (REPLACED, None, False),
+        (["--tasks.a.init_args.max_train=9"], 9, True),
     ],
     ids=["a file", "options", "one option"],
 )
-def test_what_is_laid_over_leaves_nothing_behind_of_another_class(
-    options: list[str], most: int | None, damping: float | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_laid_over_leaves_nothing_behind_of_another_class(options, most, is_damped, capsys):
     Path("under.yaml").write_text(UNDER)
     Path("over.yaml").write_text(OVER)
     with pytest.raises(SystemExit):
         main(["run", "-c", "under.yaml", *options, "--print_config"])
     found = yaml.safe_load(capsys.readouterr().out)
+    (method,) = found["methods"]
     assert found["tasks"]["a"]["init_args"]["max_train"] == most
-    assert (found["methods"][0]["init_args"]["damping"] == 5) is (damping == 5)
+    assert (method["init_args"]["damping"] == 5) is is_damped
 
 
 @pytest.fixture
-def signals() -> Iterator[None]:
+def signals():
     """Take the signals as the command does, and put the handlers back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
@@ -297,48 +273,40 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def kill(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
-def kill_in_c_code() -> None:
+def kill_in_c_code():
     """Torch, copying a tensor of a file, may raise an error of its own in place of what a handler raises."""
     try:
-        kill(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     except BaseException:
-        raise ValueError(
-            "could not determine the shape of object type 'torch.storage.UntypedStorage'"
-        ) from None
-
-
-INTERRUPTIONS: dict[str, tuple[Callable[[], Any], int]] = {
-    "a key": (lambda: throw(KeyboardInterrupt()), 130),
-    "SIGINT": (lambda: kill(signal.SIGINT), 130),
-    "SIGTERM": (lambda: kill(signal.SIGTERM), 143),
-    "SIGTERM in C code": (kill_in_c_code, 143),
-    "SIGTERM while Ray starts": (lambda: sys.exit(15), 143),
-}
+        raise ValueError("could not determine the shape of object type 'torch.storage'") from None
 
 
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize("name", INTERRUPTIONS)
-def test_an_interruption_is_one_line_and_a_status(name: str, ends_with: Any, capsys: Any) -> None:
-    does, status = INTERRUPTIONS[name]
+@pytest.mark.parametrize(
+    ("does", "status", "by"),
+    [
+        (lambda: throw(KeyboardInterrupt()), 130, ""),
+        (lambda: signal.raise_signal(signal.SIGINT), 130, ""),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, " by SIGTERM"),
+        (kill_in_c_code, 143, " by SIGTERM"),
+        (lambda: sys.exit(15), 143, " by SIGTERM"),
+    ],
+    ids=["a key", "SIGINT", "SIGTERM", "SIGTERM in C code", "SIGTERM while Ray starts"],
+)
+def test_an_interruption_is_one_line_and_a_status(does, status, by, ends_with, capsys):
     ends_with(does)
     assert main(RUN) == status
-    by = " by SIGTERM" if status == 143 else ""
-    assert (
-        capsys.readouterr().err == f"coin: interrupted{by}; the same command goes on where it was\n"
-    )
+    line = f"coin: interrupted{by}; the same command goes on where it was\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.usefixtures("signals")
-def test_sigterm_during_a_training_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Expert, "training_step", lambda *_: kill(signal.SIGTERM))
+def test_sigterm_during_a_training_is_no_success(monkeypatch):
+    monkeypatch.setattr(Expert, "training_step", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert main(TRAIN) == 143
 
 
-def test_a_command_that_ends_itself_is_not_interrupted(ends_with: Any) -> None:
+def test_a_command_that_ends_itself_is_not_interrupted(ends_with):
     ends_with(sys.exit)
     with pytest.raises(SystemExit):
         main(RUN)

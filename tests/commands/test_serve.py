@@ -2,18 +2,16 @@
 
 import asyncio
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
 
 from coin.cli import main
 from coin.coding import Promise
@@ -31,8 +29,6 @@ from coin.reporting.summary import read_run
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind
-from coin.serving.servers import Reply
-from coin.serving.system import Answer, System
 from tests.serving.conftest import ask_all, ask_one
 
 EXPERTS = ["expert-digits", "expert-letters"]
@@ -40,24 +36,21 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def images() -> Tensor:
-    return torch.randint(
-        256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (8, 3, 16, 16), generator=generator, dtype=torch.uint8)
 
 
-def read(
-    folder: Path, method: str | None = None, decoder: str | None = None, policy: str | None = None
-) -> System:
+def read(folder, method=None, decoder=None, policy=None):
     return read_system(str(folder), method, decoder, policy and PolicyKind(policy), 0.8)
 
 
-def front_end(system: System, *lost: str) -> FrontEnd:
+def front_end(system, *lost):
     """Return a front end with the networks in this process, some of which are lost."""
     network_of = system.reader()
 
-    def serve(name: str) -> Any:
-        async def ask(expert: int, images: Tensor) -> Reply:
+    def serve(name):
+        async def ask(expert, images):
             if name in lost:
                 raise RuntimeError("killed")
             return network_of(system.files[name][expert])(images, expert)
@@ -68,11 +61,16 @@ def front_end(system: System, *lost: str) -> FrontEnd:
     return FrontEnd(system, servers, Limits(timeout=60.0, deadline=60.0))
 
 
-def answer(system: System, images: Tensor, expert: int, *lost: str) -> Answer:
+def answer(system, images, expert, *lost):
     return asyncio.run(ask_one(front_end(system, *lost), images, expert))
 
 
-def accuracies(system: System, *lost: str) -> list[float]:
+def answers_of(network, images):
+    with torch.no_grad():
+        return network(to_input(images, 16))
+
+
+def accuracies(system, *lost):
     """Return the accuracy of every expert's answers on its test images."""
     digits = Digits(max_train=120, max_test=77, image_size=16)
     letters = Glyphs(classes="A-F", train_per_class=30, test_per_class=9, image_size=16)
@@ -97,18 +95,13 @@ def accuracies(system: System, *lost: str) -> list[float]:
         ("alone", "refit+rank2", "expert_head", "standin"),
     ],
 )
-def test_what_is_served_is_as_accurate_as_the_results_say(
-    request: pytest.FixtureRequest, run: str, method: str, decoder: str, policy: str
-) -> None:
+def test_what_is_served_is_as_accurate_as_the_results_say(request, run, method, decoder, policy):
     folder = request.getfixturevalue(run)
     system = read(folder, method, decoder)
     assert system.stand_ins.policy == policy  # the default for the decoder
     assert list(system.files) == [*EXPERTS, "coded-0"]
-    results = (
-        read_results(folder / "seed-0")
-        .query("method == @method and decoder == @decoder")
-        .sort_values("task")
-    )
+    results = read_results(folder / "seed-0").sort_values("task")
+    results = results[(results.method == method) & (results.decoder == decoder)]
     best = results.groupby("batchnorm").decoded_accuracy.mean().idxmax()
     rows = results[results.batchnorm == best]
     own = rows.expert_accuracy.tolist()
@@ -119,9 +112,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(
         assert accuracies(system, *EXPERTS) == pytest.approx(decoded)
 
 
-def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(
-    alone: Path,
-) -> None:
+def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can_use(alone):
     kept = standins(read_run(alone)[1])
     kept = kept[~kept.method.str.startswith(("none", "replica"))]
     row = recommended(kept)
@@ -134,30 +125,23 @@ def test_what_is_served_by_default_is_what_is_recommended_of_what_the_policy_can
     assert read(alone, policy="coded_proactive").variant.endswith(", linear")
 
 
-MISTAKES = {
-    "a decoder": (["coin", "magic"], "with decoder 'magic'"),
-    "a decoder of survivors alone": (
-        ["coin", "linear", "standin"],
-        "a decoder that reads none, such as expert_head",
-    ),
-    "a decoder of survivors": (
-        ["coin", "expert_head", "coded_hedged"],
-        "a decoder that reads the survivors, such as",
-    ),
-    "no copies": (["replica-3bit"], "digits.3bit.safetensors"),
-    "copies with a decoder": (["replica-3bit", "ridge"], "expected policy replica"),
-    "copies with a policy": (["replica-3bit", None, "standin"], "expected policy replica"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_what_the_run_or_the_policy_has_not_is_refused(name: str, alone: Path) -> None:
-    options, message = MISTAKES[name]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["coin", "magic"], "with decoder 'magic'"),
+        (["coin", "linear", "standin"], "a decoder that reads none, such as expert_head"),
+        (["coin", "expert_head", "coded_hedged"], "a decoder that reads the survivors, such as"),
+        (["replica-3bit"], "digits.3bit.safetensors"),
+        (["replica-3bit", "ridge"], "expected policy replica"),
+        (["replica-3bit", None, "standin"], "expected policy replica"),
+    ],
+)
+def test_what_the_run_or_the_policy_has_not_is_refused(options, message, alone):
     with pytest.raises((ConfigurationError, FileError), match=message):
         read(alone, *options)
 
 
-def test_without_ray_is_one_line(alone: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_is_one_line(alone, capsys, monkeypatch):
     for module in ("ray", "ray.serve"):
         monkeypatch.setitem(sys.modules, module, None)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -166,13 +150,9 @@ def test_without_ray_is_one_line(alone: Path, capsys: Any, monkeypatch: pytest.M
     assert "pip install '.[serve]'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_is_read(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys):
+    # Others may listen on it too, as on those of Ray's proxies.
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", ".", f"--ray.port={port}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -180,55 +160,45 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(
 
 
 def test_where_experts_are_too_weak_to_recommend_anything_a_warning_says_what_is_served(
-    alone: Path, tmp_path: Path
-) -> None:
+    alone, tmp_path
+):
     folder = shutil.copytree(alone, tmp_path / "run")
     path = folder / "seed-0/results.csv"
     results = pd.read_csv(path)
     results["expert_accuracy"] = results["chance"]
     results.to_csv(path, index=False)
     with pytest.warns(CoinWarning, match="nothing can be recommended: the expert of") as found:
-        system = read_system(str(folder), None, None, None, 0.8)
-    assert len(found) == 1
-    assert f"; serving {system.variant} all the same" in str(found[0].message)
+        system = read(folder)
+    (warning,) = found
+    assert f"; serving {system.variant} all the same" in str(warning.message)
 
 
-def test_one_expert_of_a_body_with_adapters_is_exported(
-    alone: Path, tmp_path: Path, images: Tensor
-) -> None:
+def test_one_expert_of_a_body_with_adapters_is_exported(alone, tmp_path, images):
     body = alone / "seed-0/coded/refit+rank2.safetensors"
     made = load_network(export(body, tmp_path / "letters", expert="letters"))
     served = answer(read(alone, "refit+rank2", "expert_head"), images, 1, *EXPERTS)
-    with torch.no_grad():
-        found = made.network(to_input(images, 16))
+    found = answers_of(made.network, images)
     torch.testing.assert_close(found, served.logits[:, :6].float(), rtol=1e-2, atol=1e-2)
+
+
+OF_TASKS = r"with experts \['digits', 'letters'\], expected one of these"
 
 
 @pytest.mark.parametrize(
     ("file", "options", "message"),
     [
-        (
-            "refit+rank2",
-            {"peft": True},
-            r"found a scale or bias of .*, expected plain LoRA for peft",
-        ),
-        ("refit+rank2", {}, r"with experts \['digits', 'letters'\], expected one of these"),
-        (
-            "refit+rank2",
-            {"expert": "cats"},
-            r"with experts \['digits', 'letters'\], expected one of these",
-        ),
+        ("refit+rank2", {"peft": True}, "found a scale or bias of .*, expected plain LoRA"),
+        ("refit+rank2", {}, OF_TASKS),
+        ("refit+rank2", {"expert": "cats"}, OF_TASKS),
         ("coin", {"expert": "letters"}, r"with experts \[\], expected"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(
-    file: str, options: dict[str, Any], message: str, alone: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_exported_is_refused(file, options, message, alone, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         export(alone / f"seed-0/coded/{file}.safetensors", tmp_path / "out", **options)
 
 
-def test_what_a_promise_covers_is_told(alone: Path, images: Tensor) -> None:
+def test_what_a_promise_covers_is_told(alone, images):
     system = read(alone, "coin", "expert_head")
     (decoder,) = system.decoders.values()
     decoder.promises = {0: Promise(0.5, 0.02, 0.95, 1.0, 9, 9)}
@@ -238,68 +208,50 @@ def test_what_a_promise_covers_is_told(alone: Path, images: Tensor) -> None:
     assert not second.accepted.any()
 
 
-def test_a_replica_holds_every_expert_and_answers_like_them(finished: Path, images: Tensor) -> None:
+def test_a_replica_holds_every_expert_and_answers_like_them(finished, images):
     system = read(finished, "coin", "feature_ridge", "replica")
     assert list(system.files) == [*EXPERTS, "replica-0"]
     assert list(read(finished, "coin", "feature_ridge", "uncoded").files) == EXPERTS
     replica = answer(system, images, 0, EXPERTS[0])
-    assert (replica.decoded, replica.answered_by) == (False, ("replica-0",))
+    assert not replica.decoded
+    assert replica.answered_by == ("replica-0",)
     torch.testing.assert_close(replica.logits, answer(system, images, 0).logits)
 
 
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Return a function that returns the 4-bit copy of a task's expert, in a copy of the run."""
-    shutil.copytree(finished, tmp_path / "tiny")
-
-    def copy(task: str) -> Path:
-        path = tmp_path / f"tiny/seed-0/replicas/{task}.4bit.safetensors"
-        if not path.is_file():
-            expert = tmp_path / f"tiny/seed-0/experts/{task}/expert.safetensors"
-            compress_file(expert, path, None, Compression(4, 0))
-        return path
-
-    return copy
-
-
-def test_compressed_copies_answer_as_their_networks(
-    copied: Any, tmp_path: Path, images: Tensor
-) -> None:
-    files = [load_network(copied(task)) for task in ("digits", "letters")]
+def test_compressed_copies_answer_as_their_networks(finished, tmp_path, images):
+    seed = shutil.copytree(finished, tmp_path / "tiny") / "seed-0"
+    copies = {}
+    for task in ("digits", "letters"):
+        copies[task] = seed / f"replicas/{task}.4bit.safetensors"
+        compress_file(
+            seed / f"experts/{task}/expert.safetensors", copies[task], None, Compression(4, 0)
+        )
     system = read(tmp_path / "tiny", "replica-4bit")
-    assert (system.stand_ins.policy, system.variant) == ("replica", "replica-4bit")
-    for expert, file in enumerate(files):
+    assert system.stand_ins.policy == "replica"
+    assert system.variant == "replica-4bit"
+    for expert, path in enumerate(copies.values()):
+        file = load_network(path)
         given = answer(system, images, expert, *EXPERTS)
         assert given.answered_by == ("replica-0",)
-        with torch.no_grad():
-            expected = file.network(to_input(images, 16))
+        expected = answers_of(file.network, images)
         torch.testing.assert_close(given.logits[:, : file.num_classes], expected)
+
+
+OPTIONS = (
+    "--repeats=1 --setups standin-packed --events 1 --loads"
+    " --warmup=2 --before=3 --after=4 --images=24 --clients=20"
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc"
 )
-def test_on_ray_clients_get_answers_while_experts_are_killed(alone: Path, tmp_path: Path) -> None:
+def test_on_ray_clients_get_answers_while_experts_are_killed(alone, tmp_path):
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install '.[serve]'")
-    benchmark = [
-        str(ROOT / "notebooks/benchmarks/failover.py"),
-        str(alone),
-        f"--output={tmp_path}",
-        "--repeats=1",
-    ]
-    phases = [
-        "--setups",
-        "standin-packed",
-        "--events",
-        "1",
-        "--loads",
-        "--warmup=2",
-        "--before=3",
-        "--after=4",
-    ]
-    command = [sys.executable, *benchmark, *phases, "--images=24", "--clients=20"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = ROOT / "notebooks/benchmarks/failover.py"
+    command = [sys.executable, script, alone, f"--output={tmp_path}", *shlex.split(OPTIONS)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=500, check=False
     )

@@ -15,14 +15,14 @@ print(sorted({"torch", "lightning", "pandas", "wandb", "jsonargparse"} & set(sys
 """
 
 
-def test_help_and_version_start_quickly() -> None:
+def test_help_and_version_start_quickly():
     command = [sys.executable, "-c", START, "--help", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow
-def test_a_task_in_the_working_folder_is_found(tmp_path: Path) -> None:
+def test_a_task_in_the_working_folder_is_found(tmp_path):
     (tmp_path / "owntask.py").write_text(
         "from coin.data import Digits\n\nclass Mine(Digits):\n    pass\n"
     )

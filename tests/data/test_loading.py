@@ -1,3 +1,4 @@
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -8,31 +9,30 @@ from coin.data.loading import Batches
 from coin.errors import DataError
 
 
-def batches(count, size=4, rank=0, world=1, epoch=0, seed=0, training=True):
-    """Return the places of the samples in a process's batches."""
-    tokens = torch.arange(count).view(-1, 1)
-    samples = Samples.of(tokens, torch.zeros(count))
+def batches(count, augmentation=Augmentation.none, rank=0, world=1, epoch=0, seed=0):
+    """Return the places of the samples in a process's batches of four; to evaluate, with no augmentation."""
+    samples = Samples.of(torch.arange(count).view(-1, 1), torch.zeros(count))
     trainer = SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch)
-    found = Batches(samples, size, trainer, seed, Augmentation.none if training else None)
+    found = Batches(samples, 4, trainer, seed, augmentation)
     places = [batch.flatten().tolist() for batch, _ in found]
     assert len(found) == len(places)
     return places
 
 
-def places(found):
-    return [place for batch in found for place in batch]
+def joined(batches):
+    return list(chain.from_iterable(batches))
 
 
 @pytest.mark.parametrize(("samples", "world"), [(10, 1), (11, 2), (7, 3), (2, 3)])
 def test_evaluation_covers_every_sample_exactly_once(samples, world):
     for rank in range(world):
-        found = batches(samples, rank=rank, world=world, training=False)
-        assert places(found) == list(range(rank, samples, world))
+        found = batches(samples, None, rank, world)
+        assert joined(found) == list(range(rank, samples, world))
 
 
 def test_training_order_depends_on_seed_and_epoch_alone():
     first = batches(50)
-    assert sorted(places(first)) == list(range(50))
+    assert sorted(joined(first)) == list(range(50))
     assert batches(50) == first
     assert batches(50, seed=1) != first
     assert batches(50, epoch=1) != first
@@ -49,9 +49,9 @@ def test_training_keeps_the_partial_batch_but_never_one_sample(samples, sizes):
 @pytest.mark.parametrize("samples", [40, 41, 43, 50, 52])
 def test_processes_train_on_different_samples_in_batches_of_equal_sizes(samples):
     ranks = [batches(samples, rank=rank, world=3) for rank in range(3)]
-    sizes = {tuple(len(batch) for batch in rank) for rank in ranks}
+    sizes = {tuple(map(len, rank)) for rank in ranks}
     assert len(sizes) == 1
-    seen = [place for rank in ranks for place in places(rank)]
+    seen = joined(joined(ranks))
     assert len(set(seen)) == len(seen)
     assert len(seen) > samples - 6
 

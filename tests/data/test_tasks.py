@@ -21,20 +21,14 @@ def test_calibration_pools_each_tasks_own_samples_in_equal_shares(members):
         torch.testing.assert_close(pooled.inputs()[pooled.part == part], own)
 
 
-def test_without_a_seed_each_task_has_its_own(members):
-    tasks = Tasks(members)
-    assert [task.seed for task in tasks.tasks.values()] == [4, 5]
-    assert tasks.seed == 4
-
-
-def test_a_seed_draws_every_tasks_samples_anew_and_leaves_the_given_tasks_alone(members):
-    tasks = Tasks(members, samples_per_task=10, seed=9)
-    assert tasks.seed == 9
+@pytest.mark.parametrize(("seed", "of_tasks"), [(None, [4, 5]), (9, [9, 9])])
+def test_a_seed_is_every_tasks_and_leaves_the_given_tasks_alone(seed, of_tasks, members):
+    tasks = Tasks(members, samples_per_task=10, seed=seed)
+    assert tasks.seed == of_tasks[0]
     assert [task.seed for task in members.values()] == [4, 5]
     found = tasks.calibrations()["a"].inputs()
-    expected = task_with(members["a"], seed=9).calibration(10).inputs()
+    expected = task_with(members["a"], seed=of_tasks[1]).calibration(10).inputs()
     torch.testing.assert_close(found, expected)
-    assert not torch.equal(found, members["a"].calibration(10).inputs())
 
 
 def test_tasks_take_the_networks_image_size_and_make_inputs_of_it(members):
@@ -48,35 +42,21 @@ def test_tasks_take_the_networks_image_size_and_make_inputs_of_it(members):
         assert torch.equal(same, labels)
 
 
-def on_each_process(members, on_process, world, **options):
-    """Return the tasks as the processes of a Trainer see them."""
-    found = []
-    for rank in range(world):
-        own = {name: task_with(task) for name, task in members.items()}
-        found.append(on_process(Tasks(own, **options), rank, world))
-    return found
-
-
-def test_processes_share_the_test_samples_without_repeats_in_the_order_of_the_data(
-    members, on_process
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2)])
+def test_processes_share_the_test_samples_in_their_order_and_have_all_others(
+    rank, world, members, on_process
 ):
-    for rank, tasks in enumerate(on_each_process(members, on_process, 2)):
-        for task, loader in zip(members.values(), tasks.test_dataloader(), strict=True):
-            images, labels = task.splits.test[:]
-            found = list(loader)
-            assert torch.equal(torch.cat([batch for batch, _ in found]), images[rank::2])
-            assert torch.equal(torch.cat([of_batch for _, of_batch in found]), labels[rank::2])
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_calibration_and_promise_samples_are_equal_on_every_process(world, members, on_process):
     options = {"samples_per_task": 11, "promise_samples": 5}
-    expected = Tasks(members, **options)
-    for tasks in on_each_process(members, on_process, world, **options):
-        torch.testing.assert_close(tasks.calibration().inputs(), expected.calibration().inputs())
-        torch.testing.assert_close(
-            tasks.promise_samples().inputs(), expected.promise_samples().inputs()
-        )
+    alone = Tasks(members, **options)
+    calibration = alone.calibration().inputs()
+    promise_samples = alone.promise_samples().inputs()
+    tasks = on_process(Tasks(members, **options), rank, world)
+    for task, loader in zip(members.values(), tasks.test_dataloader(), strict=True):
+        expected = task.splits.test[rank::world]
+        for found, own in zip(zip(*loader, strict=True), expected, strict=True):
+            assert torch.equal(torch.cat(found), own)
+    torch.testing.assert_close(tasks.calibration().inputs(), calibration)
+    torch.testing.assert_close(tasks.promise_samples().inputs(), promise_samples)
 
 
 def test_nothing_is_promised_without_samples_for_it(members):
@@ -97,11 +77,16 @@ def test_no_tasks_are_refused():
         Tasks({})
 
 
-def test_tasks_of_different_image_sizes_or_with_too_few_samples_are_refused(members, synthetic):
-    larger = {**members, "c": synthetic(image_size=32)}
-    with pytest.raises(
-        DataError, match=r"have the image sizes \[16, 32\]; expected one common size"
-    ):
-        Tasks(larger, samples_per_task=5).calibration()
-    with pytest.raises(DataError, match="found 33 calibration samples of b, expected at most 32"):
-        Tasks(members, samples_per_task=33).calibration()
+@pytest.mark.parametrize(
+    ("image_size", "samples", "message"),
+    [
+        (32, 5, r"have the image sizes \[16, 32\]; expected one common size"),
+        (16, 33, "found 33 calibration samples of b, expected at most 32"),
+    ],
+)
+def test_tasks_of_different_image_sizes_or_with_too_few_samples_are_refused(
+    image_size, samples, message, members, synthetic
+):
+    members["c"] = synthetic(image_size=image_size)
+    with pytest.raises(DataError, match=message):
+        Tasks(members, samples).calibration()

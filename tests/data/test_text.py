@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -22,36 +23,27 @@ ROOT = Path(__file__).parents[2]
 
 def as_lines(rows):
     """Return texts and labels as JSON Lines."""
-    lines = [json.dumps({"label": label, "text": text}) for text, label in rows]
-    return "\n".join(lines) + "\n"
+    return pd.DataFrame(rows, columns=["text", "label"]).to_json(orient="records", lines=True)
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> str:
-    vocabulary = {word: place for place, word in enumerate(WORDS)}
-    model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = Whitespace()
-    model.save(str(tmp_path / "tokenizer.json"))
-    return str(tmp_path / "tokenizer.json")
-
-
-@pytest.fixture
-def table(tmp_path: Path, tokenizer: str):
+def table(tmp_path):
     """Return a function that makes the task of a CSV file to train and a JSON Lines file to test on."""
-    train = tmp_path / "train.csv"
-    test = tmp_path / "test.jsonl"
-    lines = [f'"{text}",{label}' for text, label in ROWS]
-    train.write_text("\n".join(["text,label", *lines]))
-    test.write_text(as_lines(ROWS[:6]))
+    model = WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pd.DataFrame(ROWS, columns=["text", "label"]).to_csv(tmp_path / "train.csv", index=False)
+    (tmp_path / "test.jsonl").write_text(as_lines(ROWS[:6]))
 
     def make(**options):
-        small = {"max_tokens": 5, "batch_size": 4, "tokenizer": tokenizer}
-        return TextFile(str(train), str(test), **small | options)
+        small = {"max_tokens": 5, "batch_size": 5, "tokenizer": f"{tmp_path}/tokenizer.json"}
+        return TextFile(f"{tmp_path}/train.csv", f"{tmp_path}/test.jsonl", **small | options)
 
     return make
 
 
-def test_texts_become_rows_of_tokens_cut_and_filled_up(table) -> None:
+def test_texts_become_rows_of_tokens_cut_and_filled_up(table):
     task = table(max_tokens=4)
     texts = ["the good film", "good good good good good good", "tasty", ""]
     task.test.write_text(as_lines((text, "positive") for text in texts))
@@ -62,28 +54,22 @@ def test_texts_become_rows_of_tokens_cut_and_filled_up(table) -> None:
     assert task.vocabulary == len(WORDS)
 
 
-def test_a_table_is_a_task_like_others(table) -> None:
-    task = table()
-    assert task.classes == ("negative", "positive")
-    splits = task.splits
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [18, 2, 6]
-    tokens, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
-    assert tokens.shape == (4, 5)
-    is_positive = (tokens == WORDS.index("good")).any(1)
-    assert labels.tolist() == is_positive.long().tolist()
-
-
-def test_copies_read_the_files_once(table) -> None:
+def test_copies_read_the_files_once_and_train_on_batches_of_them(table):
     given = table()
     splits = given.splits
+    assert [len(part) for part in splits] == [18, 6, 2]
     given.train.unlink()
     given.test.unlink()
-    for seed in range(3):
-        assert task_with(given, seed=seed).splits is splits
-        assert task_with(given, seed=seed).classes == ("negative", "positive")
+    copy = task_with(given, seed=1)
+    assert copy.splits is splits
+    assert copy.classes == ("negative", "positive")
+    tokens, labels = copy.on_after_batch_transfer(next(iter(copy.train_dataloader())), 0)
+    assert tokens.shape == (5, 5)
+    is_positive = (tokens == WORDS.index("good")).any(1)
+    assert torch.equal(labels.bool(), is_positive)
 
 
-def test_columns_have_other_names_by_options(table) -> None:
+def test_columns_have_other_names_by_options(table):
     task = table(text_column="said", label_column="mood")
     task.train.write_text("mood,said\na,the film\nb,the meal\na,good\n")
     task.test.write_text('{"mood": "b", "said": "bad"}\n')
@@ -92,16 +78,16 @@ def test_columns_have_other_names_by_options(table) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "test", "tokenizer"])
-def test_another_content_of_a_file_is_another_key(table, name) -> None:
-    before = table().content_key()
-    assert table().content_key() == before
-    file = Path(getattr(table(), name))
+def test_another_content_of_a_file_is_another_key(table, name):
+    task = table()
+    before = task.content_key()
+    file = Path(getattr(task, name))
     file.write_text(file.read_text() + " ")
     after = table().content_key()
-    assert [each for each in before if after[each] != before[each]] == [name]
+    assert dict(after.items() - before.items()) == {name: after[name]}
 
 
-def test_calibration_samples_are_tokens_whatever_the_image_size(table) -> None:
+def test_calibration_samples_are_tokens_whatever_the_image_size(table):
     tasks = Tasks({"a": table(), "b": table(seed=1)}, samples_per_task=6, batch_size=5)
     tasks.resize(64)
     batches = list(tasks.calibration())
@@ -109,15 +95,14 @@ def test_calibration_samples_are_tokens_whatever_the_image_size(table) -> None:
     assert torch.equal(torch.cat(batches), tasks.calibration().inputs())
 
 
-def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
+def test_texts_and_images_are_not_pooled(table, synthetic):
     mixed = Tasks({"a": table(image_size=16), "b": synthetic()}, samples_per_task=4)
-    with pytest.raises(
-        DataError, match=r"found calibration samples of shapes .* expected one shape"
-    ):
+    message = "found calibration samples of shapes .* expected one shape"
+    with pytest.raises(DataError, match=message):
         mixed.calibration().inputs()
 
 
-def test_texts_are_not_augmented(table, tmp_path) -> None:
+def test_texts_are_not_augmented(table, tmp_path):
     expected = "for TextFile, whose samples are texts, expected none"
     with pytest.raises(ConfigurationError, match=f"found augmentation 'shift' {expected}"):
         table(augmentation="shift")
@@ -126,56 +111,43 @@ def test_texts_are_not_augmented(table, tmp_path) -> None:
         training.calibration(Distillation(augmentation="crop"))
 
 
-BAD = {
-    "no file": ("train", None, r"cannot read '.*train\.csv' \(.*No such file.*; expected CSV"),
-    "no column": ("train", "words,label\na,x\nb,y\n", "'text'.*with the columns text and label"),
-    "no JSON": ("test", "{", "expected CSV, or JSON Lines in .jsonl"),
-    "a new label": ("test", as_lines([("a", "other")]), "the label 'other', which '.*lacks"),
-    "no tokenizer": ("tokenizer", "{", "give a tokenizer.json"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_files_that_cannot_be_used_are_one_line(table, case) -> None:
-    name, content, message = BAD[case]
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train", None, r"cannot read '.*train\.csv' \(.*No such file.*; expected CSV"),
+        ("train", "words,label\na,x\nb,y\n", "'text'.*with the columns text and label"),
+        ("test", "{", "expected CSV, or JSON Lines in .jsonl"),
+        ("test", as_lines([("a", "other")]), "the label 'other', which '.*lacks"),
+        ("tokenizer", "{", "give a tokenizer.json"),
+    ],
+    ids=["no file", "no column", "no JSON", "a new label", "no tokenizer"],
+)
+def test_files_that_cannot_be_used_are_one_line(file, content, message, table):
     task = table()
-    file = Path(getattr(task, name))
-    if content is None:
-        file.unlink()
-    else:
-        file.write_text(content)
+    path = Path(getattr(task, file))
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
     with pytest.raises(DataError, match=message) as caught:
         task.setup()
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_is_named(table, monkeypatch) -> None:
+def test_a_missing_package_is_named(table, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(
-        ConfigurationError, match=r"no package tokenizers, .* pip install '\.\[text\]'"
-    ):
+    message = r"no package tokenizers, .* pip install '\.\[text\]'"
+    with pytest.raises(ConfigurationError, match=message):
         table().setup()
 
 
-def test_clinc_is_written_as_tables(tmp_path: Path, tokenizer: str) -> None:
-    rows = [
-        ("the good, good meal", "praise"),
-        ("play the film", "play"),
-        ("the bad meal", "blame"),
-        ("hm", "oos"),
-    ]
-    domains = tmp_path / "domains.json"
-    domains.write_text(json.dumps({"meals": ["praise", "blame"], "films": ["play", "stop"]}))
-    texts = tmp_path / "texts.json"
-    texts.write_text(json.dumps({"train": rows * 4, "val": rows, "test": rows * 2}))
-    out = tmp_path / "out"
-    subprocess.run([sys.executable, ROOT / "notebooks/clinc.py", texts, domains, out], check=True)
-    assert sorted(path.name for path in out.iterdir()) == ["films", "meals"]
-    files = [str(out / f"meals/{name}.csv") for name in ("train", "test")]
-    task = TextFile(*files, max_tokens=4, tokenizer=tokenizer, validation_share=0.2)
-    assert task.classes == ("blame", "praise")
-    splits = task.splits
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [8, 2, 4]
-    tokens, labels = splits.test[:]
-    assert tokens.tolist() == [[6, 2, 1, 2], [6, 3, 5, 0]] * 2
-    assert labels.tolist() == [1, 0] * 2
+def test_clinc_is_written_as_tables(tmp_path):
+    praise, blame = ["the good, good meal", "praise"], ["the bad meal", "blame"]
+    rows = [praise, ["play the film", "play"], blame, ["hm", "oos"]]
+    (tmp_path / "domains").write_text('{"meals": ["praise", "blame"], "films": ["play", "stop"]}')
+    (tmp_path / "texts").write_text(json.dumps({"train": rows * 4, "val": rows, "test": rows * 2}))
+    command = [sys.executable, ROOT / "notebooks/clinc.py", "texts", "domains", "out"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["films", "meals"]
+    for name, repeats in (("train", 5), ("test", 2)):
+        table = pd.read_csv(tmp_path / f"out/meals/{name}.csv")
+        assert table[["text", "label"]].to_numpy().tolist() == [praise, blame] * repeats

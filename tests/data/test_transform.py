@@ -10,9 +10,9 @@ MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(3, 1, 1)
 
 
-def random_images(count, *shape):
+def random_images(*shape):
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -30,17 +30,18 @@ def test_halving_is_antialiased():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    "images",
     [
-        ((2, 3, 8, 8), torch.float32),
-        ((3, 8, 8), torch.uint8),
-        ((1, 2, 8, 8), torch.uint8),
-        ((2, 3, 8, 8), torch.int64),
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(3, 8, 8).byte(),
+        torch.zeros(1, 2, 8, 8).byte(),
+        torch.zeros(2, 3, 8, 8).long(),
     ],
+    ids=["floats", "one image", "two channels", "integers"],
 )
-def test_other_images_are_refused(shape, dtype):
+def test_other_images_are_refused(images):
     with pytest.raises(DataError, match=r"expected torch.uint8 \[B, 1 or 3, H, W\]"):
-        to_input(torch.zeros(shape, dtype=dtype), 8)
+        to_input(images, 8)
 
 
 def test_tokens_are_inputs_already():

@@ -4,8 +4,6 @@ import base64
 import math
 import re
 from html import unescape
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,15 +17,14 @@ from tests.reporting.conftest import row
 class Page:
     """What a page says: its text without tags, and the cells of its table."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.text = path.read_text(encoding="utf-8")
         self.said = " ".join(unescape(re.sub("<[^>]*>", " ", self.text)).split())
-        self.cells = [
-            unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", self.text)
-        ]
+        cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", self.text)
+        self.cells = [unescape(cell) for cell in cells]
 
 
-def test_a_page_says_what_was_run_and_needs_nothing_from_outside(experiment: Path) -> None:
+def test_a_page_says_what_was_run_and_needs_nothing_from_outside(experiment):
     path = write_report(experiment)
     assert path == experiment / "report.html"
     page = Page(path)
@@ -39,14 +36,14 @@ def test_a_page_says_what_was_run_and_needs_nothing_from_outside(experiment: Pat
     assert str(experiment) not in page.text
 
 
-def test_the_table_is_that_of_the_terminal_with_the_oracle(experiment: Path) -> None:
+def test_the_table_is_that_of_the_terminal_with_the_oracle(experiment):
     page = Page(write_report(experiment))
     table = standin_table(standins(read_run(experiment)[1], oracle=True))
     assert [cell for cell in page.cells if cell] == [*table, *table.to_numpy().ravel()]
     assert "oracle" in page.cells
 
 
-def test_one_seed_alone_claims_no_spread(experiment: Path) -> None:
+def test_one_seed_alone_claims_no_spread(experiment):
     path = write_report(experiment / "seed-2", experiment / "page.html")
     assert path == experiment / "page.html"
     page = Page(path)
@@ -57,7 +54,7 @@ def test_one_seed_alone_claims_no_spread(experiment: Path) -> None:
 HOSTILE = "<script>alert(1)</script>\"'&$x_{1}$"
 
 
-def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path):
     own = {"experiment": HOSTILE, "method": HOSTILE, "decoder": HOSTILE}
     write_results(tmp_path, [row(0.9, HOSTILE, **own)], {"name": HOSTILE, HOSTILE: [HOSTILE]})
     page = Page(write_report(tmp_path))
@@ -66,7 +63,7 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert page.cells.count(HOSTILE) == 2
 
 
-def test_an_expert_that_is_never_right_leaves_a_page_without_a_recommendation(written: Any) -> None:
+def test_an_expert_that_is_never_right_leaves_a_page_without_a_recommendation(written):
     never = row(math.nan, "b", expert_accuracy=0.0, decoded_accuracy=0.0)
     page = Page(write_report(written([row(0.9), never])))
     assert "Nothing can be recommended: no stand-in has a known NDA and memory." in page.said
@@ -74,6 +71,6 @@ def test_an_expert_that_is_never_right_leaves_a_page_without_a_recommendation(wr
 
 
 @pytest.mark.parametrize("folder", ["", "nothing"])
-def test_what_cannot_be_reported_is_one_clear_line(folder: str, tmp_path: Path) -> None:
+def test_what_cannot_be_reported_is_one_clear_line(folder, tmp_path):
     with pytest.raises(FileError, match=r"coin run[^\n]*$"):
         write_report(tmp_path / folder)

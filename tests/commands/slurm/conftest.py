@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -36,10 +35,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()
@@ -47,16 +44,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm(tmp_path_factory):
     """Start SLURM with two cores, and yield the environment that its commands need; skip where it is not installed."""
-    if os.geteuid() != 0 or not all(
-        shutil.which(name) for name in ("slurmctld", "slurmd", "munged")
-    ):
+    programs = [shutil.which(name) for name in ("slurmctld", "slurmd", "munged")]
+    if os.geteuid() != 0 or None in programs:
         pytest.skip("SLURM is not installed here: apt-get install slurm-wlm munge")
     folder = tmp_path_factory.mktemp("slurm")
-    folder.chmod(0o755)
-    for parent in (folder.parent, folder.parent.parent):
-        parent.chmod(0o755)  # munge and SLURM trust no folder that others can write to
+    for trusted in (folder, *folder.parents[:2]):
+        trusted.chmod(0o755)  # munge and SLURM trust no folder that others can write to
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     config = folder / "slurm.conf"
@@ -64,49 +59,37 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("SLURM")
-    }
-    environment["SLURM_CONF"] = str(config)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = own | {"SLURM_CONF": str(config)}
     munged = [
         "munged",
         "--foreground",
         "--force",
         f"--key-file={key}",
         f"--socket={folder}/munge.socket",
-    ]
-    munged += [
         f"--log-file={folder}/munged.log",
         f"--pid-file={folder}/munged.pid",
         f"--seed-file={folder}/munge.seed",
     ]
-    commands = [munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]]
     processes = []
     try:
-        for command in commands:
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            processes.append(subprocess.Popen(command, env=environment, **quiet))  # type: ignore[call-overload]
+        for command in (munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D"]):
+            null = subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=environment, stdout=null, stderr=null))
             time.sleep(1)
         deadline = time.monotonic() + 60
-        idle = ["sinfo", "-h", "-o", "%T"]
-        while (
-            subprocess.run(
-                idle, env=environment, capture_output=True, text=True, check=False
-            ).stdout.strip()
-            != "idle"
-        ):
+        ask = ["sinfo", "-h", "-o", "%T"]
+        state = ""
+        while state != "idle":
             logs = "\n".join(path.read_text()[-1000:] for path in folder.glob("*.log"))
             assert time.monotonic() < deadline, f"SLURM did not start:\n{logs}"
             time.sleep(0.5)
+            done = subprocess.run(ask, env=environment, capture_output=True, text=True, check=False)
+            state = done.stdout.strip()
         yield environment
     finally:
-        subprocess.run(
-            ["scancel", "--user=root"],
-            env=environment,
-            capture_output=True,
-            check=False,
-            timeout=30,
-        )
+        cancel = ["scancel", "--user=root"]
+        subprocess.run(cancel, env=environment, capture_output=True, check=False, timeout=30)
         for process in reversed(processes):
             process.terminate()
         for process in processes:

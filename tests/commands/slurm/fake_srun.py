@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,28 +23,25 @@ NOTES = Path(os.environ["FAKE_SLURM"])
 SCRIPT = os.getppid()
 
 
-def reached(task: int) -> bool:
+def reached(task):
     """Whether a task has noted the step of the signal: the kill that follows must find all tasks in the same step."""
     notes = NOTES / f"steps-{task}.txt"
     return notes.is_file() and len(notes.read_text().splitlines()) > int(os.environ["SIGNAL_AT"])
 
 
-def run(task: int, arguments: list[str]) -> int:
+def run(task, arguments):
     """Run one task."""
     os.environ.update(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_NODEID="0")
     torch.set_num_threads(1)
     plain = Expert.training_step
 
-    def noted(self: Expert, batch: Any, batch_idx: int) -> Any:
+    def noted(self, batch, batch_idx):
         with (NOTES / f"steps-{task}.txt").open("a") as file:
             print(json.dumps([self.global_step, self.current_epoch, batch[1].tolist()]), file=file)
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, (
-            "Lightning would save in the middle of an epoch"
-        )
-        if (
-            self.global_step == int(os.environ["SIGNAL_AT"])
-            and not (NOTES / "scontrol.txt").exists()
-        ):
+        is_default = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        assert is_default, "Lightning would save in the middle of an epoch"
+        is_last = self.global_step == int(os.environ["SIGNAL_AT"])
+        if is_last and not (NOTES / "scontrol.txt").exists():
             if task == 1:
                 while not all(reached(other) for other in range(TASKS)):
                     time.sleep(0.01)
@@ -53,11 +49,11 @@ def run(task: int, arguments: list[str]) -> int:
             time.sleep(60)
         return plain(self, batch, batch_idx)
 
-    Expert.training_step = noted  # type: ignore[method-assign]
+    Expert.training_step = noted
     return main(arguments)
 
 
-def start(arguments: list[str]) -> int:
+def start(arguments):
     """Run all tasks, and return the largest exit status."""
     tasks = []
     for task in range(TASKS):

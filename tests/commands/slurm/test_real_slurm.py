@@ -5,75 +5,66 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
+ON_SLURM = [
+    "--launch.cluster=slurm",
+    "--launch.workers=2",
+    "--launch.slurm={timeout_min: 9, cpus_per_task: 1}",
+]
 
 
-def squeue(environment: dict[str, str]) -> list[str]:
-    done = subprocess.run(
-        ["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True
-    )
+def squeue(environment):
+    command = ["squeue", "-h", "-o", "%i"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
 @pytest.fixture
-def login(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def login(slurm, tmp_path, monkeypatch):
     """The environment of a login node."""
     monkeypatch.chdir(tmp_path)
     return slurm | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
-def command(what: str, *options: str) -> list[str]:
-    slurm = "--launch.slurm={timeout_min: 9, cpus_per_task: 1}"
-    return [
-        sys.executable,
-        "-m",
-        "coin",
-        what,
-        *options,
-        "--launch.cluster=slurm",
-        "--launch.workers=2",
-        slurm,
-    ]
+def finished():
+    """Return the steps that are done, with the times of their files."""
+    files = Path("runs/.steps").glob("*/done.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in files}
 
 
-@pytest.mark.slow
-def test_three_seeds_killed_three_times_are_those_of_one_run(
-    config: Path, login: dict[str, str], tmp_path: Path
-) -> None:
-    """The driver is killed; its jobs go on, are waited for by the next, and nothing is computed twice."""
-    options = [
-        "-c",
-        str(config),
-        "--seeds=[0,1,2]",
-        "--methods=[{class_path: Average}]",
-        "--decoders=[linear]",
-    ]
-    run = command("run", *options)
-
-    def finished() -> dict[str, int]:
-        return {
-            path.parent.name: path.stat().st_mtime_ns
-            for path in Path("runs").glob(".steps/*/done.json")
-        }
-
-    log = (tmp_path / "driver.log").open("w+")
-    quiet: dict[str, Any] = {"stdout": log, "stderr": log}
-    for wanted in (2, 5, 9):
-        before = finished()
-        process = subprocess.Popen(run, env=login, **quiet)
+def killed_after(steps, run, environment):
+    """Run a command until so many steps are done, and kill it."""
+    with Path("driver.log").open("w+") as log:
+        process = subprocess.Popen(run, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 300
-        while len(finished()) < wanted:
-            told = Path(log.name).read_text()[-3000:]
+        while len(finished()) < steps:
+            told = Path("driver.log").read_text()[-3000:]
             assert process.poll() is None, f"the run ended before it could be killed: {told}"
             assert time.monotonic() < deadline, f"the run did not come so far: {told}"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
+
+
+def results(folder, seed):
+    table = pd.read_csv(f"{folder}/tiny/seed-{seed}/results.csv")
+    return table.drop(columns=["merge_seconds", "decoder_seconds"])
+
+
+def test_three_seeds_killed_three_times_are_those_of_one_run(config, login):
+    """The driver is killed; its jobs go on, are waited for by the next, and nothing is computed twice."""
+    options = ["--seeds=[0,1,2]", "--methods=[{class_path: Average}]", "--decoders=[linear]"]
+    here = [sys.executable, "-m", "coin", "run", "-c", str(config), *options]
+    run = [*here, *ON_SLURM]
+    for steps in (2, 5, 9):
+        before = finished()
+        killed_after(steps, run, login)
         assert before.items() <= finished().items()
     done = subprocess.run(run, env=login, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -83,30 +74,18 @@ def test_three_seeds_killed_three_times_are_those_of_one_run(
     told = "".join(path.read_text() for path in jobs.glob("*.err"))
     for task in ("digits", "letters"):
         assert told.count(f"expert {task}: training") == 3  # nor begun
-    here = [
-        each
-        for each in command("run", *options, "--output=here")
-        if not each.startswith("--launch")
-    ]
-    subprocess.run(here, env=login, check=True, timeout=600, **quiet)
-    columns = ["merge_seconds", "decoder_seconds"]
+    subprocess.run([*here, "--output=here"], env=login, check=True, timeout=600)
     for seed in (0, 1, 2):
-        tables = [
-            pd.read_csv(f"{place}/tiny/seed-{seed}/results.csv") for place in ("runs", "here")
-        ]
         pd.testing.assert_frame_equal(
-            *(table.drop(columns=columns) for table in tables), check_exact=True
+            results("runs", seed), results("here", seed), check_exact=True
         )
     assert not squeue(login)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--signal=KILL", "--full"]], ids=["cancelled", "killed"])
-def test_a_job_that_has_ended_early_is_told_of(
-    how: list[str], config: Path, login: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_job_that_has_ended_early_is_told_of(how, config, login):
     """Those that depend on it do not wait for ever."""
-    run = command("run", "-c", str(config))
+    run = [sys.executable, "-m", "coin", "run", "-c", str(config), *ON_SLURM]
     process = subprocess.Popen(
         run, env=login, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

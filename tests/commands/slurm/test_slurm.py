@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -44,15 +43,10 @@ trainer: {{max_epochs: {EPOCHS}, logger: false, callbacks: [{{class_path: Expert
 TRAINER = "trainer: {accelerator: cpu, devices: 2, num_nodes: 1, strategy: ddp}"
 
 
-def resources() -> dict[str, str]:
-    lines = [line for line in TEMPLATE.read_text().splitlines() if line.startswith("#SBATCH --")]
-    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines)
-
-
-def test_the_template_is_a_script_and_asks_for_what_the_trainer_uses() -> None:
-    subprocess.run(["bash", "-n", str(TEMPLATE)], check=True)
+def test_the_template_is_a_script_and_asks_for_what_the_trainer_uses():
+    subprocess.run(["bash", "-n", TEMPLATE], check=True)
     trainer = yaml.safe_load((ROOT / "configs/cluster/slurm.yaml").read_text())["trainer"]
-    asked = resources()
+    asked = dict(re.findall(r"(?m)^#SBATCH --([\w-]+)=?(.*)$", TEMPLATE.read_text()))
     assert int(asked["nodes"]) == trainer["num_nodes"]
     assert int(asked["ntasks-per-node"]) == trainer["devices"]
     assert asked["gres"] == f"gpu:{trainer['devices']}"
@@ -62,25 +56,22 @@ def test_the_template_is_a_script_and_asks_for_what_the_trainer_uses() -> None:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
+def cluster(tmp_path):
     """The environment of a job on a machine whose srun and scontrol are the tests' own."""
     fakes = tmp_path / "bin"
     fakes.mkdir()
-    for name, lines in {
-        "srun": f'exec {sys.executable} -W ignore {Path(__file__).with_name("fake_srun.py")} "$@"',
-        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.txt\nkill -9 $(cat {tmp_path}/tasks.txt)',
-    }.items():
+    srun = f'exec {sys.executable} -W ignore {Path(__file__).with_name("fake_srun.py")} "$@"'
+    scontrol = f'echo "$@" >> {tmp_path}/scontrol.txt\nkill -9 $(cat {tmp_path}/tasks.txt)'
+    for name, lines in (("srun", srun), ("scontrol", scontrol)):
         (fakes / name).write_text(f"#!/bin/sh\n{lines}\n")
         (fakes / name).chmod(0o755)
     (tmp_path / "job.yaml").write_text(CONFIG)
     (tmp_path / "fit.yaml").write_text(FIT)
     (tmp_path / "two.yaml").write_text(TRAINER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    own = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))
-    }
+    foreign = ("SLURM", "WANDB")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return own | {
         "PATH": f"{fakes}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -100,59 +91,58 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def steps(folder: Path, task: int) -> list[Any]:
+def submit(environment, *arguments):
+    """Run the template's job."""
+    job = ["bash", TEMPLATE, *arguments]
+    return subprocess.run(
+        job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def steps(folder, task):
     return [json.loads(line) for line in (folder / f"steps-{task}.txt").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("command", ["run", "fit"])
-def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
-    command: str, cluster: dict[str, str], tmp_path: Path
-) -> None:
-    options = {
-        "run": ["-c", str(tmp_path / "job.yaml"), "--only=digits"],
-        "fit": ["-c", str(tmp_path / "fit.yaml")],
-    }
-    job = ["bash", str(TEMPLATE), command, *options[command]]
-    left = subprocess.run(
-        job, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False
-    )
+def expected_steps(task):
+    """Return the steps of all epochs of one of two tasks."""
+    data = Digits(max_train=81, max_test=37, batch_size=8)
+    found = []
+    for epoch in range(EPOCHS):
+        data.trainer = SimpleNamespace(global_rank=task, world_size=2, current_epoch=epoch)
+        for _, labels in data.train_dataloader():
+            found.append([len(found), epoch, labels.tolist()])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("run", ["job.yaml", "--only=digits"]), ("fit", ["fit.yaml"])]
+)
+def test_a_signalled_job_goes_on_from_its_last_whole_epoch(command, options, cluster, tmp_path):
+    file, *rest = options
+    runs = tmp_path / "runs"
+    job = [command, "-c", str(tmp_path / file), *rest]
+    left = submit(cluster, *job)
     assert left.returncode != 0, left.stderr
     assert (tmp_path / "scontrol.txt").read_text().splitlines() == [f"requeue {JOB}"], left.stderr
     done = [steps(tmp_path, task) for task in (0, 1)]
-    assert len(done[0]) == len(done[1]) == SIGNAL_AT + 1
-    assert not list((tmp_path / "runs").rglob("expert.safetensors"))
-    assert [path.name for path in (tmp_path / "runs").rglob("*.ckpt")] == ["last.ckpt"]
-    run_ids = [path.read_text() for path in (tmp_path / "runs").rglob("wandb-run-id")]
+    assert not list(runs.rglob("expert.safetensors"))
+    assert [path.name for path in runs.rglob("*.ckpt")] == ["last.ckpt"]
+    run_ids = [path.read_text() for path in runs.rglob("wandb-run-id")]
 
-    subprocess.run(job, cwd=ROOT, env=cluster, check=True, timeout=400)
+    again = submit(cluster, *job)
+    assert again.returncode == 0, again.stderr
     for task in (0, 1):
-        data = Digits(max_train=81, max_test=37, batch_size=8)
-        wanted = []
-        for epoch in range(EPOCHS):
-            data.trainer = SimpleNamespace(global_rank=task, world_size=2, current_epoch=epoch)
-            wanted += [[epoch, labels.tolist()] for _, labels in data.train_dataloader()]
-        numbered = [[step, *entry] for step, entry in enumerate(wanted)]
-        assert steps(tmp_path, task) == done[task] + numbered[WHOLE:]
-        assert done[task] == numbered[: SIGNAL_AT + 1]
-    assert len(list((tmp_path / "runs").rglob("expert.safetensors"))) == 1
+        expected = expected_steps(task)
+        assert done[task] == expected[: SIGNAL_AT + 1]
+        assert steps(tmp_path, task) == done[task] + expected[WHOLE:]
+    assert len(list(runs.rglob("expert.safetensors"))) == 1
     assert len((tmp_path / "scontrol.txt").read_text().splitlines()) == 1
     if command == "run":
-        runs = [
-            re.sub(r".*-", "", path.name)
-            for path in (tmp_path / "runs").rglob("offline-run-*")
-            if path.is_dir()
-        ]
-        assert runs == run_ids * 2
+        offline = [path.name for path in runs.rglob("offline-run-*") if path.is_dir()]
+        assert [name.rpartition("-")[2] for name in offline] == run_ids * 2
 
 
-def test_a_job_that_fails_says_so_and_is_not_queued_again(
-    cluster: dict[str, str], tmp_path: Path
-) -> None:
-    job = ["bash", str(TEMPLATE), "run", "-c", str(tmp_path / "job.yaml"), "--only=nothing"]
-    assert (
-        subprocess.run(
-            job, cwd=ROOT, env=cluster, capture_output=True, timeout=400, check=False
-        ).returncode
-        == 2
-    )
+def test_a_job_that_fails_says_so_and_is_not_queued_again(cluster, tmp_path):
+    done = submit(cluster, "run", "-c", str(tmp_path / "job.yaml"), "--only=nothing")
+    assert done.returncode == 2
     assert not (tmp_path / "scontrol.txt").exists()
