@@ -44,7 +44,7 @@ _HOMES = {  # the rooms and their names
     "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
     "Refit RegMean UserMethod extract_lora fit_adapters merge_networks",
-    "modules": "Coded evaluate",
+    "modules": "Coded evaluate stand_in",
     "networks": "Adapted Adapter BatchNormPolicy Compressed compress recalibrate",
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
