@@ -94,15 +94,16 @@ REAL = [
 ]
 """The rows of the table of real fleets."""
 
-IN_SHORT = [
-    ("none", "feature_ridge"),
-    ("coin", "linear"),
-    ("distillation", "feature_ridge"),
-    ("refit+rank16-4bit", "expert_head"),
-    ("base+rank16-4bit", "expert_head"),
-    ("replica-3bit-int8base", "replica"),
-]
-"""The rows of the README's table."""
+IN_SHORT = {
+    ("coin", "linear"): "coded model by `Coin`, the paper's decoder",
+    ("average", "feature_ridge"): "coded model by `Average`, regression",
+    ("coin", "feature_ridge"): "coded model by `Coin`, regression",
+    ("distillation", "feature_ridge"): "coded model by `Distillation`, regression",
+    ("refit+rank16-4bit", "expert_head"): "**body by `Refit` with adapters, in four bits**",
+    ("base+rank16-4bit", "expert_head"): "the base as body with adapters, in four bits",
+    ("replica-3bit-int8base", "replica"): "copies, in three bits",
+}
+"""The rows of the README's table, and what it calls them."""
 
 FLEETS = {
     "photos": "six experts on photos",
@@ -224,21 +225,15 @@ def real_fleets() -> str:
 
 def real_in_short() -> str:
     """The README's table: what stands in, its memory for six experts, and its NDA on photos and with ResNet50."""
-    kept = standins(measured("photos"))
-    of_other = standins(measured("resnet50")).set_index(["method", "decoder"])
     network = network_mib(measured("photos"))
-    in_networks = kept.assign(
-        memory_mib=kept.memory_mib / network, resident_mib=kept.resident_mib / network
-    )
-    table = standin_table(in_networks).set_index(["method", "decoder"])
-    costs = table[["memory MiB", "resident MiB", "forwards", "lost"]]
-    ndas = kept.set_index(["method", "decoder"]).nda_mean
+    of_photos = standins(measured("photos")).set_index(["method", "decoder"])
+    of_resnet50 = standins(measured("resnet50")).set_index(["method", "decoder"])
     rows = []
-    for pair in IN_SHORT:
-        both = [percent(ndas[pair]), percent(of_other.nda_mean[pair])]
-        rows.append([KEPT[pair], *costs.loc[pair], *both])
-    heads = ["what stands in", "memory", "resident", "forwards", "lost", "photos", "ResNet50"]
-    return markdown(heads, rows)
+    for pair, name in IN_SHORT.items():
+        memory = f"{of_photos.memory_mib[pair] / network:.2f}"
+        both = [percent(of_photos.nda_mean[pair]), percent(of_resnet50.nda_mean[pair])]
+        rows.append([name, memory, *both])
+    return markdown(["what stands in", "memory", "photos", "ResNet50"], rows)
 
 
 def fleets_experts() -> str:
