@@ -14,6 +14,7 @@ import docstring_parser
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.stats import binom
 from stored import (
     DECODERS,
     RESULTS,
@@ -457,6 +458,42 @@ def demo() -> str:
     return "\n".join(["```", *filter(None, lines), "```"])
 
 
+EXPERTS, PER_SECOND, ANSWER, BUSY = 1000, 1.0, 0.02, 0.5
+"""Of the sizing: experts, queries a second for each, seconds of an answer, the share of time a server may be busy."""
+PACKED, UNPACKING = 1.3, 0.25
+"""How much longer a packed body takes than an expert, with one image, and seconds to unpack an expert's copy."""
+
+
+def sizing() -> str:
+    """How many servers stand in for a thousand experts of which a share is lost, and their memory, by the fleets."""
+    rows = measured("fleet-*")
+    network = fleet_network_mib()
+    sizes = rows.groupby(rows.groupby("run").task.transform("nunique"))
+    resident = {
+        count: {pair: rows_of(part, *pair).resident_mib.mean() for pair in FLEET}
+        for count, part in sizes
+    }
+    few, many = resident[8], resident[32]
+    memory = {}
+    for pair in (("refit+rank16-4bit", "expert_head"), ("replica-3bit-int8base", "replica")):
+        of_one = (many[pair] - few[pair]) / (32 - 8)
+        memory[pair[0]] = few[pair] + (EXPERTS - 8) * of_one
+    kinds = {  # MiB of a server, and the seconds of an answer
+        "body with adapters": (memory["refit+rank16-4bit"], PACKED * ANSWER),
+        "copies": (memory["replica-3bit-int8base"], ANSWER + UNPACKING),
+        "all weights": (EXPERTS * network, ANSWER),
+    }
+    lines = []
+    for share in (0.001, 0.01, 0.05):
+        most = int(binom.ppf(0.999, EXPERTS, share))
+        cells = [f"{100 * share:g} %", str(most)]
+        for mib, seconds in kinds.values():
+            servers = math.ceil(most * PER_SECOND * seconds / BUSY)
+            cells.append(f"{servers} × {mib:,.0f} MiB")
+        lines.append([*cells, f"{most} × {network:.0f} MiB"])
+    return markdown(["lost at a time", "at most", *kinds, "spares, one expert each"], lines)
+
+
 SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
@@ -554,6 +591,7 @@ TABLES = {
     "failover": failover,
     "failover accuracy": failover_accuracy,
     "one slow": one_slow,
+    "sizing": sizing,
     "columns": columns,
 }
 
