@@ -2,6 +2,7 @@
 
 Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coin.errors` what is raised:
 
+    stand_in          the recommended system in one call: a packed body with adapters for experts in memory
     uniform, convex   codes: which weighted sums of the experts the coded models stand for
     merge_networks    makes coded models by a method: Average, Coin, RegMean, Refit, Distillation, or your own
     Coded             experts, code and coded models: fit_decoder, decode, accept, save, load, from_run
@@ -9,9 +10,8 @@ Begin with these (`help(coin.Coded)` and so on); `coin.data` has the tasks, `coi
     compress          the simple rival: what an expert adds to its start, in a few bits a weight
     choose            the cheapest stand-in of an experiment that meets your wishes
 
-Recommended in little memory is a body with adapters, in 4 bits a value: the method `Refit`, or `Base`, which needs no
-merge, with the options ``adapters={"rank": 16}, compress={"bits": 4}``, read by the decoder
-``expert_head``. `fit_adapters` makes one of networks in memory.
+`stand_in` is the method `Refit`, or `Base`, which needs no merge, with the options ``adapters={"rank": 16}``
+and ``compress={"bits": 4}``, read by the decoder ``expert_head``.
 
 Names are imported when they are first used, so that the command line can set up the process before PyTorch starts.
 The examples in their docstrings start from three networks, a batch of inputs for each, and a code:
@@ -44,7 +44,7 @@ _HOMES = {  # the rooms and their names
     "distillation": "Distillation",
     "merging": "Average Base CodedModel Coin Experts HeadFit MergeMethod Merged Method "
     "Refit RegMean UserMethod extract_lora fit_adapters merge_networks",
-    "modules": "Coded evaluate",
+    "modules": "Coded evaluate stand_in",
     "networks": "Adapted Adapter BatchNormPolicy Compressed compress recalibrate",
     "reporting.choice": "choose",
     "statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",

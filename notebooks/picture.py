@@ -3,8 +3,10 @@
 The boxes are filled and have white text; lines and captions are of a grey that is readable on white and on black.
 """
 
+import tomllib
 from pathlib import Path
 
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 GREY, SLATE, BLUE, GREEN, RED = "#7d8590", "#57606a", "#0969da", "#1a7f37", "#e5484d"
 WIDTH, HEIGHT = 560, 420  # narrow, so that the text is legible on a phone
 SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 160, 190, 52
@@ -184,7 +186,29 @@ def nda() -> str:
     )
 
 
-PICTURES = {"picture": picture, "code": code, "kinds": kinds, "nda": nda}
+def badges() -> str:
+    """Return README's badges: the Python versions, the licence and the version that pyproject.toml names."""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    versions = [
+        name.rpartition(" ")[2] for name in project["classifiers"] if ":: Python :: " in name
+    ]
+    facts = {
+        "Python": f"{versions[0]} to {versions[-1]}",
+        "licence": project["license"],
+        "version": project["version"],
+    }
+    parts, x = [], 0
+    for name, value in facts.items():
+        left, right = 12 + 8 * len(name), 14 + 8 * len(value)
+        parts.append(f'<rect x="{x}" width="{left}" height="22" fill="{SLATE}"/>')
+        parts.append(f'<rect x="{x + left}" width="{right}" height="22" fill="{BLUE}"/>')
+        parts.append(text(x + left / 2, 16, name, "white", 13))
+        parts.append(text(x + left + right / 2, 16, value, "white", 13))
+        x += left + right + 8
+    return drawing(x, 22, "Python versions, licence and version", parts)
+
+
+PICTURES = {"picture": picture, "code": code, "kinds": kinds, "nda": nda, "badges": badges}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

@@ -14,6 +14,7 @@ import docstring_parser
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.stats import binom
 from stored import (
     DECODERS,
     RESULTS,
@@ -94,15 +95,16 @@ REAL = [
 ]
 """The rows of the table of real fleets."""
 
-IN_SHORT = [
-    ("none", "feature_ridge"),
-    ("coin", "linear"),
-    ("distillation", "feature_ridge"),
-    ("refit+rank16-4bit", "expert_head"),
-    ("base+rank16-4bit", "expert_head"),
-    ("replica-3bit-int8base", "replica"),
-]
-"""The rows of the README's table."""
+IN_SHORT = {
+    ("coin", "linear"): "coded model by `Coin`, the paper's decoder",
+    ("average", "feature_ridge"): "coded model by `Average`, regression",
+    ("coin", "feature_ridge"): "coded model by `Coin`, regression",
+    ("distillation", "feature_ridge"): "coded model by `Distillation`, regression",
+    ("refit+rank16-4bit", "expert_head"): "**body by `Refit` with adapters, in four bits**",
+    ("base+rank16-4bit", "expert_head"): "the base as body with adapters, in four bits",
+    ("replica-3bit-int8base", "replica"): "copies, in three bits",
+}
+"""The rows of the README's table, and what it calls them."""
 
 FLEETS = {
     "photos": "six experts on photos",
@@ -224,21 +226,15 @@ def real_fleets() -> str:
 
 def real_in_short() -> str:
     """The README's table: what stands in, its memory for six experts, and its NDA on photos and with ResNet50."""
-    kept = standins(measured("photos"))
-    of_other = standins(measured("resnet50")).set_index(["method", "decoder"])
     network = network_mib(measured("photos"))
-    in_networks = kept.assign(
-        memory_mib=kept.memory_mib / network, resident_mib=kept.resident_mib / network
-    )
-    table = standin_table(in_networks).set_index(["method", "decoder"])
-    costs = table[["memory MiB", "resident MiB", "forwards", "lost"]]
-    ndas = kept.set_index(["method", "decoder"]).nda_mean
+    of_photos = standins(measured("photos")).set_index(["method", "decoder"])
+    of_resnet50 = standins(measured("resnet50")).set_index(["method", "decoder"])
     rows = []
-    for pair in IN_SHORT:
-        both = [percent(ndas[pair]), percent(of_other.nda_mean[pair])]
-        rows.append([KEPT[pair], *costs.loc[pair], *both])
-    heads = ["what stands in", "memory", "resident", "forwards", "lost", "photos", "ResNet50"]
-    return markdown(heads, rows)
+    for pair, name in IN_SHORT.items():
+        memory = f"{of_photos.memory_mib[pair] / network:.2f}"
+        both = [percent(of_photos.nda_mean[pair]), percent(of_resnet50.nda_mean[pair])]
+        rows.append([name, memory, *both])
+    return markdown(["what stands in", "memory", "photos", "ResNet50"], rows)
 
 
 def fleets_experts() -> str:
@@ -462,6 +458,42 @@ def demo() -> str:
     return "\n".join(["```", *filter(None, lines), "```"])
 
 
+EXPERTS, PER_SECOND, ANSWER, BUSY = 1000, 1.0, 0.02, 0.5
+"""Of the sizing: experts, queries a second for each, seconds of an answer, the share of time a server may be busy."""
+PACKED, UNPACKING = 1.3, 0.25
+"""How much longer a packed body takes than an expert, with one image, and seconds to unpack an expert's copy."""
+
+
+def sizing() -> str:
+    """How many servers stand in for a thousand experts of which a share is lost, and their memory, by the fleets."""
+    rows = measured("fleet-*")
+    network = fleet_network_mib()
+    sizes = rows.groupby(rows.groupby("run").task.transform("nunique"))
+    resident = {
+        count: {pair: rows_of(part, *pair).resident_mib.mean() for pair in FLEET}
+        for count, part in sizes
+    }
+    few, many = resident[8], resident[32]
+    memory = {}
+    for pair in (("refit+rank16-4bit", "expert_head"), ("replica-3bit-int8base", "replica")):
+        of_one = (many[pair] - few[pair]) / (32 - 8)
+        memory[pair[0]] = few[pair] + (EXPERTS - 8) * of_one
+    kinds = {  # MiB of a server, and the seconds of an answer
+        "body with adapters": (memory["refit+rank16-4bit"], PACKED * ANSWER),
+        "copies": (memory["replica-3bit-int8base"], ANSWER + UNPACKING),
+        "all weights": (EXPERTS * network, ANSWER),
+    }
+    lines = []
+    for share in (0.001, 0.01, 0.05):
+        most = int(binom.ppf(0.999, EXPERTS, share))
+        cells = [f"{100 * share:g} %", str(most)]
+        for mib, seconds in kinds.values():
+            servers = math.ceil(most * PER_SECOND * seconds / BUSY)
+            cells.append(f"{servers} × {mib:,.0f} MiB")
+        lines.append([*cells, f"{most} × {network:.0f} MiB"])
+    return markdown(["lost at a time", "at most", *kinds, "spares, one expert each"], lines)
+
+
 SERVED = {
     "uncoded": "nothing",
     "replica": "`replica`: all experts' weights",
@@ -559,6 +591,7 @@ TABLES = {
     "failover": failover,
     "failover accuracy": failover_accuracy,
     "one slow": one_slow,
+    "sizing": sizing,
     "columns": columns,
 }
 

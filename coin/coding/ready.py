@@ -35,7 +35,7 @@ def convex(num_experts: int, num_coded: int) -> Code:
     """
     if not 1 <= num_coded <= num_experts:
         found = f"found {num_coded} coded models for {num_experts} experts"
-        raise ConfigurationError(f"{found}, expected 1 to {num_experts}")
+        raise ConfigurationError(f"{found}, expected at least one, and at most one an expert")
     if num_coded == 1:
         row = [1 / num_experts] * num_experts
         return Code([row])

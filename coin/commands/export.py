@@ -40,10 +40,21 @@ def export(
         return _export_peft(file, tasks, path)
     if expert is not None and expert in tasks:
         return _export_expert(file, tasks.index(expert), expert, path)
-    if own is not None or tasks or not isinstance(file.config.source, HuggingFace):
+    if tasks:
+        found = "no expert" if expert is None else f"expert '{expert}'"
         raise ConfigurationError(
-            f"found a {file.config.name} in '{network}' with experts {tasks}, expected one of these, or without "
-            "--expert and --peft a network of Hugging Face's (hf/…)"
+            f"found {found} for the body in '{network}', expected one of {', '.join(tasks)}; give --expert, or "
+            "--peft=true"
+        )
+    if own is not None:
+        raise ConfigurationError(
+            f"found no adapters in '{network}', expected a body with an adapter for each expert; fit one with a "
+            "method's adapters: {rank: 16}, with scales: false for --peft=true"
+        )
+    if not isinstance(file.config.source, HuggingFace):
+        raise ConfigurationError(
+            f"found a {file.config.name} in '{network}', expected a network of Hugging Face's (hf/…), whose folder "
+            "is written, or a body with adapters"
         )
     return _write(file.network, file, file.num_classes, path, None, _classes(file))
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from coin.coding.decoder_config import REPLICA
 from coin.core.choices import check_number
+from coin.core.ray_cluster import set_ray_variables
 from coin.errors import CoinWarning, ConfigurationError
+from coin.files.packaged import extra_module
 from coin.files.safetensors import load_provenance
 from coin.modules import Coded
 from coin.reporting.choice import recommended, weakness
@@ -41,8 +43,15 @@ def serve(
     """
     check_port(ray)
     system = read_system(folder, method, decoder, policy, quantile)
-    servers = len(system.stand_ins.servers)
-    print(f"starting Ray with {servers} servers and a front end", file=sys.stderr, flush=True)
+    set_ray_variables(ray.address)
+    extra_module("ray.serve", "serve")  # an error where it is not installed
+    servers = ", ".join(system.stand_ins.servers)
+    print(
+        f"starting Ray with a front end and the servers {servers} ({system.variant}; policy "
+        f"{system.stand_ins.policy})",
+        file=sys.stderr,
+        flush=True,
+    )
     stop = start(system, ray)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

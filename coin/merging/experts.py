@@ -110,7 +110,8 @@ class Experts:
         self.statistics: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[int, Tensor] = {}  # by the part of `split`
         self.is_calibrated = calibration is not None
-        self._calibration = [self._samples_of(each) for each in calibration or ()]
+        of_tasks = [] if calibration is None else calibration
+        self._calibration = [self._samples_of(each) for each in of_tasks]
         if self.is_calibrated:
             self._check_calibration()
 

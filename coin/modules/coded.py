@@ -210,6 +210,10 @@ class Coded(LightningModule):
         width = max(classes[expert] for expert in lost)
         return torch.stack(decoded)[..., :width]
 
+    def answer(self, inputs: Batch, expert: int | str) -> Tensor:
+        """Return the logits ``[B, C]`` that stand in for those of one lost expert, as `decode` does."""
+        return self.decode(inputs, [expert])[0]
+
     def score(self, decoded: Tensor, erased: Erased | None = None) -> Tensor:
         """Return the score ``[|erased|, B]`` of decoded logits: `coin.answer_score` over the expert's own classes."""
         _, lost = self._decoder_of(erased)
