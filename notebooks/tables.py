@@ -96,9 +96,9 @@ REAL = [
 """The rows of the table of real fleets."""
 
 IN_SHORT = {
+    ("average", "linear"): "coded model by `Average`, the paper's decoder",
     ("coin", "linear"): "coded model by `Coin`, the paper's decoder",
-    ("average", "feature_ridge"): "coded model by `Average`, regression",
-    ("coin", "feature_ridge"): "coded model by `Coin`, regression",
+    ("distillation", "linear"): "coded model by `Distillation`, the paper's decoder",
     ("distillation", "feature_ridge"): "coded model by `Distillation`, regression",
     ("refit+rank16-4bit", "expert_head"): "**body by `Refit` with adapters, in four bits**",
     ("base+rank16-4bit", "expert_head"): "the base as body with adapters, in four bits",
@@ -231,7 +231,7 @@ def real_in_short() -> str:
     of_resnet50 = standins(measured("resnet50")).set_index(["method", "decoder"])
     rows = []
     for pair, name in IN_SHORT.items():
-        memory = f"{of_photos.memory_mib[pair] / network:.2f}"
+        memory = f"{of_photos.memory_mib[pair] / network:.3g}"
         both = [percent(of_photos.nda_mean[pair]), percent(of_resnet50.nda_mean[pair])]
         rows.append([name, memory, *both])
     return markdown(["what stands in", "memory", "photos", "ResNet50"], rows)
