@@ -32,7 +32,7 @@ from stored import (
 )
 
 from coin.reporting import read_results, standin_table, standins
-from coin.reporting.choice import shortlist
+from coin.reporting.choice import shortlist, undominated
 from coin.reporting.figures import COLOURS, MARKERS, WIDTH, nda_against_memory, style
 from coin.reporting.results import COLUMNS, Row
 from coin.reporting.tables import print_table
@@ -599,9 +599,11 @@ TABLES = {
 def figure(suite: str = "imagenet-pair") -> Figure:
     """Memory against NDA of some of what may stand in on a suite."""
     kept, network = of_stand_ins(suite)
-    drawn = kept.set_index(["method", "decoder"]).loc[list(DRAWN)]
+    marked = kept.assign(is_best=undominated(kept)).set_index(["method", "decoder"])
+    drawn = marked.loc[list(DRAWN)]
     drawn.index = pd.MultiIndex.from_tuples(DRAWN.values(), names=drawn.index.names)
-    return nda_against_memory(drawn.reset_index(), network)
+    drawn = drawn.reset_index()
+    return nda_against_memory(drawn, drawn.is_best, network)
 
 
 def fleet_figure() -> Figure:

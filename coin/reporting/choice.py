@@ -1,7 +1,8 @@
 """Which stand-in to keep, from an experiment's results and a user's limits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -15,6 +16,11 @@ ACCURACY = 0.98  # the share of a lost expert's accuracy that a recommended stan
 WEAK_EXPERTS = (
     "what stands in is right more often than the lost experts; look at their own accuracy first"
 )
+_LIMITS = {
+    "memory_mib": "stores at most {:g} MiB",
+    "resident_mib": "holds at most {:g} MiB resident",
+    "forwards": "runs at most {:g} networks",
+}
 _FAR_ABOVE = 1.1  # an NDA above this says more of the experts than of a stand-in
 
 
@@ -48,12 +54,15 @@ def weakness(row: "pd.Series[Any]") -> str:
 
 
 def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows of `standins` are Pareto-optimal in NDA, memories, forwards and losses, as printed."""
+    """Return which rows of `standins` are Pareto-optimal in mean and worst NDA, memories, forwards and losses.
+
+    What is printed alike is equal. What is `recommended` is one of them.
+    """
     costs = ["memory_mib", "resident_mib", "forwards"]
-    goods = kept[["nda_mean", "losses", *costs]].apply(as_printed)
+    goods = kept[["nda_mean", "nda_worst", "losses", *costs]].apply(as_printed)
     goods[costs] = -goods[costs]
     own = goods.to_numpy()
-    others = own[:, None]  # [S, 1, 5] beside own [S, 5]
+    others = own[:, None]  # [S, 1, 6] beside own [S, 6]
     is_as_good = (others >= own).all(axis=2)
     is_better = (others > own).any(axis=2)
     is_beaten = (is_as_good & is_better).any(axis=0)
@@ -99,40 +108,50 @@ def choose(
     check_number("accuracy", accuracy, low=0, most=1, strict=True)
     num_lost = frame.task.nunique() if losses == "all" else losses
     most = {"memory_mib": memory_mib, "resident_mib": resident_mib, "forwards": forwards}
-    limits = [f"{name} <= {float(limit)}" for name, limit in most.items() if limit is not None]
+    limits = {name: limit for name, limit in most.items() if limit is not None}
     return choose_from(standins(frame), accuracy, limits, num_lost)
 
 
 def choose_from(
     kept: pd.DataFrame,
     accuracy: float = ACCURACY,
-    limits: Sequence[str] = (),
+    limits: Mapping[str, float] = MappingProxyType({}),
     losses: int = 1,
 ) -> tuple[pd.DataFrame, str]:
-    """Do what `choose` does with rows of `standins`; `limits` are conditions on its columns."""
+    """Do what `choose` does with rows of `standins`; `limits` are the most of some of its columns."""
     if kept.empty:
         return kept, "Nothing can be recommended: no stand-in has a known NDA and memory."
     found = weakness(recommended(kept))
     if found:
         return kept[:0], f"Nothing can be recommended: {found}."
 
-    is_accurate = f"nda_worst >= {float(accuracy)}"
-    is_within = " and ".join([f"losses >= {losses}", *limits])
-    accurate = kept.query(is_accurate)
-    within = kept.query(is_within)
-    rows = accurate.query(is_within).reset_index(drop=True)
-    asked = f"{is_accurate} and {is_within}"
+    is_accurate = kept.nda_worst >= accuracy
+    is_within = kept.losses >= losses
+    asked = [f"keeps {100 * accuracy:g} % on the worst task"]
+    if losses > 1:
+        asked.append(f"bears {losses} losses at once")
+    for name, limit in limits.items():
+        is_within &= kept[name] <= limit
+        asked.append(_LIMITS[name].format(limit))
+    accurate, within = kept[is_accurate], kept[is_within]
+    rows = kept[is_accurate & is_within].reset_index(drop=True)
     if len(rows):
         best = _described(rows.iloc[0])
-        return rows, f"Keep {best}. It takes the least memory of what has {asked}."
+        return rows, f"Keep {best}. Of all that {_joined(asked)} it takes the least memory."
 
-    nearest = f"Nothing has {asked}"
+    nearest = f"Nothing {_joined(asked)}"
     if len(accurate):
         nearest += f"; the smallest that is accurate enough is {_described(accurate.iloc[0])}"
     if len(within):
         best = _described(_most_accurate(within))
         nearest += f"; the most accurate within the limits is {best}"
     return rows, f"{nearest}."
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Return ``a, b and c``."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _in_words(row: "pd.Series[Any]") -> str:

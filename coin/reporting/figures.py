@@ -57,36 +57,38 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def nda_against_memory(standins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
+def nda_against_memory(
+    standins: pd.DataFrame, is_best: "pd.Series[bool]", network_mib: float = math.nan
+) -> Figure:
     """Draw the mean NDA ± spread of `standins` against what they keep, on a logarithmic axis.
 
-    The legend names them, the best first. A line joins what no smaller one equals. The unit is a network's size if
-    given, else MiB.
+    The legend names them, the most accurate first. Those that are `is_best` are filled, and have the table's star. The
+    unit is a network's size if given, else MiB.
     """
     in_mib = math.isnan(network_mib)
     sizes = standins["memory_mib"] / (1.0 if in_mib else network_mib)
-    points = standins.assign(size=sizes, nda=100 * standins["nda_mean"] - 100)
+    points = standins.assign(size=sizes, nda=100 * standins["nda_mean"] - 100, is_best=is_best)
     points["spread"] = 100 * points["nda_std"].fillna(0)
-    by_size = points.sort_values(["size", "nda"], ascending=[True, False])
-    front = by_size[by_size["nda"] > by_size["nda"].cummax().shift(fill_value=-math.inf)]
     best_first = points.sort_values("nda", ascending=False, kind="stable")
     with style():
         figure = Figure(figsize=(WIDTH, 3.2 + 0.19 * len(points)))
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_yscale("asinh", linear_width=_NEAR)
-        axes.step(front["size"], front["nda"], where="post", color=INK, linewidth=0.8, zorder=0)
         for place, row in enumerate(best_first.to_dict("records")):
+            colour = method_colour(row["method"])
+            star = "*" if row["is_best"] else " "
             axes.errorbar(
                 row["size"],
                 row["nda"],
                 row["spread"] or None,
-                color=method_colour(row["method"]),
+                color=colour,
+                markerfacecolor=colour if row["is_best"] else "white",
                 marker=MARKERS[place % len(MARKERS)],
                 linestyle="none",
                 markersize=6.5,
                 capsize=2,
-                label=f"{100 + row['nda']:.1f}  {row['method']}, {row['decoder']}",
+                label=f"{100 + row['nda']:.1f}{star} {row['method']}, {row['decoder']}",
             )
         axes.set_xlabel(f"memory kept, in {'MiB' if in_mib else 'networks'} (log scale)")
         axes.set_ylabel("NDA (%), finer near 100")

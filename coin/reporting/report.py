@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, FileSystemLoader
 
 from coin.files.atomic import atomic_path, write_text
-from coin.reporting.choice import choose_from, shortlist
+from coin.reporting.choice import choose_from, shortlist, undominated
 from coin.reporting.figures import as_png, nda_against_memory
 from coin.reporting.results import read_document
 from coin.reporting.standins import standins
@@ -39,7 +39,9 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     network_mib = configuration.pop("network_mib", math.nan)  # measured, no option
     png = b""
     if len(kept):
-        png = as_png(nda_against_memory(kept[shortlist(kept)], network_mib))
+        shown = shortlist(kept)
+        figure = nda_against_memory(kept[shown], undominated(kept)[shown], network_mib)
+        png = as_png(figure)
         with atomic_path(path.parent / PLOT) as temporary:
             temporary.write_bytes(png)
 

@@ -9,15 +9,16 @@ from coin.reporting.summary import is_weak
 
 STAND_IN = ["method", "decoder"]
 """The columns of results that a stand-in is told by."""
-CHEAPEST = ["memory_mib", "forwards", "nda_worst", "losses", "nda_mean"]
-"""What comes first, the cheapest: the first two in rising, the others in falling order."""
+CHEAPEST = ["memory_mib", "forwards", "resident_mib", "nda_worst", "losses", "nda_mean"]
+"""What comes first, the cheapest: the first three in rising, the others in falling order."""
 
 
 def standins(frame: pd.DataFrame, *, oracle: bool = False) -> pd.DataFrame:
     """Return what may be kept for a lost expert, of rows of ``results.csv``: a row a method and decoder.
 
-    The cheapest comes first: the least memory, then the fewest forwards, then the most accurate on the worst task; what
-    is printed alike is equal. What has no known NDA or memory is left out, but for the oracle where it is asked for.
+    The cheapest comes first: the least memory, then the fewest forwards, then the least resident memory, then the most
+    accurate on the worst task; what is printed alike is equal. What has no known NDA or memory is left out, but for
+    the oracle where it is asked for.
 
     The columns: ``method``, ``decoder``, and of each number of ``results.csv`` the mean over tasks, each lost alone,
     and seeds; the NDA's is ``nda_mean``, and with it come ``nda_std`` (the sample standard deviation over seeds),
@@ -48,7 +49,7 @@ def standins(frame: pd.DataFrame, *, oracle: bool = False) -> pd.DataFrame:
 
     printed = found[CHEAPEST].apply(as_printed)
     ordered = printed.sort_values(
-        CHEAPEST, ascending=[True, True, False, False, False], kind="stable"
+        CHEAPEST, ascending=[True, True, True, False, False, False], kind="stable"
     )
     return found.loc[ordered.index].reset_index(drop=True)
 

@@ -12,7 +12,7 @@ from coin.reporting.standins import experts, standins, three_digits
 
 BEST = "*"
 """Behind the NDA of what is Pareto-optimal."""
-LEGEND = f"{BEST} no other is as good in NDA, both memories, forwards and losses"
+LEGEND = f"{BEST} no other is as good in NDA, worst task, both memories, forwards and losses"
 BESIDE = ["agreement", "merge s", "merge passes"]
 """Columns that a terminal of 80 columns has no room for."""
 TEXTS = ["method", "decoder"]

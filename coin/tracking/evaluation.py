@@ -8,7 +8,7 @@ import pandas as pd
 import wandb
 
 from coin.coding.decoder_config import REPLICA
-from coin.reporting.choice import shortlist
+from coin.reporting.choice import shortlist, undominated
 from coin.reporting.figures import nda_against_memory
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
 from coin.reporting.standins import STAND_IN, standins
@@ -33,7 +33,9 @@ def log_evaluation(
     logged: dict[str, Any] = {"results": wandb.Table(dataframe=cells)}
     kept = standins(frame)
     if len(kept):
-        logged["nda_against_memory"] = wandb.Image(nda_against_memory(kept[shortlist(kept)]))
+        shown = shortlist(kept)
+        figure = nda_against_memory(kept[shown], undominated(kept)[shown])
+        logged["nda_against_memory"] = wandb.Image(figure)
     alone = frame[frame["erased"] == frame["task"]]
     means: Any = alone.groupby(STAND_IN, sort=False)["nda"].mean(skipna=False).dropna()
     numbers = {f"nda/{method}/{decoder}": nda for (method, decoder), nda in means.items()}
