@@ -40,9 +40,11 @@ def one_image(task, sizes):
     channels, side, *counts, classes = sizes
     length = side or task.image_size
     image = torch.randint(256, (channels, length, length), dtype=torch.uint8)
-    train, test = (image.expand(count, -1, -1, -1) for count in counts)
-    labels = torch.arange(len(train)) % classes
-    return Source(Samples.of(train, labels), Samples.of(test, labels[: len(test)]))
+    train, test = (
+        Samples.of(image.expand(count, -1, -1, -1), torch.arange(count) % classes)
+        for count in counts
+    )
+    return Source(train, test)
 
 
 def texts(task):
