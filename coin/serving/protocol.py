@@ -100,7 +100,7 @@ def metadata(system: System, model: str) -> dict[str, Any]:
 def response(
     system: System, model: str, request: InferRequest, answers: Sequence[Answer], seconds: float
 ) -> dict[str, Any]:
-    """Return the response to a request, whose answers took so many seconds."""
+    """Return the response to a request, whose answers took so many seconds, which it gives to a millisecond."""
     requested = {output.name for output in request.outputs}
     by_task = dict(zip(_tasks(system, model), answers, strict=True))
     data = {task: _data(system.classes[task], answer) for task, answer in by_task.items()}
@@ -114,7 +114,7 @@ def response(
     named = {"model_name": model, "model_version": "1"}
     if request.id is not None:
         named["id"] = request.id
-    return named | {"parameters": _parameters(answers) | {"seconds": seconds}, "outputs": found}
+    return named | {"parameters": _parameters(answers) | {"seconds": round(seconds, 3)}, "outputs": found}
 
 
 def _tasks(system: System, model: str) -> list[str]:

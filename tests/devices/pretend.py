@@ -9,8 +9,8 @@ It is torch's own place for further backends (PrivateUse1), with a backend in Py
 runs a backward pass of a device in a thread of its own, works as it does on a GPU. A `PretendTensor` holds a CPU
 tensor. `_run` checks each ATen operation, below autograd, before it is done on the tensors inside:
 
-- Tensors of both devices together raise torch's error but in copies; CUDA also takes CPU tensors without dimensions in
-  pointwise operations, and as indices.
+- Tensors of both devices together raise torch's error but in copies, even a CPU tensor without dimensions, which CUDA
+  would take.
 - Generators must be of the output's device; ``numpy()`` raises; with ``float64=False`` there is no float64.
 
 It knows nothing of memory, streams, waits, TF32 or processes.
