@@ -114,7 +114,10 @@ def response(
     named = {"model_name": model, "model_version": "1"}
     if request.id is not None:
         named["id"] = request.id
-    return named | {"parameters": _parameters(answers) | {"seconds": round(seconds, 3)}, "outputs": found}
+    return named | {
+        "parameters": _parameters(answers) | {"seconds": round(seconds, 3)},
+        "outputs": found,
+    }
 
 
 def _tasks(system: System, model: str) -> list[str]:
