@@ -331,7 +331,7 @@ def fleet() -> str:
     return markdown(["what stands in", *(f"N = {count}" for count in counts)], lines)
 
 
-Point = tuple[str, int, int]  # rank or shared, how many directions, bits of the body
+Point = tuple[int, int]  # rank, bits of the body
 
 
 def frontier() -> str:
@@ -345,13 +345,12 @@ def frontier() -> str:
     every = sorted({point for points in columns.values() for point in points})
     lines = []
     for point in every:
-        kind, rank, bits = point
+        rank, bits = point
         cells = [
             frontier_cell(points[point], points) if point in points else "–"
             for points in columns.values()
         ]
-        directions = f"{rank}, shared" if kind == "shared" else str(rank)
-        lines.append([directions, str(bits), *cells])
+        lines.append([str(rank), str(bits), *cells])
     return markdown(["rank", "bits of the body", *columns], lines)
 
 
@@ -359,12 +358,12 @@ def frontier_points(rows: pd.DataFrame, network: float) -> dict[Point, dict[str,
     """Return the memory in networks, and in % NDA, agreement and the worst task's NDA, by rank and bits."""
     points = {}
     for method in rows.method.unique():
-        named = re.fullmatch(r"refit\+(rank|shared)(\d+)-(\d)bit", method)
+        named = re.fullmatch(r"refit\+rank(\d+)-(\d)bit", method)
         if named is None:
             continue
-        kind, rank, bits = named.groups()
+        rank, bits = named.groups()
         own = rows_of(rows, method, "expert_head")
-        points[kind, int(rank), int(bits)] = {
+        points[int(rank), int(bits)] = {
             "memory": own.memory_mib.mean() / network,
             "nda": 100 * own.nda.mean(),
             "agreement": 100 * own.agreement.mean(),
