@@ -1,6 +1,5 @@
 """The shell blocks of README and docs run as they are printed, page after page in one folder, on a tiny quickstart."""
 
-import gzip
 import os
 import re
 import subprocess
@@ -8,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-pytestmark = pytest.mark.slow
+from tests.data.conftest import write_mnist_like
+from tests.test_readme import DOCS, README, ROOT, shell_blocks_of, write_files_of
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "notebooks/docs"
 RUN = ("start", "choose", "methods", "method", "networks", "clusters")
 """The pages whose blocks run, in this order: that of clusters trains anew, with larger batches."""
 NOT_RUN = {
@@ -42,24 +39,6 @@ decoders: [linear, feature_ridge, expert_head]
 """
 
 
-def blocks_of(page):
-    return re.findall(r"(?s)```bash\n(.*?)```", page.read_text(encoding="utf-8"))
-
-
-def write_mnist(folder, count):
-    """Write a data set of noise where torchvision looks for MNIST's files, so that it downloads nothing."""
-    folder.mkdir(parents=True)
-    draw = torch.Generator().manual_seed(0)
-    for part in ("train", "t10k"):
-        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=draw)
-        labels = (torch.arange(count) % 10).to(torch.uint8)
-        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
-            sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
-            content = bytes([0, 0, 8, values.ndim]) + sizes + values.numpy().tobytes()
-            (folder / f"{part}-{name}-ubyte").write_bytes(content)
-            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
-
-
 def run(block, folder):
     """Run a block in a shell in which pip, which would change the environment, does nothing."""
     scripts = Path(sys.executable).parent
@@ -80,27 +59,25 @@ def run(block, folder):
 
 
 def test_every_page_with_commands_runs_or_has_a_reason_why_not():
-    pages = [ROOT / "README.md", *DOCS.glob("*.md")]
-    with_commands = {page.stem for page in pages if blocks_of(page)}
+    with_commands = {page.stem for page in [README, *DOCS] if shell_blocks_of(page)}
     assert with_commands == set(RUN) | set(NOT_RUN)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_pages_run_as_printed(tmp_path, write_experts):
+    pages = {page.stem: page for page in DOCS}
     (tmp_path / "quickstart").write_text(QUICKSTART)  # a file of the name comes before coin's own
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    (code,) = re.findall(
-        r"(?s)```python\n# mine\.py,.*?\n(.*?)```", (DOCS / "method.md").read_text()
-    )
-    (tmp_path / "mine.py").write_text(code)
-    for name in ("MNIST", "KMNIST"):
-        write_mnist(tmp_path / "data" / name / "raw", 300)
+    write_files_of(pages["method"], tmp_path)
+    for name in ("MNIST", "KMNIST"):  # where they would be downloaded to
+        write_mnist_like(tmp_path / "data" / name / "raw", each=30)
     for name, path in zip("AB", write_experts([10, 10]).values(), strict=True):
         (tmp_path / name).mkdir()
         Path(path).rename(tmp_path / name / "expert.safetensors")
 
     printed = {}
     for page in RUN:
-        for block in blocks_of(DOCS / f"{page}.md"):
+        for block in shell_blocks_of(pages[page]):
             printed[page] = printed.get(page, "") + run(block, tmp_path)
         if page == "start":
             experts = tmp_path / "runs/quickstart/seed-0/experts"

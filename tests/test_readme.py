@@ -36,6 +36,13 @@ def text_of(page):
     return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
+def write_files_of(page, folder):
+    """Write the files of the user's that a page shows."""
+    files = re.findall(r"(?s)```python\n# (\w+\.py),.*?\n(.*?)```", text_of(page))
+    for name, code in files:
+        (folder / name).write_text(code)
+
+
 @pytest.fixture
 def run_page(monkeypatch, tmp_path):
     """Runs the Python of a page from top to bottom in an empty folder, and returns its names."""
@@ -47,9 +54,7 @@ def run_page(monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
-        files = re.findall(r"(?s)```python\n# (\w+\.py),.*?\n(.*?)```", text_of(page))
-        for name, code in files:
-            Path(name).write_text(code)  # a file of the user's
+        write_files_of(page, tmp_path)
         document = sybil.document.Document.parse(str(page), markdown.PythonCodeBlockParser())
         for example in document.examples():
             example.evaluate()
@@ -119,10 +124,13 @@ def test_links_and_named_files_lead_somewhere(page):
         assert target in TARGETS, target
 
 
+def shell_blocks_of(page):
+    return re.findall(r"(?s)```bash\n(.*?)```", text_of(page))
+
+
 def commands_of(page):
     """Return the words behind ``coin`` in each line of a page's shell blocks."""
-    blocks = re.findall(r"(?s)```bash\n(.*?)```", text_of(page))
-    shell = "\n".join(blocks).replace("\\\n", " ")
+    shell = "\n".join(shell_blocks_of(page)).replace("\\\n", " ")
     commands = re.findall(r"\bcoin ([a-z]+ .*)", shell)
     return [shlex.split(command, comments=True) for command in commands]
 

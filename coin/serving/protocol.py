@@ -114,10 +114,8 @@ def response(
     named = {"model_name": model, "model_version": "1"}
     if request.id is not None:
         named["id"] = request.id
-    return named | {
-        "parameters": _parameters(answers) | {"seconds": round(seconds, 3)},
-        "outputs": found,
-    }
+    of_all = _parameters(answers) | {"seconds": round(seconds, 3)}
+    return named | {"parameters": of_all, "outputs": found}
 
 
 def _tasks(system: System, model: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Torchvision's sets, read from tiny files in their own formats."""
 
-import struct
 from urllib.error import URLError
 
 import pytest
@@ -12,6 +11,7 @@ from coin import data
 from coin.data import DTD, GTSRB, MNIST, EMNISTLetters, EuroSAT
 from coin.data.tasks import task_with
 from coin.errors import DataError
+from tests.data.conftest import write_mnist_like
 
 CLASSES = {
     "MNIST": 10,
@@ -36,20 +36,6 @@ def no_network(monkeypatch):
         raise URLError("no\nroute to host")
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
-
-
-def write_mnist_like(folder, prefixes=("train", "t10k"), first=0, classes=10):
-    """Write an image of each class to train and to test on in MNIST's format, and return the images."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (2, classes, 1, 28, 28), generator=draw, dtype=torch.uint8)
-    labels = torch.arange(first, first + classes, dtype=torch.uint8)
-    for prefix, of_split in zip(prefixes, images, strict=True):
-        header = struct.pack(">HBBIII", 0, 8, 3, classes, 28, 28)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + of_split.numpy().tobytes())
-        header = struct.pack(">HBBI", 0, 8, 1, classes)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.numpy().tobytes())
-    return images
 
 
 def write_mnist(root):
