@@ -404,7 +404,7 @@ def lora() -> str:
     """What a LoRA of a fully fine-tuned network keeps of it, by how it was made and its rank."""
     rows = pd.read_csv(RESULTS / "lora/lora.csv")
     names = {
-        "extract_lora": "`coin.extract_lora`, factors in 4 bits",
+        "extract_lora": "`coin.extract_lora`",
         "svd": "SVD of W − W₀",
         "svd, own vectors": "the same, with the network's own biases and normalisations",
     }
