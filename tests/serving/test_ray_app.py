@@ -2,13 +2,14 @@
 
 import socket
 import sys
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from coin.errors import ConfigurationError, ServingError
 from coin.serving import ray_app
-from coin.serving.ray_app import RayOptions, check_port, start
+from coin.serving.ray_app import ModelProcess, RayOptions, check_port, start
 
 JOINED = RayOptions(address="auto")
 SYSTEM = None  # `ray_application` alone reads it
@@ -27,7 +28,12 @@ class Ray:
             init=self.init, shutdown=self.disconnect, is_initialized=lambda: self.connected
         )
         serve = ModuleType("ray.serve")
-        vars(serve).update(run=self.run, delete=self.delete, status=lambda: self)
+        vars(serve).update(
+            run=self.run,
+            delete=self.delete,
+            status=lambda: self,
+            batch=lambda **_: lambda run: run,
+        )
         for name in ("start", "shutdown", "get_app_handle"):
             setattr(serve, name, lambda *_, name=name, **__: self.note(name))
         monkeypatch.setitem(sys.modules, "ray", ray)
@@ -106,3 +112,19 @@ def test_a_port_in_use_is_refused_but_of_a_cluster_elsewhere():
     check_port(RayOptions(port=port))
     with pytest.raises(ConfigurationError, match="port=0"):
         RayOptions(port=0)
+
+
+def test_a_server_gives_back_what_reading_its_networks_took(ray, monkeypatch):
+    """Freed memory is kept from a call on: all files are read before it."""
+    done = []
+    monkeypatch.setattr(ray_app.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(ray_app, "keep_freed_memory", lambda: done.append("keep"))
+
+    def read(path):
+        done.append(path.name)
+        return lambda images: None
+
+    files = {"replica-0": [Path("a"), Path("b"), Path("b")]}
+    system = SimpleNamespace(files=files, image_size=4, reader=lambda device: read)
+    ModelProcess(system, "replica-0", "cpu", 8)
+    assert done == ["a", "b", "keep"]
