@@ -324,8 +324,9 @@ def test_data_that_does_not_fit_is_refused(experts, synthetic, tasks, measure):
 @pytest.fixture
 def seed_folder(evaluated, data, make_trainer, tmp_path):
     """The folder of a run's seed with the evaluator's results, moved since."""
-    record_evaluation(make_trainer(default_root_dir=tmp_path), evaluated, data, "x", {})
-    return tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    made = tmp_path / "made"
+    record_evaluation(make_trainer(default_root_dir=made), evaluated, data, "x", {})
+    return made.rename(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("kind", ["ridge", "expert_head"])
