@@ -322,11 +322,10 @@ def test_data_that_does_not_fit_is_refused(experts, synthetic, tasks, measure):
 
 
 @pytest.fixture
-def seed_folder(evaluated, data, make_trainer, tmp_path):
+def seed_folder(evaluated, data, make_trainer, tmp_path, tmp_path_factory):
     """The folder of a run's seed with the evaluator's results, moved since."""
-    made = tmp_path / "made"
-    record_evaluation(make_trainer(default_root_dir=made), evaluated, data, "x", {})
-    return made.rename(tmp_path / "moved")
+    record_evaluation(make_trainer(default_root_dir=tmp_path), evaluated, data, "x", {})
+    return tmp_path.rename(tmp_path_factory.mktemp("moved") / "seed-0")
 
 
 @pytest.mark.parametrize("kind", ["ridge", "expert_head"])
